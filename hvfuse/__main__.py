@@ -1,0 +1,6 @@
+"""`python -m hvfuse`."""
+
+from hvfuse.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Commands. The only place where the parts are put together."""

@@ -1,0 +1,1 @@
+"""The control plane: home directory, configuration, durable records, supervision, status."""

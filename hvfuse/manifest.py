@@ -1,0 +1,100 @@
+"""What a cycle is made of, as it is told from one side to the other: plain records, no behaviour.
+
+A cycle travels as a manifest, any number of frames (`hvfuse.frames`) and a commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import xxhash
+
+from hvfuse.position import NO_DIGEST, Position
+
+
+class CycleKind(StrEnum):
+    """How a cycle's frames relate to what the replica holds."""
+
+    COPY = "copy"
+    """Cycle 0 of a generation: the whole disks, read while they were in use. Consistent only once
+    cycle 1 is applied too, hence never a recovery point."""
+    DELTA = "delta"
+    """What was written during one cycle: gives a recovery point."""
+
+
+class Consistency(StrEnum):
+    """What a recovery point promises to the guest."""
+
+    CRASH = "crash-consistent"
+    APPLICATION = "app-consistent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskManifest:
+    """One disk within a cycle.
+
+    `disk_id`: 16 bytes, given when tracking of the disk began. `name`: file name in the VM's folder.
+    `format`: "raw", "vhd-fixed", "vhd-dynamic", "vhd-differencing", "vhdx". `size`: bytes of the
+    image file at the end of the cycle. `digest`: 16 bytes, of the disk's sealed log; zeroes in a copy.
+    """
+
+    disk_id: bytes
+    name: str
+    format: str
+    size: int
+    digest: bytes = NO_DIGEST
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CycleManifest:
+    """One cycle of a VM.
+
+    `previous` is the position that this cycle continues (None for a copy). `sealed_ns` is the
+    barrier's instant, ns since 1970: the time of the recovery point. `first_seq`…: none; the order of
+    cycles is their number and nothing else.
+    """
+
+    vm: str
+    kind: CycleKind
+    generation: bytes
+    cycle: int
+    previous: Position | None
+    sealed_ns: int
+    disks: tuple[DiskManifest, ...]
+    consistency: Consistency = Consistency.CRASH
+
+    def position(self) -> Position:
+        """Where a replica stands once it has this cycle."""
+        if self.kind is CycleKind.COPY:
+            return Position(self.generation, 0, NO_DIGEST)
+        return Position(self.generation, self.cycle, cycle_digest({d.disk_id: d.digest for d in self.disks}))
+
+
+def cycle_digest(digests: Mapping[bytes, bytes]) -> bytes:
+    """16 bytes over the sealed logs of all disks of a cycle; `digests` maps disk id to log digest."""
+    return bytes(xxhash.xxh3_128_digest(b"".join(key + digests[key] for key in sorted(digests))))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryPoint:
+    """A state of the VM that can be failed over to.
+
+    `id` is unique within the VM and stable; `time_ns` the barrier's instant, ns since 1970.
+    """
+
+    id: str
+    vm: str
+    generation: bytes
+    cycle: int
+    time_ns: int
+    consistency: Consistency
+    disks: tuple[DiskManifest, ...]
+    stored_bytes: int
+    """Bytes of the cycle's frames as stored."""
+
+
+def point_id(generation: bytes, cycle: int) -> str:
+    """The name of the recovery point that a cycle makes, for example "1f3b9c2e-000017"."""
+    return f"{generation.hex()[:8]}-{cycle:06d}"

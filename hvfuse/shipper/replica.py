@@ -1,0 +1,42 @@
+"""What the shipper asks of a target. The local store, a TLS client or an object store fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from hvfuse.manifest import CycleManifest, RecoveryPoint
+from hvfuse.position import Position
+
+
+class Replica(Protocol):
+    """The replica of one VM at a target.
+
+    Every call is idempotent by (generation, cycle, frame number): a shipper that died anywhere says the
+    same again and nothing changes twice. Errors are `HvfuseError`s whose `recoverable` tells whether
+    the shipper should come back later.
+    """
+
+    def position(self) -> Position | None:
+        """Where the replica stands; None before its first copy was committed."""
+
+    def begin(self, manifest: CycleManifest) -> frozenset[int]:
+        """Open a cycle, or take an interrupted one up again.
+
+        Returns the numbers of the frames that the target already holds for it. Anything staged for
+        another cycle is dropped. Raises PositionMismatchError (with the target's position) when
+        `manifest.previous` is not where the replica stands; a COPY may begin anywhere and leaves
+        earlier recovery points usable.
+        """
+
+    def put(self, frame: bytes) -> None:
+        """Stage one encoded frame of the open cycle. Verified before it is kept (CorruptError)."""
+
+    def commit(self, manifest: CycleManifest, frame_count: int) -> RecoveryPoint | None:
+        """Make the cycle of all disks durable, wholly or not at all. Returns the recovery point; None
+        for a COPY. Committing the cycle at which the replica already stands returns the same point.
+        `manifest` is the same as at `begin`, except that a COPY may give later sizes.
+        """
+
+    def points(self) -> Sequence[RecoveryPoint]:
+        """The recovery points, oldest first."""

@@ -1,0 +1,210 @@
+"""The files that pass from the tracker to the shipper, beside each disk in the VM's folder.
+
+    DISK.0000000017.hrl    the log with serial 17: active, standby or sealed
+    DISK.0000000017.hrc    its companion index; there only once the log is sealed
+    DISK.spare0.hrl        an acknowledged log that waits to be overwritten by a coming one
+    DISK.hvt               the tracking state
+    DISK.hvt0, DISK.hvt1   the index maps of the active log and of the one being sealed or standing by
+
+These names are reserved: the mount neither shows nor accepts them.
+
+A cycle is whole when as many sealed logs carry its (generation, cycle) as each of them says that
+there are (`disk_count`). Releasing a log removes the companion first: a log without a companion that
+is not in use by the tracker is rubbish, never data.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hvfuse import system
+from hvfuse.errors import CorruptError, HvfuseError
+from hvfuse.formats import companion
+from hvfuse.formats.companion import CompanionHeader, Entries
+
+SPARES_KEPT = 2
+"""Logs that a disk keeps for overwriting: one active and one standby may be wanted at once."""
+SPARE_SIZE = 1 << 30
+"""Bytes; what a longer spare is cut to."""
+
+_RESERVED = re.compile(
+    rb"^.+\.(?:\d{10}\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)$", re.DOTALL
+)
+_COMPANION = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrc$", re.DOTALL)
+_LOG = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrl$", re.DOTALL)
+
+
+def log_name(disk: str, serial: int) -> str:
+    """Name of a log that is not a spare."""
+    return f"{disk}.{serial:010d}.hrl"
+
+
+def companion_name(disk: str, serial: int) -> str:
+    """Name of a sealed log's companion."""
+    return f"{disk}.{serial:010d}.hrc"
+
+
+def spare_name(disk: str, number: int) -> str:
+    """Name of a log that waits to be overwritten."""
+    return f"{disk}.spare{number}.hrl"
+
+
+def state_name(disk: str) -> str:
+    """Name of the tracking state."""
+    return f"{disk}.hvt"
+
+
+def index_name(disk: str, slot: int) -> str:
+    """Name of one of the two index maps."""
+    return f"{disk}.hvt{slot}"
+
+
+def is_reserved(name: str) -> bool:
+    """Whether `name` (no directory part) belongs to the tracker."""
+    return _RESERVED.match(os.fsencode(name)) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class SealedLog:
+    """One sealed log. `folder`: absolute path of the VM's folder; `disk`: the image's file name."""
+
+    folder: str
+    disk: str
+    serial: int
+    header: CompanionHeader
+
+    @property
+    def log_path(self) -> str:
+        """Path of the `.hrl`."""
+        return os.path.join(self.folder, log_name(self.disk, self.serial))
+
+    @property
+    def companion_path(self) -> str:
+        """Path of the `.hrc`."""
+        return os.path.join(self.folder, companion_name(self.disk, self.serial))
+
+    def entries(self) -> Entries:
+        """The log's index, verified. Raises CorruptError naming the file."""
+        header, entries = read_companion(self.companion_path)
+        if header != self.header:
+            raise CorruptError(f"{self.companion_path}: changed since it was listed")
+        return entries
+
+
+@dataclass(frozen=True, slots=True)
+class SealedCycle:
+    """All sealed logs of one cycle, in the order of the disks' names."""
+
+    generation: bytes
+    cycle: int
+    logs: tuple[SealedLog, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every disk's log is there."""
+        return len(self.logs) == self.logs[0].header.disk_count
+
+    @property
+    def sealed_ns(self) -> int:
+        """The barrier's instant, ns since 1970."""
+        return max(log.header.sealed_ns for log in self.logs)
+
+    @property
+    def log_bytes(self) -> int:
+        """Logical bytes of the logs."""
+        return sum(log.header.eol for log in self.logs)
+
+
+def read_companion(path: str) -> tuple[CompanionHeader, Entries]:
+    """Read and verify a companion. Raises CorruptError naming the file, or FileNotFoundError."""
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        return companion.unpack(data)
+    except HvfuseError as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def list_logs(folder: str) -> list[SealedLog]:
+    """All sealed logs in a VM's folder, by disk and serial; headers verified (CorruptError)."""
+    found = []
+    for name in sorted(os.listdir(folder)):
+        match = _COMPANION.match(name)
+        if match is None:
+            continue
+        path = os.path.join(folder, name)
+        try:
+            with open(path, "rb") as file:
+                header = companion.unpack_header(file.read(companion.HEADER_SIZE))
+        except FileNotFoundError:  # released since the listing
+            continue
+        except HvfuseError as error:
+            raise type(error)(f"{path}: {error}") from None
+        found.append(SealedLog(os.path.abspath(folder), match["disk"], int(match["serial"]), header))
+    return found
+
+
+def list_cycles(folder: str) -> list[SealedCycle]:
+    """The sealed cycles in a VM's folder, oldest first; possibly of several generations."""
+    cycles: dict[tuple[bytes, int], list[SealedLog]] = {}
+    for log in sorted(list_logs(folder), key=lambda log: (log.header.sealed_ns, log.serial)):
+        cycles.setdefault((log.header.generation, log.header.cycle), []).append(log)
+    grouped = [
+        SealedCycle(generation, cycle, tuple(sorted(logs, key=lambda log: log.disk)))
+        for (generation, cycle), logs in cycles.items()
+    ]
+    return sorted(grouped, key=lambda cycle: max(log.serial for log in cycle.logs))
+
+
+def release(cycles: Sequence[SealedCycle]) -> None:
+    """Let acknowledged logs go: each becomes a spare, or is removed when there are enough.
+
+    Idempotent; a log that is gone already is no error.
+    """
+    for cycle in cycles:
+        for log in cycle.logs:
+            system.unlink("spool:release", log.companion_path, missing_ok=True)
+            discard_log(log.folder, log.disk, log.log_path)
+
+
+def discard_log(folder: str, disk: str, path: str) -> None:
+    """Recycle the log at `path` if the disk has room for a spare, else remove it."""
+    for number in range(SPARES_KEPT):
+        spare = os.path.join(folder, spare_name(disk, number))
+        if os.path.exists(spare):
+            continue
+        try:
+            if os.stat(path).st_size > SPARE_SIZE:
+                os.truncate(path, SPARE_SIZE)
+            system.rename("spool:recycle", path, spare)
+        except FileNotFoundError:
+            pass
+        return
+    system.unlink("spool:remove", path, missing_ok=True)
+
+
+def take_spare(folder: str, disk: str, path: str) -> bool:
+    """Give a spare the name `path`; False when there is none."""
+    for number in range(SPARES_KEPT):
+        try:
+            system.rename("spool:reuse", os.path.join(folder, spare_name(disk, number)), path)
+        except FileNotFoundError:
+            continue
+        return True
+    return False
+
+
+def unsealed_logs(folder: str, disk: str) -> list[tuple[int, str]]:
+    """(serial, path) of the disk's logs that have no companion, by serial."""
+    names = set(os.listdir(folder))
+    found = []
+    for name in names:
+        match = _LOG.match(name)
+        if match is not None and match["disk"] == disk:
+            serial = int(match["serial"])
+            if companion_name(disk, serial) not in names:
+                found.append((serial, os.path.join(folder, name)))
+    return sorted(found)

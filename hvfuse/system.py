@@ -1,0 +1,249 @@
+"""The seam for system calls: labelled, so that a test can break exactly one of them.
+
+Every write, sync, rename and removal that a promise rests on goes through here with a label such as
+"log:append". In production `_injector` is None and a call costs one comparison more than `os`'s own.
+A test installs an injector, which sees (label, call, size) before the call happens and may raise
+`OSError`, kill the process, wait, or return a number of bytes after which the call shall fall short.
+
+Clocks live here too, for the same reason.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from hvfuse.extent import Buffer
+
+Injector = Callable[[str, str, int], int | None]
+
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+_injector: Injector | None = None
+
+
+def install(injector: Injector | None) -> None:
+    """Set (or with None remove) the injector of this process."""
+    global _injector  # noqa: PLW0603 - one seam per process is the point
+    _injector = injector
+
+
+def _before(label: str, call: str, size: int) -> int | None:
+    return _injector(label, call, size) if _injector is not None else None
+
+
+def pwrite(label: str, fd: int, data: Buffer, offset: int) -> None:
+    """Write all of `data` at `offset`. Raises OSError; part of the data may then be on the file."""
+    short = _before(label, "pwrite", len(data)) if _injector is not None else None
+    if short is not None:
+        os.pwrite(fd, memoryview(data)[:short], offset)
+        raise OSError(errno.EIO, f"short write at {label}")
+    written = os.pwrite(fd, data, offset)
+    while written < len(data):
+        more = os.pwrite(fd, memoryview(data)[written:], offset + written)
+        if more == 0:
+            raise OSError(errno.EIO, f"no progress at {label}")
+        written += more
+
+
+def pread(fd: int, length: int, offset: int) -> bytes:
+    """Read `length` bytes at `offset`, fewer only at the end of the file."""
+    data = os.pread(fd, length, offset)
+    if len(data) == length or not data:
+        return data
+    parts = [data]
+    have = len(data)
+    while have < length:
+        data = os.pread(fd, length - have, offset + have)
+        if not data:
+            break
+        parts.append(data)
+        have += len(data)
+    return b"".join(parts)
+
+
+def fsync(label: str, fd: int) -> None:
+    """Make a file's data and metadata durable. A failure is final: never call again and believe it."""
+    if _injector is not None:
+        _before(label, "fsync", 0)
+    os.fsync(fd)
+
+
+def fdatasync(label: str, fd: int) -> None:
+    """Make a file's data (and its size) durable. A failure is final, as with `fsync`."""
+    if _injector is not None:
+        _before(label, "fdatasync", 0)
+    os.fdatasync(fd)
+
+
+def fsync_directory(label: str, path: str) -> None:
+    """Make the names in directory `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fsync(label, fd)
+    finally:
+        os.close(fd)
+
+
+def truncate(label: str, fd: int, size: int) -> None:
+    """Set a file's length in bytes."""
+    if _injector is not None:
+        _before(label, "truncate", size)
+    os.ftruncate(fd, size)
+
+
+def rename(label: str, old: str, new: str) -> None:
+    """Rename, replacing `new`. Durable only after `fsync_directory`."""
+    if _injector is not None:
+        _before(label, "rename", 0)
+    os.rename(old, new)
+
+
+def unlink(label: str, path: str, *, missing_ok: bool = False) -> None:
+    """Remove a name."""
+    if _injector is not None:
+        _before(label, "unlink", 0)
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        if not missing_ok:
+            raise
+
+
+def allocate(label: str, fd: int, offset: int, length: int) -> None:
+    """Reserve space, so that later stores through a map cannot meet a full disk (SIGBUS)."""
+    if _injector is not None:
+        _before(label, "fallocate", length)
+    os.posix_fallocate(fd, offset, length)
+
+
+def fallocate(label: str, fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with any mode (`os` offers none of them). Raises OSError (EOPNOTSUPP and so on)."""
+    if _injector is not None:
+        _before(label, "fallocate", length)
+    import ctypes
+
+    libc = _libc()
+    if libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+_libc_handle: object | None = None
+
+
+def _libc():  # type: ignore[no-untyped-def]  # ctypes handles have no useful type
+    global _libc_handle  # noqa: PLW0603
+    if _libc_handle is None:
+        import ctypes
+
+        _libc_handle = ctypes.CDLL(None, use_errno=True)
+    return _libc_handle
+
+
+def punch_hole(label: str, fd: int, offset: int, length: int) -> None:
+    """Deallocate a range, which then reads as zeroes; the file's length stays."""
+    fallocate(label, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+def write_zeroes(label: str, fd: int, offset: int, length: int) -> None:
+    """Make a range read as zeroes without changing the file's length: a hole if the file system can."""
+    end = min(offset + length, os.fstat(fd).st_size)
+    if end <= offset:
+        return
+    try:
+        punch_hole(label, fd, offset, end - offset)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
+            raise
+    zeroes = bytes(min(end - offset, 1 << 20))
+    for at in range(offset, end, len(zeroes)):
+        pwrite(label, fd, memoryview(zeroes)[: end - at], at)
+
+
+def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The allocated ranges [offset, end) of a file within [start, end), by SEEK_DATA and SEEK_HOLE."""
+    at = start
+    while at < end:
+        try:
+            data = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        if data >= end:
+            return
+        hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        yield data, hole
+        at = hole
+
+
+def replace_file(label: str, path: str, data: Buffer, *, mode: int = 0o600) -> None:
+    """Put a whole file in place durably: write beside, sync, rename, sync the directory."""
+    temporary = f"{path}.tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        pwrite(f"{label}:write", fd, data, 0)
+        fsync(f"{label}:sync", fd)
+    finally:
+        os.close(fd)
+    rename(f"{label}:rename", temporary, path)
+    fsync_directory(f"{label}:directory", os.path.dirname(path) or ".")
+
+
+@contextmanager
+def exclusive_lock(path: str) -> Iterator[bool]:
+    """Try for an advisory lock on `path` (created if missing); yields whether it was had.
+
+    The kernel drops it with the process, so a lock left behind by a kill is no lock.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(fd)
+
+
+def boot_id() -> bytes:
+    """16 bytes that change with every boot of this host."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return bytes.fromhex(file.read().strip().replace("-", ""))
+
+
+class Clock(Protocol):
+    """Time as the program sees it."""
+
+    def now_ns(self) -> int:
+        """Wall clock: nanoseconds since 1970-01-01 UTC. May jump; never used to order things."""
+
+    def monotonic(self) -> float:
+        """Seconds that only ever grow; for intervals."""
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+
+
+class SystemClock:
+    """The machine's own clocks."""
+
+    def now_ns(self) -> int:
+        return time.time_ns()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
