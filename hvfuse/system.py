@@ -10,8 +10,10 @@ Clocks live here too, for the same reason.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -128,24 +130,14 @@ def fallocate(label: str, fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2) with any mode (`os` offers none of them). Raises OSError (EOPNOTSUPP and so on)."""
     if _injector is not None:
         _before(label, "fallocate", length)
-    import ctypes
-
-    libc = _libc()
-    if libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
+    if _libc().fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
 
 
-_libc_handle: object | None = None
-
-
-def _libc():  # type: ignore[no-untyped-def]  # ctypes handles have no useful type
-    global _libc_handle  # noqa: PLW0603
-    if _libc_handle is None:
-        import ctypes
-
-        _libc_handle = ctypes.CDLL(None, use_errno=True)
-    return _libc_handle
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def punch_hole(label: str, fd: int, offset: int, length: int) -> None:

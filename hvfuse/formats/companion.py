@@ -170,7 +170,8 @@ def unpack_header(data: Buffer) -> CompanionHeader:
         raise CorruptError("companion header does not match its checksum")
     (_, version, entry_size, entry_count, unique_id, previous_unique_id, generation, cycle, serial,
      first_seq, disk_id, previous_digest, previous_size, start_size, end_size, eol, opened_ns,
-     sealed_ns, disk_count, address_space, flags, entries_digest) = _HEADER.unpack(head[: _HEADER.size])  # fmt: skip
+     sealed_ns, disk_count, address_space, flags, entries_digest) = _HEADER.unpack(
+        head[: _HEADER.size])  # fmt: skip
     if version != VERSION or entry_size != ENTRY_SIZE:
         raise UnsupportedError(f"companion of version {version}; this hvfuse reads version {VERSION}")
     try:
@@ -198,7 +199,7 @@ def unpack(data: Buffer) -> tuple[CompanionHeader, Entries]:
     return header, np.frombuffer(body, ENTRY_DTYPE)
 
 
-def pack_entry(
+def pack_entry(  # noqa: PLR0917 - the fields in their order on disk
     seed: int,
     seq: int,
     offset: int,
