@@ -230,6 +230,19 @@ def pack_metadata_block(entries: companion.Entries, previous_distance: int) -> b
     return (head + packed.tobytes()).ljust(METADATA_SIZE, b"\0")
 
 
+def unpack_block_header(data: Buffer) -> tuple[int, int]:
+    """`previous_distance` and `entry_count` of the block that begins with `data`. Raises CorruptError."""
+    head = memoryview(data)[:BLOCK_HEADER_SIZE]
+    if len(head) < BLOCK_HEADER_SIZE:
+        raise CorruptError(
+            f"truncated: {len(head)} of {BLOCK_HEADER_SIZE} bytes of a metadata block's header"
+        )
+    previous_distance, count, check = _BLOCK_HEADER.unpack(head)
+    if check != checksum(head[:12], head[16:]):
+        raise CorruptError("the metadata block does not match its checksum")
+    return previous_distance, count
+
+
 def unpack_metadata_block(data: Buffer, metadata_size: int) -> tuple[int, LogEntries]:
     """`previous_distance` and the entries of a block. Raises CorruptError or UnsupportedError.
 
@@ -238,9 +251,7 @@ def unpack_metadata_block(data: Buffer, metadata_size: int) -> tuple[int, LogEnt
     view = memoryview(data)
     if len(view) != metadata_size:
         raise CorruptError(f"truncated: {len(view)} of {metadata_size} bytes of a metadata block")
-    previous_distance, count, check = _BLOCK_HEADER.unpack(view[:BLOCK_HEADER_SIZE])
-    if check != checksum(view[:12], view[16:BLOCK_HEADER_SIZE]):
-        raise CorruptError("the metadata block does not match its checksum")
+    previous_distance, count = unpack_block_header(view)
     if count > (metadata_size - BLOCK_HEADER_SIZE) // ENTRY_SIZE:
         raise CorruptError(f"the metadata block claims {count} entries")
     entries = np.frombuffer(view, ENTRY_DTYPE, count, BLOCK_HEADER_SIZE)
