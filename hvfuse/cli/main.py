@@ -1,0 +1,194 @@
+"""The `hvfuse` command: a group that imports a subcommand only when it is used, and the one place
+where exceptions become messages and exit codes.
+
+An error is one line on stderr, `hvfuse: CAUSE`, and maybe a second, `  hint: NEXT COMMAND`. With
+`--json` stdout gets `{"output_version":1,"error":{"type","message","hint","exit_code"}}` as well, so
+that a program that reads stdout always finds one JSON object.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import NoReturn, cast
+
+import click
+
+from hvfuse import __version__
+from hvfuse.cli.output import emit_json, note
+from hvfuse.control import config
+from hvfuse.control.config import Config
+from hvfuse.control.home import HOME_VARIABLE, Home, home_root
+from hvfuse.errors import BusyError, HvfuseError, NoSpaceError, NotFoundError, UnreachableError, UsageError
+
+_SECTIONS: Mapping[str, Mapping[str, str]] = {
+    "Protect": {
+        "run": "Mount, track and replicate every VM under disks/, until Ctrl-C.",
+        "status": "Show how each VM's replication is doing.",
+        "replicate": "Make a recovery point of a VM now.",
+        "mount": "Mount and track one VM without `run`.",
+        "umount": "End the mount of one VM.",
+    },
+    "Recover": {
+        "point": "List recovery points.",
+        "failover": "Try out a recovery point on writable disks.",
+        "store": "Examine the target store.",
+    },
+    "Files": {
+        "disk": "Create, examine, convert and compare disk images.",
+        "log": "Examine replication logs (.hrl) and apply them to images.",
+    },
+}
+_HIDDEN = {"_tracker": "daemons", "_shipper": "daemons", "_view": "daemons"}
+"""The entry points of the processes that hvfuse starts, and the modules that hold them."""
+_ATTRIBUTES = {"_tracker": "tracker", "_shipper": "shipper", "_view": "view"}
+
+
+class LazyGroup(click.Group):
+    """Looks a subcommand up in the tables above and imports its module when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for section in _SECTIONS.values() for name in section]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        module = _HIDDEN.get(name, name if name in self.list_commands(ctx) else None)
+        if module is None:
+            return None
+        loaded = importlib.import_module(f"hvfuse.cli.{module}")
+        return cast(click.Command, getattr(loaded, _ATTRIBUTES.get(name, name)))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for section, commands in _SECTIONS.items():
+            with formatter.section(section):
+                formatter.write_dl(list(commands.items()))
+
+
+class Session:
+    """What every command gets as `ctx.obj`: the installation, read when first asked for."""
+
+    def __init__(self, root: str, *, debug: bool = False) -> None:
+        self.root = root
+        self.debug = debug
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration. Raises UsageError naming a faulty line."""
+        return config.load(self.root)
+
+    @cached_property
+    def home(self) -> Home:
+        """The paths. Raises NotFoundError when there is no such home."""
+        if not os.path.isdir(self.root):
+            raise NotFoundError(
+                f"there is no hvfuse home at {self.root}",
+                hint="begin one with: hvfuse run; or name another with --home DIR",
+            )
+        return self.config.home(self.root)
+
+    def prepare(self) -> Home:
+        """The paths, after making the home's directories and its commented configuration."""
+        os.makedirs(self.root, exist_ok=True)
+        config.write_template(self.root)
+        self.home.make()
+        return self.home
+
+
+@click.group(
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.option(
+    "--home",
+    metavar="DIR",
+    help=f"The installation's directory.  [default: ${HOME_VARIABLE}, else ./hvfuse-home]",
+)
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+@click.version_option(__version__, prog_name="hvfuse", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(ctx: click.Context, home: str | None, debug: bool) -> None:
+    """Replicate virtual disks and fail over to any of their recovery points.
+
+    Put a VM's disks (.vhd, .raw, .img) into a folder of their own under disks/, start `hvfuse run`,
+    and let the guest use them through mnt/. Every write is logged, shipped to the store, and kept as
+    recovery points that `hvfuse failover test` shows as disks.
+    """
+    ctx.obj = Session(home_root(home), debug=debug)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and end the process with the documented exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = cli.main(arguments, prog_name="hvfuse", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone (`hvfuse status | head`); nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except click.exceptions.NoArgsIsHelpError as error:
+        note(error.format_message())
+        code = UsageError.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    except Exception as error:
+        code = _report(error, arguments)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception, arguments: Sequence[str]) -> int:
+    """Say what went wrong. Returns the exit code."""
+    debug = "--debug" in arguments
+    known = _as_hvfuse_error(error)
+    if debug:
+        traceback.print_exception(error)
+    if known is None:
+        known = HvfuseError(
+            f"internal error: {type(error).__name__}: {error}",
+            hint=None if debug else f"the traceback is in {_keep_traceback(error)}; please report it",
+        )
+    note(f"hvfuse: {known}")
+    if known.hint:
+        note(f"  hint: {known.hint}")
+    if "--json" in arguments:
+        kind = type(known).__name__
+        emit_json(
+            {"error": {"type": kind, "message": str(known), "hint": known.hint, "exit_code": known.exit_code}}
+        )
+    return known.exit_code
+
+
+def _as_hvfuse_error(error: Exception) -> HvfuseError | None:
+    """The error as one of ours; None for what nobody foresaw."""
+    if isinstance(error, HvfuseError):
+        return error
+    if isinstance(error, click.ClickException):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "hvfuse"
+        return UsageError(error.format_message(), hint=f"{command} --help")
+    if isinstance(error, OSError) and error.strerror:
+        named = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        message = f"{named}: {error.strerror}" if named else error.strerror
+        hint = "run it as root" if error.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0 else None
+        return _ERRNO_KINDS.get(error.errno or 0, HvfuseError)(message, hint=hint)
+    return None
+
+
+_ERRNO_KINDS: Mapping[int, type[HvfuseError]] = {
+    errno.ENOENT: NotFoundError,
+    errno.ENOSPC: NoSpaceError,
+    errno.EDQUOT: NoSpaceError,
+    errno.EBUSY: BusyError,
+    errno.ETXTBSY: BusyError,
+    errno.ENOTCONN: UnreachableError,
+    errno.ETIMEDOUT: UnreachableError,
+}
+
+
+def _keep_traceback(error: Exception) -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="hvfuse-traceback-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(error, file=file)
+    return file.name

@@ -1,0 +1,72 @@
+"""What commands have in common towards the user: `--json`, numbers in words, plain progress.
+
+With `--json` a command prints exactly one JSON object on stdout, with an `output_version` that grows
+when a field changes its meaning or goes; new fields may come at any time. Everything else (progress,
+notes) goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import click
+
+OUTPUT_VERSION = 1
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def json_option(command: _Command) -> _Command:
+    """Add `--json`; the command receives it as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(
+        command
+    )
+
+
+def emit_json(fields: Mapping[str, Any]) -> None:
+    """Print the command's one JSON object."""
+    click.echo(json.dumps({"output_version": OUTPUT_VERSION, **fields}, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """Tell the user something on the way, without touching stdout."""
+    click.echo(text, err=True)
+
+
+def is_terminal() -> bool:
+    """Whether a person looks at stdout."""
+    return sys.stdout.isatty()
+
+
+def bytes_text(count: int) -> str:
+    """A size in words: "0 B", "512 B", "1.5 KiB", "20 GiB"."""
+    if count < 1024:
+        return f"{count} B"
+    size = float(count)
+    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
+        size /= 1024
+        if size < 1023.95 or unit == "PiB":
+            break
+    return f"{size:.1f} {unit}".replace(".0 ", " ")
+
+
+def duration_text(seconds: float) -> str:
+    """A span of time in words: "0.4 s", "12 s", "3 min 5 s", "2 h 10 min", "3 d 4 h"."""
+    if seconds < 9.95:
+        return f"{max(seconds, 0):.1f} s"
+    whole = round(seconds)
+    for unit, name, part, part_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= unit:
+            rest = whole % unit // part
+            return f"{whole // unit} {name}" + (f" {rest} {part_name}" if rest else "")
+    return f"{whole} s"
+
+
+def time_text(time_ns: int) -> str:
+    """An instant (ns since 1970) as ISO 8601 in UTC, to the millisecond: what JSON and text show."""
+    instant = datetime.fromtimestamp(time_ns // 10**9, UTC).replace(microsecond=time_ns % 10**9 // 1000)
+    return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")
