@@ -208,9 +208,7 @@ def _decompress(body: memoryview, plain_length: int) -> memoryview:
         declared = zstandard.get_frame_parameters(body).content_size
         if declared != plain_length:
             raise CorruptError(f"frame body declares {declared} bytes, its header {plain_length}")
-        unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_PLAIN).decompressobj(
-            read_across_frames=False
-        )
+        unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_PLAIN).decompressobj(read_across_frames=False)
         plain = unpacker.decompress(body)
         if not unpacker.eof or unpacker.unused_data:
             raise CorruptError("frame body is not exactly one zstd frame")

@@ -30,9 +30,7 @@ SPARES_KEPT = 2
 SPARE_SIZE = 1 << 30
 """Bytes; what a longer spare is cut to."""
 
-_RESERVED = re.compile(
-    rb"^.+\.(?:\d{10}\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)$", re.DOTALL
-)
+_RESERVED = re.compile(rb"^.+\.(?:\d{10}\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)$", re.DOTALL)
 _COMPANION = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrc$", re.DOTALL)
 _LOG = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrl$", re.DOTALL)
 
@@ -150,12 +148,9 @@ def list_logs(folder: str) -> list[SealedLog]:
 def list_cycles(folder: str) -> list[SealedCycle]:
     """The sealed cycles in a VM's folder, oldest first; possibly of several generations."""
     cycles: dict[tuple[bytes, int], list[SealedLog]] = {}
-    for log in sorted(list_logs(folder), key=lambda log: (log.header.sealed_ns, log.serial)):
+    for log in list_logs(folder):
         cycles.setdefault((log.header.generation, log.header.cycle), []).append(log)
-    grouped = [
-        SealedCycle(generation, cycle, tuple(sorted(logs, key=lambda log: log.disk)))
-        for (generation, cycle), logs in cycles.items()
-    ]
+    grouped = [SealedCycle(generation, cycle, tuple(logs)) for (generation, cycle), logs in cycles.items()]
     return sorted(grouped, key=lambda cycle: max(log.serial for log in cycle.logs))
 
 
@@ -168,6 +163,15 @@ def release(cycles: Sequence[SealedCycle]) -> None:
         for log in cycle.logs:
             system.unlink("spool:release", log.companion_path, missing_ok=True)
             discard_log(log.folder, log.disk, log.log_path)
+
+
+def clear(folder: str) -> None:
+    """Let all sealed logs go, whatever they hold, damaged ones too: a whole copy is to follow."""
+    for name in sorted(os.listdir(folder)):
+        match = _COMPANION.match(name)
+        if match is not None:
+            system.unlink("spool:clear", os.path.join(folder, name), missing_ok=True)
+            discard_log(folder, match["disk"], os.path.join(folder, log_name(match["disk"], int(match["serial"]))))
 
 
 def discard_log(folder: str, disk: str, path: str) -> None:

@@ -14,6 +14,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -83,6 +84,14 @@ def fdatasync(label: str, fd: int) -> None:
     if _injector is not None:
         _before(label, "fdatasync", 0)
     os.fdatasync(fd)
+
+
+def sync_map(label: str, shared: mmap.mmap, start: int, end: int) -> None:
+    """Make the bytes [start, end) of a shared map durable; `start` on a page. A failure is final."""
+    if _injector is not None:
+        _before(label, "msync", end - start)
+    if end > start:
+        shared.flush(start, end - start)
 
 
 def fsync_directory(label: str, path: str) -> None:

@@ -1,0 +1,78 @@
+"""The tracking state of one disk on disk: what must be known before anything else is believed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import uuid
+from dataclasses import replace
+from typing import Any
+
+from hvfuse import spool, system
+from hvfuse.errors import BusyError, HvfuseError
+from hvfuse.formats import tracking
+from hvfuse.formats.companion import AddressSpace
+from hvfuse.formats.tracking import RECORD_SIZE, STATE_SIZE, TrackingRecord
+
+
+class TrackingState:
+    """The `.hvt` file of a disk, locked against every other tracker while it is open.
+
+    Every change is durable when `update` returns. Raises BusyError when another process holds the
+    disk, CorruptError or UnsupportedError for a file that cannot be read.
+    """
+
+    def __init__(self, folder: str, disk: str, *, address_space: AddressSpace) -> None:
+        self.path = os.path.join(folder, spool.state_name(disk))
+        self._changing = threading.Lock()
+        is_new = not os.path.exists(self.path)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            self._lock()
+            if is_new or os.fstat(self._fd).st_size < STATE_SIZE:
+                self._create(folder, address_space)
+            else:
+                self.record = self._read()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"{self.path}: the disk is attached by another process",
+                hint="hvfuse status shows which VMs are mounted",
+            ) from None
+
+    def _create(self, folder: str, address_space: AddressSpace) -> None:
+        """A file shorter than a state is one whose creation was cut off: nothing was tracked yet."""
+        system.allocate("state:allocate", self._fd, 0, STATE_SIZE)
+        self.record = TrackingRecord(disk_id=uuid.uuid4().bytes, address_space=address_space)
+        self.update()
+        system.fsync_directory("state:directory", folder)
+
+    def _read(self) -> TrackingRecord:
+        try:
+            return tracking.unpack_state(system.pread(self._fd, STATE_SIZE, 0))
+        except HvfuseError as error:
+            raise type(error)(
+                f"{self.path}: {error}",
+                hint="remove the file to track the disk anew; that begins with a full copy",
+            ) from None
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the record, durably. Raises OSError."""
+        # The guest's thread may degrade the disk while the control thread notes a sealed log: neither
+        # change may be lost to the other.
+        with self._changing:
+            record = replace(self.record, **changes, write_number=self.record.write_number + 1)
+            system.pwrite("state:write", self._fd, record.pack(), record.write_number % 2 * RECORD_SIZE)
+            system.fdatasync("state:sync", self._fd)
+            self.record = record
+
+    def close(self) -> None:
+        """Let go of the disk."""
+        os.close(self._fd)

@@ -1,0 +1,422 @@
+"""The tracker's core without a mount: what a write leaves behind, rotations, attach and detach."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvfuse import spool, system
+from hvfuse.errors import BusyError, ResyncRequiredError
+from hvfuse.formats.companion import Kind
+from hvfuse.tracker.vm import TrackedVm
+from tests import independent_hrl
+
+MIB = 1 << 20
+GENERATION = uuid.UUID(int=7).bytes
+
+
+def make_folder(tmp_path: Path, **sizes: int) -> str:
+    folder = tmp_path / "vm"
+    folder.mkdir()
+    for name, size in sizes.items():
+        with open(folder / f"{name}.raw", "wb") as file:
+            file.truncate(size)
+    return str(folder)
+
+
+def attached(folder: str, *, begin: bool = True, **options: object) -> TrackedVm:
+    vm = TrackedVm("vm", folder, **options)  # type: ignore[arg-type]
+    vm.attach()
+    if begin:
+        vm.begin(GENERATION)
+    return vm
+
+
+def kill(vm: TrackedVm) -> None:
+    """What a SIGKILL leaves: descriptors closed, nothing sealed, nothing recorded."""
+    vm.close()
+
+
+@pytest.fixture
+def injector() -> Iterator[None]:
+    yield
+    system.install(None)
+
+
+def replayed(folder: str, disk: str, base: bytes, *, after: int = 0) -> bytes:
+    """`base` with the sealed logs of the cycles later than `after` replayed over it."""
+    image = os.path.join(folder, "copy")
+    with open(image, "wb") as file:
+        file.write(base)
+    for log in spool.list_logs(folder):
+        if log.disk == disk and log.header.cycle > after:
+            independent_hrl.replay(log.log_path, image)
+    with open(image, "rb") as file:
+        return file.read()
+
+
+def contents(folder: str, disk: str) -> bytes:
+    with open(os.path.join(folder, disk), "rb") as file:
+        return file.read()
+
+
+def test_writes_zeroes_and_trims_replayed_from_sealed_logs_give_the_disk(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=4 * MIB)
+    vm = attached(folder)
+    disk = vm.disks["a.raw"]
+    for number in range(300):
+        disk.write(os.urandom(512 + number), 7 * number * 512)
+    disk.trim(4096, 100_000)
+    disk.write(b"x" * 4096, 8192)
+    disk.zero(9000, 5)
+    vm.rotate()
+    disk.write(b"second cycle", MIB + 3)
+    vm.rotate()
+    assert replayed(folder, "a.raw", bytes(4 * MIB)) == contents(folder, "a.raw")
+    vm.detach()
+
+
+def test_a_recycled_log_shows_none_of_its_stale_bytes(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    disk = vm.disks["a.raw"]
+    for round_ in range(6):
+        disk.write(bytes([round_ + 1]) * (300_000 - 40_000 * round_), 0)
+        disk.trim(10_000, 200_000)
+        rotation = vm.rotate()
+        if round_ < 5:
+            with open(os.path.join(folder, "a.raw"), "rb") as file:
+                before = file.read()
+            vm.release(GENERATION, rotation.cycle)
+            assert contents(folder, "a.raw") == before
+    (log,) = spool.list_logs(folder)
+    assert os.stat(log.log_path).st_size > log.header.eol
+    image = os.path.join(folder, "copy")
+    with open(image, "wb") as file:
+        file.truncate(MIB)
+    independent_hrl.replay(log.log_path, image)
+    assert contents(folder, "copy")[:100_000] == contents(folder, "a.raw")[:100_000]
+    vm.detach()
+
+
+def test_the_companion_tells_kinds_sizes_and_the_chain(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB, b=MIB)
+    vm = attached(folder)
+    vm.disks["a.raw"].write(b"1" * 512, 0)
+    vm.disks["a.raw"].sync(datasync=True)
+    vm.disks["a.raw"].trim(0, 4096)
+    vm.rotate()
+    vm.disks["a.raw"].zero(0, 512)
+    vm.rotate()
+    first, second = (log for log in spool.list_logs(folder) if log.disk == "a.raw")
+    kinds = [Kind(int(kind)) for kind in first.entries()["kind"]]
+    assert kinds == [Kind.WRITE, Kind.FLUSH, Kind.TRIM]
+    assert second.header.previous_digest == first.header.digest()
+    assert second.header.previous_unique_id == first.header.unique_id
+    assert second.header.first_seq == first.header.first_seq + 3
+    assert first.header.disk_count == 2
+    cycles = spool.list_cycles(folder)
+    assert [cycle.cycle for cycle in cycles] == [1, 2]
+    assert all(cycle.is_whole for cycle in cycles)
+    assert len({log.header.sealed_ns for log in cycles[0].logs}) == 1
+    vm.detach()
+
+
+def test_a_resize_begins_a_cycle_and_its_companion_says_so(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    disk = vm.disks["a.raw"]
+    disk.write(b"1" * 4096, MIB - 4096)
+    disk.truncate(MIB // 2)
+    disk.truncate(2 * MIB)
+    vm.rotate()
+    headers = [log.header for log in spool.list_logs(folder)]
+    assert [(h.previous_size, h.start_size, h.end_size) for h in headers] == [
+        (MIB, MIB, MIB),
+        (MIB, MIB // 2, MIB // 2),
+        (MIB // 2, 2 * MIB, 2 * MIB),
+    ]
+    vm.detach()
+
+
+def test_a_write_past_the_end_extends_the_image_within_its_cycle(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    vm.disks["a.raw"].write(b"tail" * 128, MIB)
+    vm.rotate()
+    (log,) = spool.list_logs(folder)
+    assert (log.header.start_size, log.header.end_size) == (MIB, MIB + 512)
+    vm.detach()
+
+
+def test_a_clean_detach_is_continued_without_a_copy(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    vm.disks["a.raw"].write(b"1" * 512, 0)
+    vm.detach()
+    again = attached(folder, begin=False)
+    assert again.is_logging
+    assert again.resync_reason is None
+    again.disks["a.raw"].write(b"2" * 512, 512)
+    again.rotate()
+    assert [c.cycle for c in spool.list_cycles(folder)] == [1, 2]
+    assert replayed(folder, "a.raw", bytes(MIB)) == contents(folder, "a.raw")
+    again.detach()
+
+
+@pytest.mark.parametrize("change", ["content", "size", "replaced"])
+def test_a_disk_changed_behind_the_mount_asks_for_a_resynchronisation(tmp_path: Path, change: str) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    attached(folder).detach()
+    path = os.path.join(folder, "a.raw")
+    if change == "content":
+        with open(path, "r+b") as file:
+            file.write(b"x")
+    elif change == "size":
+        os.truncate(path, 2 * MIB)
+    else:
+        stat = os.stat(path)
+        os.rename(path, path + ".old")
+        with open(path, "wb") as file:
+            file.truncate(MIB)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    vm = attached(folder, begin=False)
+    assert vm.resync_reason is not None
+    assert not vm.is_logging
+    vm.detach()
+
+
+def test_a_disk_that_came_or_went_asks_for_a_resynchronisation(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB, b=MIB)
+    attached(folder).detach()
+    with open(os.path.join(folder, "c.raw"), "wb") as file:
+        file.truncate(MIB)
+    vm = attached(folder, begin=False)
+    assert "added" in str(vm.resync_reason)
+    vm.begin(uuid.uuid4().bytes)
+    assert vm.resync_reason is None
+    vm.detach()
+    os.unlink(os.path.join(folder, "b.raw"))
+    vm = attached(folder, begin=False)
+    assert "it had 3" in str(vm.resync_reason)
+    vm.detach()
+
+
+def test_after_the_death_of_the_process_every_logged_write_is_taken_up(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=2 * MIB, b=MIB)
+    vm = attached(folder)
+    for number in range(200):
+        vm.disks["a.raw"].write(os.urandom(4096), number * 4096)
+        if number == 150:
+            vm.disks["a.raw"].sync(datasync=True)
+    vm.rotate()
+    vm.disks["b.raw"].write(b"last words", 100)
+    kill(vm)
+    again = attached(folder, begin=False)
+    assert again.resync_reason is None
+    assert again.recovered is not None
+    again.disks["b.raw"].write(b"new words", 4000)
+    again.rotate()
+    assert [c.cycle for c in spool.list_cycles(folder)] == [1, 2, 3]
+    assert all(c.is_whole for c in spool.list_cycles(folder))
+    for disk, size in (("a.raw", 2 * MIB), ("b.raw", MIB)):
+        assert replayed(folder, disk, bytes(size)) == contents(folder, disk)
+    again.detach()
+
+
+class Death(BaseException):
+    """Stands for SIGKILL: not an Exception, so nothing in the code under test handles it."""
+
+
+LABELS = (
+    "log:append log:describe disk:write disk:trim disk:zero disk:truncate log:hole state:write state:sync seal:image "
+    "seal:header seal:log seal:companion:write seal:companion:sync seal:companion:rename seal:companion:directory "
+    "spool:reuse spool:recycle log:prepare index:sync log:sync disk:sync"
+).split()
+
+
+def scenario(vm: TrackedVm, done: int) -> None:
+    a, b = vm.disks["a.raw"], vm.disks["b.raw"]
+    for number in range(130):
+        a.write(bytes([number + 1]) * 700, number * 1000)
+    vm.release(GENERATION, done)
+    vm.rotate()
+    b.trim(0, 5000)
+    b.zero(6000, 5000)
+    a.sync(datasync=True)
+    b.write(b"b" * 3000, 500)
+    a.truncate(MIB // 4)
+    a.write(b"after" * 100, 77)
+    b.sync(datasync=False)
+    vm.rotate()
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_killed_at_every_labelled_call_the_logs_still_give_the_disk(tmp_path: Path, label: str, injector: None) -> None:
+    """For each call with the label: die there, attach again, and replay all logs over the first state."""
+    for nth in range(1, 8 if label in ("log:append", "disk:write") else 40):
+        base = tmp_path / str(nth)
+        base.mkdir()
+        folder = make_folder(base, a=MIB, b=MIB)
+        vm = attached(folder)
+        for _ in range(2):  # so that the scenario's logs overwrite earlier ones
+            vm.disks["b.raw"].write(b"stale" * 10_000, MIB // 2)
+            vm.release(GENERATION, vm.rotate().cycle)
+        done = vm.rotate().cycle
+        before = {disk: contents(folder, disk) for disk in vm.disks}
+        calls = 0
+
+        def die(seen: str, _call: str, _size: int, nth: int = nth) -> None:
+            nonlocal calls
+            calls += seen == label
+            if seen == label and calls == (nth if label not in ("log:append", "disk:write") else nth * 19):
+                raise Death
+
+        system.install(die)
+        try:
+            scenario(vm, done)
+            died = False
+        except Death:
+            died = True
+        system.install(None)
+        if not died:
+            vm.detach()
+            break
+        kill(vm)
+        again = attached(folder, begin=False)
+        assert again.resync_reason is None, (label, nth, again.resync_reason)
+        again.rotate()
+        for disk in ("a.raw", "b.raw"):
+            size = os.stat(os.path.join(folder, disk)).st_size
+            copy = replayed(folder, disk, before[disk], after=done)[:size]
+            assert copy == contents(folder, disk), (label, nth, disk)
+        cycles = spool.list_cycles(folder)
+        numbers = [c.cycle for c in cycles if c.cycle > done]
+        assert numbers == list(range(done + 1, done + 1 + len(numbers)))
+        assert all(c.is_whole for c in cycles if c.cycle > done)
+        again.detach()
+    assert nth > 1 or label in ("log:append", "disk:write"), f"{label} was never reached"
+
+
+@pytest.mark.parametrize("label", ["log:append", "log:describe", "log:hole", "log:sync", "index:sync"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_log_that_cannot_be_written_never_fails_the_guest(
+    tmp_path: Path, label: str, code: int, injector: None
+) -> None:
+    folder = make_folder(tmp_path, a=2 * MIB)
+    vm = attached(folder)
+    disk = vm.disks["a.raw"]
+    for _ in range(4):  # so that the log in use overwrites a longer one
+        disk.write(b"0" * 300_000, 0)
+        vm.release(GENERATION, vm.rotate().cycle)
+
+    def fail(seen: str, _call: str, _size: int) -> None:
+        if seen == label:
+            raise OSError(code, os.strerror(code))
+
+    system.install(fail)
+    expected = bytearray(2 * MIB)
+    expected[:300_000] = b"0" * 300_000
+    for number in range(140):
+        disk.write(b"%04d" % number * 128, 512 * number)
+        expected[512 * number : 512 * number + 512] = b"%04d" % number * 128
+    disk.trim(0, 1000)
+    expected[:1000] = bytes(1000)
+    disk.sync(datasync=True)
+    system.install(None)
+    assert contents(folder, "a.raw") == expected
+    assert vm.resync_reason is not None
+    with pytest.raises(ResyncRequiredError):
+        vm.rotate()
+    kill(vm)
+    again = attached(folder, begin=False)
+    assert again.resync_reason is not None, "the state must say so durably"
+    again.begin(uuid.uuid4().bytes)
+    assert again.is_logging
+    again.detach()
+
+
+def test_an_image_that_cannot_be_written_fails_the_guest_and_the_log_holds_what_stands(
+    tmp_path: Path, injector: None
+) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    disk = vm.disks["a.raw"]
+    disk.write(b"old" * 1000, 0)
+
+    def fail(seen: str, _call: str, _size: int) -> int | None:
+        return 700 if seen == "disk:write" else None
+
+    system.install(fail)
+    with pytest.raises(OSError):
+        disk.write(b"new" * 1000, 0)
+    system.install(None)
+    vm.rotate()
+    assert contents(folder, "a.raw")[:700] == (b"new" * 1000)[:700]
+    assert replayed(folder, "a.raw", bytes(MIB)) == contents(folder, "a.raw")
+    vm.detach()
+
+
+def test_a_second_tracker_on_the_same_disks_is_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    with pytest.raises(BusyError):
+        attached(folder)
+    vm.detach()
+
+
+def test_rotations_race_with_writers_and_no_write_is_torn_between_cycles(tmp_path: Path) -> None:
+    """A writer stamps a counter to the disks in turn; at every barrier the counters differ by one at most."""
+    folder = make_folder(tmp_path, **{f"d{n}": MIB for n in range(4)})
+    vm = attached(folder)
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            for disk in vm.disks.values():
+                disk.write(number.to_bytes(8, "little") * 64, 0)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(60):
+            vm.rotate()
+    finally:
+        stop.set()
+        writer.join()
+    vm.detach()
+    state = dict.fromkeys(vm.disks, 0)
+    for cycle in spool.list_cycles(folder):
+        for log in cycle.logs:
+            entries = log.entries()
+            if len(entries):
+                with open(log.log_path, "rb") as file:
+                    file.seek(int(entries[-1]["location"]))
+                    state[log.disk] = int.from_bytes(file.read(8), "little")
+        if len(state) == 4:
+            stamps = [state[f"d{n}.raw"] for n in range(4)]
+            assert stamps == sorted(stamps, reverse=True), stamps
+            assert stamps[0] - stamps[-1] <= 1, stamps
+
+
+def test_begin_is_idempotent_and_forgets_earlier_generations(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    vm.disks["a.raw"].write(b"x" * 512, 0)
+    vm.rotate()
+    vm.begin(GENERATION)
+    assert len(spool.list_cycles(folder)) == 1
+    other = uuid.uuid4().bytes
+    vm.begin(other)
+    assert spool.list_cycles(folder) == []
+    assert vm.rotate().cycle == 1
+    assert spool.list_cycles(folder)[0].generation == other
+    vm.detach()
