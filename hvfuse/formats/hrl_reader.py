@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,6 +32,10 @@ PIECE = 1 << 20
 
 _HOLE_XXH3 = xxhash.xxh3_64_intdigest(b"")
 _NOT_CLOSED = "a log in use is closed by the next cycle; one that a crash left open is not complete"
+
+
+def _ignore(_: int) -> None:
+    """Nobody wants to know of the progress."""
 
 
 class Source(Protocol):
@@ -227,11 +231,15 @@ class LogReader:
         if at < payload_end:
             yield at + shift, payload_end - at
 
-    def verify(self) -> Verified:
-        """Go through the whole log, payloads included. Raises CorruptError naming the first fault."""
+    def verify(self, advance: Callable[[int], object] = _ignore) -> Verified:
+        """Go through the whole log, payloads included. Raises CorruptError naming the first fault.
+
+        `advance` is told of every payload's bytes once they are verified.
+        """
         entries = payload_bytes = unverified = 0
         for entry in self:
             self._verify_payload(entry)
+            advance(entry.length)
             entries += 1
             payload_bytes += entry.length
             unverified += entry.checksum == 0
@@ -305,6 +313,22 @@ class LogReader:
                     f"{self.name}: at {entry.location}: an entry writes bytes {entry.byte_offset} to "
                     f"{entry.end}, but the disk ends at {disk_size}: the log is corrupt or another disk's"
                 )
+
+
+def replay(log: LogReader, fd: int, advance: Callable[[int], object] = _ignore) -> None:
+    """Write a log's entries in their order onto a raw disk, then make it durable.
+
+    Whoever calls has verified the log and that it fits: nothing is checked here. Holes of the log are
+    punched into the disk. `advance` is told of every piece's bytes. Raises OSError.
+    """
+    for entry in log:
+        for offset, piece in log.pieces(entry):
+            if isinstance(piece, int):
+                system.write_zeroes("log-apply:zero", fd, offset, piece)
+            else:
+                system.pwrite("log-apply:write", fd, piece, offset)
+        advance(entry.length)
+    system.fsync("log-apply:sync", fd)
 
 
 @contextmanager
