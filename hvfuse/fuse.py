@@ -1,0 +1,339 @@
+"""The FUSE binding: the one module that knows mfusepy and libfuse 3.
+
+What is here only translates between `hvfuse.filesystem`'s interfaces and libfuse's C structures, and turns
+exceptions into errnos in one place (`_wrapper`).
+
+What must hold, and why:
+
+- libfuse 3 only. mfusepy prefers libfuse 2 where both are installed, and its structures differ.
+- One thread (`nothreads`). libfuse's thread pool fights over the interpreter's lock and is several times slower.
+- Payload is not copied: libfuse's buffer is lent to `read_into` and `write` as a memoryview, valid only
+  during that call.
+- The kernel's writeback cache stays off, and passthrough is never asked for: a write must have been seen
+  here before it is acknowledged.
+- `copy_file_range` is left out: the kernel then copies with reads and writes, which are logged as such. So
+  are `lock` and `flock` (the kernel's own locks are right for a local filesystem), `ioctl`, `access`
+  (`default_permissions`: the kernel decides), and `flush` (a close is not an fsync).
+- Attributes are not cached by the kernel. libfuse gives every name its own inode, so the link count of
+  one name would be stale after another was removed. Data in the page cache is trusted instead of
+  compared with the attributes at each read (AUTO_INVAL_DATA is off): nothing but this mount writes.
+- Files unlinked while open: libfuse first "hides" them by a rename to `.fuse_hidden…`, so that
+  `fstat`, `fchmod` and the like, which reach us by name only, still have one
+  (`hvfuse.filesystem.is_hiding_name`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import logging
+import os
+import types
+from collections.abc import Callable
+from typing import Any
+
+from hvfuse.errors import HvfuseError, NoSpaceError, PrerequisiteError
+from hvfuse.filesystem import Filesystem, Node, OpenDirectory, OpenFile
+from hvfuse.mountpoint import check_mountpoint, stopped_by_signals
+
+_HINT = "apt-get install fuse3"
+
+os.environ["FUSE_LIBRARY_NAME"] = "fuse3"
+os.environ.pop("FUSE_LIBRARY_PATH", None)
+try:
+    import mfusepy
+except OSError as error:
+    raise PrerequisiteError(f"libfuse 3 is not installed ({error})", hint=_HINT) from None
+if mfusepy.fuse_version_major != 3:
+    raise PrerequisiteError(f"libfuse {mfusepy.fuse_version_major} was loaded, 3 is needed", hint=_HINT)
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUEST = 1 << 20
+"""Bytes in one read or write request; libfuse 3.14 does not survive more."""
+
+_ENTRY_TIMEOUT = 1.0
+"""Seconds for which the kernel trusts a name."""
+
+_CAP_SPLICE_WRITE = 1 << 7
+_CAP_SPLICE_MOVE = 1 << 8
+_CAP_SPLICE_READ = 1 << 9
+_CAP_AUTO_INVAL_DATA = 1 << 12
+_CAP_WRITEBACK_CACHE = 1 << 16
+_CAP_PASSTHROUGH = 1 << 29
+_UNWANTED = (
+    _CAP_SPLICE_WRITE
+    | _CAP_SPLICE_MOVE
+    | _CAP_SPLICE_READ
+    | _CAP_AUTO_INVAL_DATA
+    | _CAP_WRITEBACK_CACHE
+    | _CAP_PASSTHROUGH
+)
+
+_SERVED = (
+    "getattr readlink mknod mkdir unlink rmdir symlink rename link chmod chown truncate open read write statfs "
+    "release fsync setxattr getxattr listxattr removexattr opendir readdir releasedir fsyncdir init create "
+    "utimens fallocate lseek"
+).split()
+
+
+@functools.cache
+def _bytes_type(size: int) -> Any:
+    return ctypes.c_ubyte * size
+
+
+def _lend(buffer: Any, size: int) -> memoryview:
+    """libfuse's own memory at the pointer `buffer`, as `size` writable bytes."""
+    return memoryview(_bytes_type(size).from_address(ctypes.addressof(buffer.contents))).cast("B")
+
+
+def _hand_out(value: bytes, buffer: Any, size: int) -> int:
+    """The protocol of getxattr and listxattr: size 0 asks how long the value is."""
+    if size:
+        if len(value) > size:
+            return -errno.ERANGE
+        ctypes.memmove(buffer, value, len(value))
+    return len(value)
+
+
+def _fill_stat(buffer: Any, status: os.stat_result) -> None:
+    st = buffer.contents
+    st.st_ino = status.st_ino
+    st.st_mode = status.st_mode
+    st.st_nlink = status.st_nlink
+    st.st_uid = status.st_uid
+    st.st_gid = status.st_gid
+    st.st_rdev = status.st_rdev
+    st.st_size = status.st_size
+    st.st_blksize = status.st_blksize
+    st.st_blocks = status.st_blocks
+    for field, ns in (
+        (st.st_atimespec, status.st_atime_ns),
+        (st.st_mtimespec, status.st_mtime_ns),
+        (st.st_ctimespec, status.st_ctime_ns),
+    ):
+        field.tv_sec, field.tv_nsec = divmod(ns, 1_000_000_000)
+
+
+def _errno_of(name: str, error: Exception) -> int:
+    """The one place where exceptions become errnos."""
+    if isinstance(error, OSError) and isinstance(error.errno, int) and error.errno > 0:
+        return error.errno
+    if isinstance(error, NoSpaceError):
+        return errno.ENOSPC
+    if isinstance(error, HvfuseError):
+        logger.error("%s: %s", name, error)
+    else:
+        logger.exception("%s failed", name)
+    return errno.EIO
+
+
+class _Binding(mfusepy.FUSE):  # type: ignore[misc]
+    """One method for each operation of libfuse; those named `…_fuse_3` differ from libfuse 2 in their arguments."""
+
+    def __init__(self, filesystem: Filesystem, on_init: Callable[[], None], mountpoint: str, **options: Any) -> None:
+        self._fs = filesystem
+        self._on_init = on_init
+        self._files: dict[int, OpenFile] = {}
+        self._directories: dict[int, OpenDirectory] = {}
+        self._next_handle = 1
+        # mfusepy serves the operations that this object has; the methods below never look at it.
+        served = types.SimpleNamespace(use_ns=True, **dict.fromkeys(_SERVED, True))
+        super().__init__(served, mountpoint, foreground=True, nothreads=True, **options)
+
+    def _wrapper(self, function: Callable[..., int | None], *args: Any) -> int:
+        try:
+            return function(*args) or 0
+        except Exception as error:
+            return -_errno_of(function.__name__, error)
+        except BaseException:
+            # It must not unwind into C. Whoever wants the process to end sends it a signal.
+            logger.exception("%s was interrupted", function.__name__)
+            return -errno.EINTR
+
+    def init_fuse_3(self, connection: Any, config: Any) -> None:
+        conn, conf = connection.contents, config.contents
+        conn.max_write = MAX_REQUEST
+        conn.want &= ~_UNWANTED
+        conf.use_ino = 1
+        conf.nullpath_ok = 1
+        conf.entry_timeout = _ENTRY_TIMEOUT
+        conf.attr_timeout = 0.0
+        conf.negative_timeout = 0.0
+        self._on_init()
+
+    # Open files
+
+    def _handle(self, info: Any) -> int:
+        info.contents.fh = handle = self._next_handle
+        self._next_handle += 1
+        return handle
+
+    def _node(self, path: bytes | None, info: Any) -> Node:
+        """libfuse gives no path when it gives an open file (`nullpath_ok`)."""
+        return self._files[info.contents.fh] if info else os.fsdecode(path or b"")
+
+    def open(self, path: bytes, info: Any) -> None:
+        file = self._fs.open(os.fsdecode(path), info.contents.flags)
+        self._files[self._handle(info)] = file
+
+    def create(self, path: bytes, mode: int, info: Any) -> None:
+        uid, gid, _pid = mfusepy.fuse_get_context()
+        file = self._fs.create(os.fsdecode(path), info.contents.flags, mode, uid=uid, gid=gid)
+        self._files[self._handle(info)] = file
+
+    def read(self, _path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
+        return self._files[info.contents.fh].read_into(_lend(buffer, size), offset) if size else 0
+
+    def write(self, _path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
+        return self._files[info.contents.fh].write(_lend(buffer, size), offset) if size else 0
+
+    def fsync(self, _path: bytes | None, datasync: int, info: Any) -> None:
+        self._files[info.contents.fh].fsync(bool(datasync))
+
+    def fallocate(self, _path: bytes | None, mode: int, offset: int, length: int, info: Any) -> None:
+        self._files[info.contents.fh].fallocate(mode, offset, length)
+
+    def lseek(self, _path: bytes | None, offset: int, whence: int, info: Any) -> int:
+        return self._files[info.contents.fh].lseek(offset, whence)
+
+    def release(self, _path: bytes | None, info: Any) -> None:
+        self._files.pop(info.contents.fh).release()
+
+    # Attributes
+
+    def getattr_fuse_3(self, path: bytes | None, buffer: Any, info: Any) -> None:
+        node = self._node(path, info)
+        _fill_stat(buffer, self._fs.stat(node) if isinstance(node, str) else node.stat())
+
+    def truncate_fuse_3(self, path: bytes | None, size: int, info: Any) -> None:
+        node = self._node(path, info)
+        if isinstance(node, str):
+            self._fs.truncate(node, size)
+        else:
+            node.truncate(size)
+
+    def chmod_fuse_3(self, path: bytes | None, mode: int, info: Any) -> None:
+        self._fs.chmod(self._node(path, info), mode)
+
+    def chown_fuse_3(self, path: bytes | None, uid: int, gid: int, info: Any) -> None:
+        self._fs.chown(self._node(path, info), ctypes.c_int(uid).value, ctypes.c_int(gid).value)
+
+    def utimens_fuse_3(self, path: bytes | None, times: Any, info: Any) -> None:
+        accessed, modified = times.contents.actime, times.contents.modtime
+        self._fs.utimens(
+            self._node(path, info),
+            (accessed.tv_sec, accessed.tv_nsec),
+            (modified.tv_sec, modified.tv_nsec),
+        )
+
+    def getxattr(self, path: bytes, name: bytes, buffer: Any, size: int) -> int:
+        return _hand_out(self._fs.getxattr(os.fsdecode(path), os.fsdecode(name)), buffer, size)
+
+    def setxattr(self, path: bytes, name: bytes, value: Any, size: int, flags: int) -> None:
+        self._fs.setxattr(os.fsdecode(path), os.fsdecode(name), ctypes.string_at(value, size), flags)
+
+    def listxattr(self, path: bytes, buffer: Any, size: int) -> int:
+        uid, _gid, _pid = mfusepy.fuse_get_context()
+        # As on any Linux filesystem, trusted attributes are shown to root alone.
+        names = [n for n in self._fs.listxattr(os.fsdecode(path)) if uid == 0 or not n.startswith("trusted.")]
+        return _hand_out(b"".join(os.fsencode(name) + b"\0" for name in names), buffer, size)
+
+    def removexattr(self, path: bytes, name: bytes) -> None:
+        self._fs.removexattr(os.fsdecode(path), os.fsdecode(name))
+
+    def statfs(self, _path: bytes, buffer: Any) -> None:
+        status, out = self._fs.statfs(), buffer.contents
+        for field in "bsize frsize blocks bfree bavail files ffree favail namemax".split():
+            setattr(out, f"f_{field}", getattr(status, f"f_{field}"))
+
+    # Names
+
+    def readlink(self, path: bytes, buffer: Any, size: int) -> None:
+        target = os.fsencode(self._fs.readlink(os.fsdecode(path)))[: size - 1] + b"\0"
+        ctypes.memmove(buffer, target, len(target))
+
+    def mknod(self, path: bytes, mode: int, device: int) -> None:
+        uid, gid, _pid = mfusepy.fuse_get_context()
+        self._fs.mknod(os.fsdecode(path), mode, device, uid=uid, gid=gid)
+
+    def mkdir(self, path: bytes, mode: int) -> None:
+        uid, gid, _pid = mfusepy.fuse_get_context()
+        self._fs.mkdir(os.fsdecode(path), mode, uid=uid, gid=gid)
+
+    def symlink(self, target: bytes, path: bytes) -> None:
+        uid, gid, _pid = mfusepy.fuse_get_context()
+        self._fs.symlink(os.fsdecode(target), os.fsdecode(path), uid=uid, gid=gid)
+
+    def link(self, existing: bytes, path: bytes) -> None:
+        self._fs.link(os.fsdecode(existing), os.fsdecode(path))
+
+    def unlink(self, path: bytes) -> None:
+        self._fs.unlink(os.fsdecode(path))
+
+    def rmdir(self, path: bytes) -> None:
+        self._fs.rmdir(os.fsdecode(path))
+
+    def rename_fuse_3(self, old: bytes, new: bytes, flags: int) -> None:
+        self._fs.rename(os.fsdecode(old), os.fsdecode(new), flags)
+
+    # Directories
+
+    def opendir(self, path: bytes, info: Any) -> None:
+        directory = self._fs.open_directory(os.fsdecode(path))
+        self._directories[self._handle(info)] = directory
+
+    def readdir_fuse_3(self, _path: bytes | None, buffer: Any, fill: Any, _offset: int, info: Any, _flags: int) -> int:
+        # Offset 0 for every entry: libfuse keeps the whole listing and serves it in pieces.
+        st = mfusepy.c_stat()
+        for name, inode, mode in self._directories[info.contents.fh].entries():
+            st.st_ino, st.st_mode = inode, mode
+            if fill(buffer, os.fsencode(name), st, 0, 0) != 0:
+                return -errno.ENOMEM
+        return 0
+
+    def fsyncdir(self, _path: bytes | None, datasync: int, info: Any) -> None:
+        self._directories[info.contents.fh].fsync(bool(datasync))
+
+    def releasedir(self, _path: bytes | None, info: Any) -> None:
+        self._directories.pop(info.contents.fh).release()
+
+
+def mount(
+    filesystem: Filesystem,
+    mountpoint: str,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+    read_only: bool = False,
+) -> None:
+    """Serve `filesystem` at `mountpoint` and return once it is unmounted, or a signal ended it.
+
+    To be called in the main thread: SIGTERM, SIGINT and SIGHUP then unmount first (so that what programs
+    have mapped is written back) and let the call return. `on_ready` is called when the kernel has accepted
+    the mount; it must not touch the mount itself, which is served only after it returned. The working
+    directory of the process becomes "/".
+
+    Raises PrerequisiteError, BusyError (mount point in use) or HvfuseError.
+    """
+    if not os.path.exists("/dev/fuse"):
+        raise PrerequisiteError("/dev/fuse does not exist", hint="modprobe fuse")
+    if os.geteuid() != 0:
+        raise PrerequisiteError("mounting needs root", hint="use sudo")
+    mountpoint = check_mountpoint(mountpoint)
+    options = {"fsname": "hvfuse", "subtype": "hvfuse", "allow_other": True, "default_permissions": True}
+    with stopped_by_signals(mountpoint) as arm:
+
+        def ready() -> None:
+            arm()
+            on_ready()
+
+        try:
+            _Binding(filesystem, ready, mountpoint, ro=read_only, **options)
+        except RuntimeError as error:
+            if error.args != (_LOOP_ENDED,):
+                raise HvfuseError(f"{mountpoint}: cannot be mounted (libfuse: {error})") from None
+
+
+_LOOP_ENDED = 8
+"""fuse_main's code when the loop was ended by a signal or by the device, rather than by an unmount."""

@@ -1,0 +1,233 @@
+"""Mount points: whether one is free, who holds it, how it is let go. Nothing here needs libfuse."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from hvfuse.errors import BusyError, HvfuseError, NotFoundError, PrerequisiteError, UsageError
+
+logger = logging.getLogger(__name__)
+
+_MNT_FORCE = 1
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process (or, with pid 0, a loop device) that keeps a mount busy."""
+
+    pid: int
+    command: str
+
+    def __str__(self) -> str:
+        return f"{self.command} (pid {self.pid})" if self.pid else self.command
+
+
+def _canonical(path: str) -> str:
+    """Absolute, with the symlinks of the parents resolved; the last name is not touched (it may be dead)."""
+    parent, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(parent), name)
+
+
+def _mounts() -> dict[str, str]:
+    """File system type by mount point; the topmost where several are stacked."""
+    found = {}
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            before, after = line.rstrip("\n").split(" - ", 1)
+            path = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), before.split(" ")[4])
+            found[path] = after.split(" ")[0]
+    return found
+
+
+def is_mounted(path: str) -> bool:
+    """Whether something is mounted at `path`; never touches it, so a dead mount is no trouble."""
+    return _canonical(path) in _mounts()
+
+
+def check_mountpoint(path: str) -> str:
+    """Make sure that `path` can be mounted on, creating it if need be; returns it absolute.
+
+    Raises BusyError when it is a mount point already or has contents, UsageError when it is no directory.
+    """
+    path = _canonical(path)
+    if path in _mounts():
+        raise BusyError(f"{path}: something is mounted here already", hint=f"umount {path}")
+    try:
+        os.makedirs(path, exist_ok=True)
+        if os.listdir(path):
+            raise BusyError(f"{path}: the directory to mount on is not empty")
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{path}: is not a directory") from None
+    except OSError as error:
+        raise HvfuseError(f"{path}: {error.strerror}") from None
+    return path
+
+
+def clear_dead_mount(path: str) -> bool:
+    """Detach what a killed process left mounted at `path`; returns whether there was something.
+
+    Programs that hold files in the dead mount keep them, and go on getting ENOTCONN.
+    """
+    path = _canonical(path)
+    cleared = False
+    while _mounts().get(path, "").startswith("fuse") and _is_dead(path):
+        unmount(path, lazy=True)
+        cleared = True
+    return cleared
+
+
+def _is_dead(path: str) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Unmount; `lazy` detaches at once and lets open files live on until they are closed.
+
+    Raises BusyError naming who holds it, NotFoundError when nothing is mounted there, PrerequisiteError.
+    """
+    path = _canonical(mountpoint)
+    code = _umount2(path, _MNT_DETACH if lazy else 0)
+    if code == errno.EBUSY:
+        held = ", ".join(str(holder) for holder in holders(path)) or "a process that cannot be seen from here"
+        raise BusyError(f"{path}: in use by {held}", hint="end what uses it, then unmount again")
+    if code in (errno.EINVAL, errno.ENOENT):
+        raise NotFoundError(f"{path}: nothing is mounted here")
+    if code == errno.EPERM:
+        raise PrerequisiteError("unmounting needs root", hint="use sudo")
+    if code:
+        raise HvfuseError(f"{path}: cannot be unmounted: {os.strerror(code)}")
+
+
+def _umount2(path: str, flags: int) -> int:
+    if _libc.umount2(os.fsencode(path), flags | _UMOUNT_NOFOLLOW) == 0:
+        return 0
+    return ctypes.get_errno()
+
+
+def holders(mountpoint: str) -> list[Holder]:
+    """Who keeps the mount busy, by open files, working directory, maps or loop devices on its files."""
+    path = _canonical(mountpoint)
+    found = []
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        if any(_is_within(used, path) for used in _used_by(pid)):
+            found.append(Holder(pid, _command(pid)))
+    for name in sorted(os.listdir("/sys/block")):
+        with contextlib.suppress(OSError), open(f"/sys/block/{name}/loop/backing_file") as file:
+            if _is_within(file.read().rstrip("\n"), path):
+                found.append(Holder(0, f"/dev/{name}"))
+    return found
+
+
+def _is_within(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(directory + "/")
+
+
+def _used_by(pid: int) -> Iterator[str]:
+    """Paths that a process holds. One that ends meanwhile, or may not be looked into, holds nothing."""
+    links = [f"/proc/{pid}/{name}" for name in ("cwd", "root", "exe")]
+    with contextlib.suppress(OSError):
+        links += [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+    for link in links:
+        with contextlib.suppress(OSError):
+            yield os.readlink(link)
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", errors="surrogateescape") as file:
+        for line in file:
+            yield line.rstrip("\n").partition("/")[1] + line.rstrip("\n").partition("/")[2]
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", errors="surrogateescape") as file:
+            return file.read().strip()
+    except OSError:
+        return "?"
+
+
+@contextlib.contextmanager
+def stopped_by_signals(mountpoint: str) -> Iterator[Callable[[], None]]:
+    """Let SIGTERM, SIGINT and SIGHUP unmount `mountpoint` while the main thread is busy serving it.
+
+    Yields the function that installs the handlers, to be called in the main thread once mounted. A thread
+    does the unmounting, because the mount has to be served meanwhile: what programs have mapped and changed
+    is written back first. In another than the main thread nothing is installed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    wakeup = -1
+    watcher = threading.Thread(target=_watch, args=(reader, mountpoint), name="unmounter", daemon=True)
+
+    def arm() -> None:
+        nonlocal wakeup
+        # Python's handlers run only between bytecodes, and the main thread sits in libfuse; the descriptor
+        # is written by the C handler at once.
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, _noted)
+        watcher.start()
+
+    try:
+        yield arm
+    finally:
+        if watcher.ident is not None:
+            signal.set_wakeup_fd(wakeup)
+            os.write(writer, b"\0")
+            watcher.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+
+
+def _noted(_number: int, _frame: object) -> None:
+    """The wake-up descriptor has told the watcher already."""
+
+
+def _watch(reader: int, mountpoint: str) -> None:
+    """Stop the mount at the first signal that stops; a zero says that there is nothing left to stop."""
+    while number := os.read(reader, 1)[0]:
+        if number in _SIGNALS:
+            stop(mountpoint)
+            return
+
+
+def stop(mountpoint: str) -> None:
+    """End the mount whoever uses it: politely if nobody does, else after writing back what is dirty.
+
+    Files that are still open in it give ENOTCONN from then on.
+    """
+    path = _canonical(mountpoint)
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _libc.syncfs(fd)
+        os.close(fd)
+    try:
+        unmount(path)
+    except NotFoundError:
+        return
+    except HvfuseError as error:
+        logger.warning("%s; ended nevertheless", error)
+        _umount2(path, _MNT_FORCE)  # ends the connection, hence the serving loop
+        _umount2(path, _MNT_DETACH)

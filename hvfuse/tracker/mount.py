@@ -1,0 +1,179 @@
+"""The mount of a VM's folder: its disks through their logs, everything else as it is.
+
+What is refused for the sake of tracking, always with EBUSY: removing a disk, renaming it or over it, a hard
+link to it (a second name that would bypass the log), and opening it with O_TRUNC. Giving a disk another size
+is allowed. The files of `hvfuse.spool` are not shown (ENOENT) and such names cannot be made (EPERM).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from hvfuse import fuse, spool, system
+from hvfuse.filesystem import Node, OpenFile
+from hvfuse.tracker.folder import Folder, PlainFile
+
+_FALLOC_SERVED = system.FALLOC_FL_KEEP_SIZE | system.FALLOC_FL_PUNCH_HOLE | system.FALLOC_FL_ZERO_RANGE
+
+
+class Disk(Protocol):
+    """What a mount needs of a tracked disk; `fd` is open for reading and writing."""
+
+    @property
+    def fd(self) -> int: ...
+
+    def size(self) -> int: ...
+
+    def write(self, data: memoryview, offset: int) -> int: ...
+
+    def zero(self, offset: int, length: int) -> None: ...
+
+    def trim(self, offset: int, length: int) -> None: ...
+
+    def truncate(self, size: int) -> None: ...
+
+    def sync(self, *, datasync: bool) -> None: ...
+
+    def opened(self) -> None: ...
+
+    def closed(self) -> None: ...
+
+
+class DiskFile:
+    """An open disk: reads go straight to the image, everything that changes it goes through the log."""
+
+    def __init__(self, disk: Disk, flags: int) -> None:
+        self.fd = disk.fd
+        self._disk = disk
+        self._datasync_each = bool(flags & os.O_DSYNC)
+        self._sync_each = flags & os.O_SYNC == os.O_SYNC
+        disk.opened()
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        done = os.preadv(self.fd, [buffer], offset)
+        while done < len(buffer):
+            more = os.preadv(self.fd, [buffer[done:]], offset + done)
+            if more == 0:
+                break
+            done += more
+        return done
+
+    def write(self, data: memoryview, offset: int) -> int:
+        written = self._disk.write(data, offset)
+        if self._datasync_each:
+            self._disk.sync(datasync=not self._sync_each)
+        return written
+
+    def fsync(self, datasync: bool) -> None:
+        self._disk.sync(datasync=datasync)
+
+    def truncate(self, size: int) -> None:
+        self._disk.truncate(size)
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        """Without KEEP_SIZE a range past the end is an explicit resize; allocating alone changes no content."""
+        if mode & ~_FALLOC_SERVED:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        if mode & system.FALLOC_FL_PUNCH_HOLE:
+            self._disk.trim(offset, length)
+            return
+        if not mode & system.FALLOC_FL_KEEP_SIZE and offset + length > self._disk.size():
+            self._disk.truncate(offset + length)
+        if mode & system.FALLOC_FL_ZERO_RANGE:
+            self._disk.zero(offset, length)
+        else:
+            system.fallocate("disk:allocate", self.fd, system.FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def lseek(self, offset: int, whence: int) -> int:
+        return os.lseek(self.fd, offset, whence)
+
+    def stat(self) -> os.stat_result:
+        return os.fstat(self.fd)
+
+    def release(self) -> None:
+        self._disk.closed()
+
+
+class VmFolder(Folder):
+    """The VM's folder `fd`; `disks` by their names in it."""
+
+    def __init__(self, fd: int, disks: Mapping[str, Disk]) -> None:
+        super().__init__(fd)
+        self._disks = disks
+
+    def is_hidden(self, name: str) -> bool:
+        return spool.is_reserved(name)
+
+    def descriptor_of(self, file: OpenFile) -> int:
+        assert isinstance(file, PlainFile | DiskFile)
+        return file.fd
+
+    def _refuse(self, *paths: str) -> None:
+        if any(path[1:] in self._disks for path in paths):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    def stat(self, node: Node) -> os.stat_result:
+        disk = self._disks.get(node[1:]) if isinstance(node, str) else None
+        return super().stat(node) if disk is None else os.fstat(disk.fd)
+
+    def open(self, path: str, flags: int) -> OpenFile:
+        disk = self._disks.get(path[1:])
+        if disk is None:
+            return super().open(path, flags)
+        if flags & os.O_TRUNC:
+            self._refuse(path)
+        return DiskFile(disk, flags)
+
+    def create(self, path: str, flags: int, mode: int, *, uid: int, gid: int) -> OpenFile:
+        self._refuse(path)
+        return super().create(path, flags, mode, uid=uid, gid=gid)
+
+    def truncate(self, path: str, size: int) -> None:
+        disk = self._disks.get(path[1:])
+        if disk is None:
+            super().truncate(path, size)
+        else:
+            disk.truncate(size)
+
+    def link(self, existing: str, path: str) -> None:
+        self._refuse(existing)
+        super().link(existing, path)
+
+    def unlink(self, path: str) -> None:
+        self._refuse(path)
+        super().unlink(path)
+
+    def rename(self, old: str, new: str, flags: int) -> None:
+        self._refuse(old, new)
+        super().rename(old, new, flags)
+
+
+class Vm(Protocol):
+    """What `serve` needs of a tracked VM."""
+
+    @property
+    def disks(self) -> Mapping[str, Disk]: ...
+
+
+def serve(
+    vm: Vm,
+    *,
+    folder: str,
+    mountpoint: str,
+    on_ready: Callable[[], None] = lambda: None,
+    on_exit: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve the VM's `folder` at `mountpoint` until it is unmounted; call this in the main thread.
+
+    `on_ready` and what is raised: see `fuse.mount`. `on_exit` is
+    called once nothing is served any more, also after a failure.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fuse.mount(VmFolder(fd, vm.disks), mountpoint, on_ready=on_ready)
+    finally:
+        os.close(fd)
+        on_exit()
