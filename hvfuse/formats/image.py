@@ -17,7 +17,15 @@ from enum import StrEnum
 from typing import Protocol
 
 from hvfuse import system
-from hvfuse.errors import CorruptError, HvfuseError, NoSpaceError, NotFoundError, UnsupportedError, UsageError
+from hvfuse.errors import (
+    BusyError,
+    CorruptError,
+    HvfuseError,
+    NoSpaceError,
+    NotFoundError,
+    UnsupportedError,
+    UsageError,
+)
 from hvfuse.extent import Buffer
 from hvfuse.formats import vhd
 from hvfuse.formats.raw import RawImage
@@ -142,9 +150,7 @@ def open_image(path: str, *, writable: bool = False, ordered: bool = True) -> Im
             parent = info.details.get("parent", "")
             raise UnsupportedError(f"{path}: a differencing VHD (its parent is {parent!r}) cannot be opened yet")
         if info.format is ImageFormat.VHDX or info.virtual_size is None:
-            raise UnsupportedError(
-                f"{path}: a VHDX cannot be opened yet", hint=f"qemu-img convert -O vpc {path} {path}.vhd"
-            )
+            raise UnsupportedError(f"{path}: a VHDX cannot be opened yet", hint=_conversion_hint(path))
         if structures is not None and writable:
             vhd.restore_footer(fd, structures)
         if structures is not None and info.format is ImageFormat.VHD_DYNAMIC:
@@ -168,18 +174,24 @@ def check_creatable(image_format: ImageFormat, size: int, path: str) -> None:
 
 
 def create_image(path: str, size: int, image_format: ImageFormat) -> None:
-    """Make a new disk of `size` bytes that reads as zeroes. Not synced.
+    """Make a new disk of `size` bytes that reads as zeroes. Not synced; a failure leaves nothing.
 
-    Raises as `check_creatable`, and UsageError when `path` exists.
+    Raises as `check_creatable`, and OSError (EEXIST when there is such a file).
     """
     check_creatable(image_format, size, path)
-    with _opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
         if image_format is ImageFormat.VHD_DYNAMIC:
             vhd.write_dynamic(fd, size)
         elif image_format is ImageFormat.VHD_FIXED:
             vhd.write_fixed(fd, size)
         else:
             system.truncate("image:size", fd, size)
+    except BaseException:
+        system.unlink("image:drop", path)
+        raise
+    finally:
+        os.close(fd)
 
 
 @contextmanager
@@ -196,6 +208,8 @@ def named(path: str) -> Iterator[None]:
             kind = NoSpaceError
         elif error.errno in (errno.EEXIST, errno.EISDIR):
             kind = UsageError
+        elif error.errno in (errno.EBUSY, errno.ETXTBSY):
+            kind = BusyError
         raise kind(f"{path}: {cause}") from error
 
 
@@ -203,7 +217,7 @@ def named(path: str) -> Iterator[None]:
 def _opened(path: str, flags: int) -> Iterator[int]:
     """A descriptor of a regular file or block device; never waits for a FIFO's other end."""
     with named(path):
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             mode = os.fstat(fd).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
@@ -225,13 +239,17 @@ def _identify(fd: int, path: str) -> tuple[ImageInfo, vhd.Structures | None]:
         if head.startswith(magic, at):
             raise UnsupportedError(
                 f"{path}: {name} image, which hvfuse does not handle",
-                hint=f"qemu-img convert -O vpc {path} {os.path.splitext(path)[0]}.vhd",
+                hint=_conversion_hint(path),
             )
     _demand_raw_name(path)
     warnings = (f"{file_size} bytes are not a multiple of {SECTOR}",) if file_size % SECTOR else ()
     return ImageInfo(
         path=path, format=ImageFormat.RAW, virtual_size=file_size, file_size=file_size, warnings=warnings
     ), None
+
+
+def _conversion_hint(path: str) -> str:
+    return f"qemu-img convert -O vpc {path} {os.path.splitext(path)[0]}-converted.vhd"
 
 
 def _demand_raw_name(path: str) -> None:
