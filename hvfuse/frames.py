@@ -55,6 +55,7 @@ HEADER_SIZE = 128
 MAX_PLAIN = 8 << 20
 """Bytes of table and data that a frame may unpack to: what a reader must be ready to hold."""
 MAX_OFFSET = 1 << 62
+"""Bytes; no extent ends beyond it, so that offsets, lengths and their sums fit 64 signed bits."""
 
 _HEADER = struct.Struct("<4sHBx16s16sQIIQQ16s32x")
 assert _HEADER.size == HEADER_SIZE - 8
@@ -204,14 +205,13 @@ def decode(data: Buffer) -> Frame:
 
 
 def _decompress(body: memoryview, plain_length: int) -> memoryview:
+    """The plain bytes, in a buffer of the declared size: a body that unpacks to more never gets it."""
     try:
         declared = zstandard.get_frame_parameters(body).content_size
-        if declared != plain_length:
+        if declared != plain_length or declared == 0:
             raise CorruptError(f"frame body declares {declared} bytes, its header {plain_length}")
-        unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_PLAIN).decompressobj(read_across_frames=False)
-        plain = unpacker.decompress(body)
-        if not unpacker.eof or unpacker.unused_data:
-            raise CorruptError("frame body is not exactly one zstd frame")
+        unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_PLAIN)
+        plain = unpacker.decompress(body, read_across_frames=False, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptError(f"frame body does not decompress: {error}") from None
     if len(plain) != plain_length:
@@ -226,7 +226,10 @@ def _check_table(table: Table, *, data_length: int) -> None:
         raise CorruptError("frame holds an extent of unknown kind")
     if (length == 0).any() or (offset > MAX_OFFSET).any() or (length > MAX_OFFSET).any():
         raise CorruptError("frame holds an extent out of bounds")
-    if (offset[1:] < offset[:-1] + length[:-1]).any():
+    end = offset + length
+    if (end > MAX_OFFSET).any():
+        raise CorruptError("frame holds an extent out of bounds")
+    if (offset[1:] < end[:-1]).any():
         raise CorruptError("frame holds extents that overlap or are out of order")
     if int(length[kind == Fill.DATA].sum()) != data_length:
         raise CorruptError("frame's extents do not account for its data")
