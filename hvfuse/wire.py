@@ -89,12 +89,14 @@ def _error_from(message: Message) -> HvfuseError:
 class Listener:
     """Serves requests at `path`, each connection one request, in a thread of its own.
 
-    The handler runs in the listener's single thread, so handlers never overlap. Raises BusyError when
+    The handler runs in the listener's single thread, so handlers never overlap; `concurrent` gives each
+    request a thread of its own instead, for a handler that may wait long. Raises BusyError when
     a live process already listens there; a socket that a dead one left behind is replaced.
     """
 
-    def __init__(self, path: str, handler: Handler, *, name: str) -> None:
+    def __init__(self, path: str, handler: Handler, *, name: str, concurrent: bool = False) -> None:
         self._path = path
+        self._concurrent = concurrent
         self._handler = handler
         self._socket = self._bind(path)
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -127,10 +129,16 @@ class Listener:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            with connection, contextlib.suppress(OSError):
-                connection.settimeout(10)
-                if _peer_uid(connection) in (0, os.getuid()):
-                    connection.sendall(self._answer(_read_line(connection)))
+            if self._concurrent:
+                threading.Thread(target=self._serve_one, args=(connection,), daemon=True).start()
+            else:
+                self._serve_one(connection)
+
+    def _serve_one(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(10)
+            if _peer_uid(connection) in (0, os.getuid()):
+                connection.sendall(self._answer(_read_line(connection)))
 
     def _answer(self, line: bytes) -> bytes:
         try:
