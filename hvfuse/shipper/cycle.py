@@ -1,0 +1,200 @@
+"""One cycle on its way: manifest, the frames that the replica lacks, commit.
+
+Several consecutive cycles may travel as one, under the number of the last: what lies between their
+barriers is given up, newest write wins. That is how the logs travel that piled up during a copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from hvfuse.errors import HvfuseError
+from hvfuse.manifest import CycleKind, CycleManifest, DiskManifest, cycle_digest
+from hvfuse.position import NO_DIGEST, Position
+from hvfuse.shipper.coalesce import DamagedLogError, DiskPlan, close_logs, open_logs, plan
+from hvfuse.shipper.pool import FramePool, Job, Made
+from hvfuse.shipper.replica import Replica
+from hvfuse.spool import SealedCycle
+from hvfuse.system import Clock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CycleReport:
+    """What shipping took.
+
+    `point`: id of the recovery point. `bytes_logged`: payload in the logs. `bytes_coalesced`: what was
+    left of it after newest-write-wins. `bytes_zero`: bytes that the frames sent in this run told as
+    zeroes. `bytes_sent`, `frames_sent`: encoded frames, this run. `frames_held`: frames that the
+    replica had from an earlier run. `seconds`: from begin to commit. `sealed_ns`: the point's time.
+    """
+
+    vm: str
+    point: str
+    generation: bytes
+    cycle: int
+    sealed_ns: int
+    bytes_logged: int
+    bytes_coalesced: int
+    bytes_zero: int
+    bytes_sent: int
+    frames_sent: int
+    frames_held: int
+    seconds: float
+
+    def as_json(self) -> dict[str, object]:
+        """The fields, as they are answered over the control socket."""
+        return {**dataclasses.asdict(self), "generation": self.generation.hex()}
+
+
+SUMMED = ("bytes_logged", "bytes_coalesced", "bytes_zero", "bytes_sent", "frames_sent", "frames_held", "seconds")
+
+
+def total(reports: Sequence[CycleReport]) -> CycleReport:
+    """The last of the reports, with what can be added up summed over all of them."""
+    sums = {field: sum(getattr(report, field) for report in reports) for field in SUMMED}
+    return dataclasses.replace(reports[-1], **sums)
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What went over so far. `planned`: frames planned for the disks that are finished."""
+
+    planned: int = 0
+    logged: int = 0
+    coalesced: int = 0
+    zero: int = 0
+    sent: int = 0
+    frames: int = 0
+
+    def add(self, made: Made) -> None:
+        self.sent += len(made.frame)
+        self.zero += made.zero_bytes
+        self.frames += 1
+
+    def finish(self, disk: DiskPlan) -> None:
+        self.planned += disk.frame_count
+        self.logged += disk.log_bytes
+        self.coalesced += disk.coalesced_bytes
+
+
+def previous_position(cycle: SealedCycle) -> Position:
+    """The position that a cycle continues, as its own logs tell it."""
+    if cycle.cycle == 1:
+        return Position(cycle.generation, 0, NO_DIGEST)
+    digests = {log.header.disk_id: log.header.previous_digest for log in cycle.logs}
+    return Position(cycle.generation, cycle.cycle - 1, cycle_digest(digests))
+
+
+def manifest(cycles: Sequence[SealedCycle], *, vm: str, formats: Mapping[str, str]) -> CycleManifest:
+    """The manifest of consecutive cycles that travel as one. `formats`: by disk name.
+
+    Raises DamagedLogError when a log is missing or does not continue the one before it.
+    """
+    _check_chain(cycles)
+    last = cycles[-1]
+    unknown = [log.disk for log in last.logs if log.disk not in formats]
+    if unknown:
+        raise HvfuseError(f"{vm}: the format of {unknown[0]} is not known")
+    return CycleManifest(
+        vm=vm,
+        kind=CycleKind.DELTA,
+        generation=last.generation,
+        cycle=last.cycle,
+        previous=previous_position(cycles[0]),
+        sealed_ns=last.sealed_ns,
+        disks=tuple(
+            DiskManifest(
+                disk_id=log.header.disk_id,
+                name=log.disk,
+                format=formats[log.disk],
+                size=log.header.end_size,
+                digest=log.header.digest(),
+            )
+            for log in last.logs
+        ),
+    )
+
+
+def _check_chain(cycles: Sequence[SealedCycle]) -> None:
+    for cycle in cycles:
+        if not cycle.is_whole:
+            raise DamagedLogError(f"{cycle.logs[0].folder}: logs of cycle {cycle.cycle} are missing")
+    for before, after in itertools.pairwise(cycles):
+        digests = {log.header.disk_id: log.header.digest() for log in before.logs}
+        for log in after.logs:
+            if (after.generation, after.cycle) != (before.generation, before.cycle + 1) or digests.get(
+                log.header.disk_id
+            ) != log.header.previous_digest:
+                raise DamagedLogError(f"{log.companion_path}: does not continue the log before it")
+
+
+def ship(
+    cycles: Sequence[SealedCycle],
+    *,
+    vm: str,
+    formats: Mapping[str, str],
+    replica: Replica,
+    level: int,
+    clock: Clock,
+    between: Callable[[], None] = lambda: None,
+) -> CycleReport:
+    """Bring consecutive cycles (mostly one) to the replica as one, and commit.
+
+    Sends nothing that the replica holds from an earlier, interrupted run. `between` is called after
+    each frame and may raise to end the run. Raises DamagedLogError naming the log,
+    PositionMismatchError, and whatever the replica raises; all but the first leave the way open to
+    calling again.
+    """
+    started = clock.monotonic()
+    told = manifest(cycles, vm=vm, formats=formats)
+    held = replica.begin(told)
+    tally = _Tally()
+    with FramePool(generation=told.generation, cycle=told.cycle, level=level) as pool:
+        for disk in range(len(told.disks)):
+            planned = plan([cycle.logs[disk] for cycle in cycles])
+            for made in _missing(planned, first=tally.planned, held=held, pool=pool):
+                replica.put(made.frame)
+                tally.add(made)
+                between()
+            tally.finish(planned)
+    point = replica.commit(told, tally.planned)
+    if point is None:
+        raise HvfuseError(f"{vm}: the replica made no recovery point of cycle {told.cycle}")
+    return CycleReport(
+        vm=vm,
+        point=point.id,
+        generation=told.generation,
+        cycle=told.cycle,
+        sealed_ns=told.sealed_ns,
+        bytes_logged=tally.logged,
+        bytes_coalesced=tally.coalesced,
+        bytes_zero=tally.zero,
+        bytes_sent=tally.sent,
+        frames_sent=tally.frames,
+        frames_held=tally.planned - tally.frames,
+        seconds=clock.monotonic() - started,
+    )
+
+
+def _missing(disk: DiskPlan, *, first: int, held: frozenset[int], pool: FramePool) -> Iterator[Made]:
+    """The frames of one disk that the replica lacks. `first`: the number of the disk's frame 0."""
+    files = open_logs(disk)
+    try:
+        jobs = (
+            Job(
+                number=first + frame,
+                disk_id=disk.logs[0].header.disk_id,
+                build=functools.partial(disk.content, frame, files),
+            )
+            for frame in range(disk.frame_count)
+            if first + frame not in held
+        )
+        with contextlib.closing(pool.make(jobs)) as made:
+            yield from made
+    finally:
+        close_logs(files)

@@ -1,0 +1,227 @@
+"""One VM's way from source to replica: decides, copies, ships. Knows no schedule and no sockets."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hvfuse.errors import HvfuseError, ResyncRequiredError, UnreachableError
+from hvfuse.manifest import ReplicationState
+from hvfuse.position import Position, PositionMismatchError
+from hvfuse.shipper.coalesce import DamagedLogError
+from hvfuse.shipper.copy import copy
+from hvfuse.shipper.cycle import CycleReport, manifest, ship, total
+from hvfuse.shipper.decide import Action, decide, pending
+from hvfuse.shipper.replica import Replica
+from hvfuse.shipper.source import Source, SourceStatus
+from hvfuse.spool import SealedCycle
+from hvfuse.system import Clock
+
+PROGRESS_INTERVAL = 1.0
+"""Seconds between durable records of a copy's progress."""
+
+_log = logging.getLogger(__name__)
+
+
+class Records(Protocol):
+    """Where a VM's replication stands, kept for others to see and for after a restart."""
+
+    def update(self, **fields: object) -> None:
+        """Keep new values, durably, of any of: `state` (ReplicationState); `error`, `hint`,
+        `resync_reason` (text or None); `generation` (hex); `cycle`; `point` (id);
+        `last_replication_time_ns`; `progress` (of a copy, 0 to 1, None when there is none)."""
+
+    def cycle(self, report: CycleReport) -> None:
+        """Keep the statistics of a committed cycle."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShippingPolicy:
+    """`frequency_seconds`: from one cycle's begin to the next's. `level`: zstd level, 0 for none."""
+
+    frequency_seconds: float = 30.0
+    level: int = 1
+
+
+class Replication:
+    """Joins a source to a replica and keeps them joined. For one thread.
+
+    `folder`: where the disks' images lie. `housekeep` is called after cycles were committed (merging,
+    retention). `between` is called between frames and may raise to stop; what was under way resumes.
+    """
+
+    def __init__(
+        self,
+        *,
+        vm: str,
+        folder: str,
+        source: Source,
+        replica: Replica,
+        records: Records,
+        policy: ShippingPolicy,
+        clock: Clock,
+        housekeep: Callable[[], None],
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._vm = vm
+        self._folder = folder
+        self._source = source
+        self._replica = replica
+        self._records = records
+        self._policy = policy
+        self._clock = clock
+        self._housekeep = housekeep
+        self._between = between
+        self._formats: dict[str, str] = {}
+        self._recorded_at = clock.monotonic()
+
+    def cycle_now(self) -> CycleReport:
+        """Seal what was written until now and bring it, and all that waits, to the replica.
+
+        Copies first where logs alone cannot do it. Returns the last cycle's report with sums over all
+        that went over. Raises UnreachableError when the tracker does not run and nothing waits.
+        """
+        try:
+            report = self._cycle()
+        except (PositionMismatchError, ResyncRequiredError) as error:
+            _log.info("%s: %s", self._vm, error)
+            report = self._cycle()  # decides again: from where the replica really stands, or by a copy
+        except DamagedLogError as error:
+            self._start_copy(str(error))
+            report = self._cycle()
+        self._keep_house()
+        return report
+
+    def synchronise(self) -> None:
+        """Make sure that logs can continue the replica; copy the disks if they cannot."""
+        status = self._source.status()
+        self._formats = {disk.name: disk.format for disk in status.disks}
+        decision = decide(status, self._replica.position(), self._source.cycles())
+        if decision.action is Action.START_COPY:
+            self._start_copy(decision.reason)
+        elif decision.action is Action.RESUME_COPY:
+            self._copy(status)
+
+    def _cycle(self) -> CycleReport:
+        try:
+            self.synchronise()
+        except UnreachableError as error:
+            return self._ship_what_waits(error)
+        position = self._position()
+        if position.cycle == 0:
+            return self._ship_first(position)
+        self._rotate_to(position)
+        return total([self._ship([cycle]) for cycle in pending(position, self._source.cycles())])
+
+    def _ship_first(self, position: Position) -> CycleReport:
+        """After a copy: everything up to a barrier after the copy's end, as one cycle.
+
+        Logs that were sealed while the copy ran are not enough to make it consistent, hence the
+        rotation. It is left out only if the replica holds frames of just these cycles: then an
+        earlier run rotated, and its work is taken up.
+        """
+        run = pending(position, self._source.cycles())
+        if not run or not self._replica.begin(manifest(run, vm=self._vm, formats=self._formats)):
+            self._rotate_to(position)
+            run = pending(position, self._source.cycles())
+        return self._ship(run)
+
+    def _rotate_to(self, position: Position) -> None:
+        """Seal the active cycle. Raises ResyncRequiredError if logs since `position` are missing."""
+        sealed = self._source.rotate()
+        waiting = pending(position, self._source.cycles())
+        if not waiting or waiting[-1].cycle < sealed:
+            missing = waiting[-1].cycle + 1 if waiting else position.cycle + 1
+            raise ResyncRequiredError(f"{self._vm}: the logs of cycle {missing} are missing")
+
+    def _ship_what_waits(self, unreachable: UnreachableError) -> CycleReport:
+        """While the tracker does not run: the sealed logs. Raises `unreachable` when there are none."""
+        position = self._replica.position()
+        # A fresh copy needs a barrier after its end, which only the tracker can make.
+        waiting = pending(position, self._source.cycles()) if position and position.cycle else []
+        if not waiting:
+            raise unreachable
+        for point in self._replica.points()[-1:]:
+            self._formats = {disk.name: disk.format for disk in point.disks} | self._formats
+        return total([self._ship([cycle]) for cycle in waiting])
+
+    def _position(self) -> Position:
+        position = self._replica.position()
+        if position is None:
+            raise HvfuseError(f"{self._vm}: the replica does not know of the copy that was committed")
+        return position
+
+    def _ship(self, run: Sequence[SealedCycle]) -> CycleReport:
+        report = ship(
+            run,
+            vm=self._vm,
+            formats=self._formats,
+            replica=self._replica,
+            level=self._policy.level,
+            clock=self._clock,
+            between=self._between,
+        )
+        self._source.release(report.generation, report.cycle)
+        self._records.cycle(report)
+        self._records.update(
+            state=ReplicationState.REPLICATING,
+            error=None,
+            hint=None,
+            resync_reason=None,
+            progress=None,
+            generation=report.generation.hex(),
+            cycle=report.cycle,
+            point=report.point,
+            last_replication_time_ns=report.sealed_ns,
+        )
+        return report
+
+    def _start_copy(self, reason: str) -> None:
+        """Begin a generation and copy. What the old generation's logs hold comes with the copy."""
+        if self._replica.position() is not None:
+            self._records.update(state=ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, resync_reason=reason)
+            _log.info("%s: resynchronising: %s", self._vm, reason)
+        self._source.discard_damaged()
+        status = self._source.begin(os.urandom(16))
+        self._formats = {disk.name: disk.format for disk in status.disks}
+        self._copy(status)
+
+    def _copy(self, status: SourceStatus) -> None:
+        assert status.generation is not None
+        first = self._replica.position() is None
+        self._records.update(
+            state=ReplicationState.INITIAL_REPLICATION_IN_PROGRESS if first else ReplicationState.RESYNCHRONIZING,
+            progress=0.0,
+        )
+        # Also after an interruption: logs that no copy will ever need fill up the disk.
+        self._source.release(status.generation, 0)
+        copy(
+            status.disks,
+            vm=self._vm,
+            folder=self._folder,
+            generation=status.generation,
+            replica=self._replica,
+            level=self._policy.level,
+            clock=self._clock,
+            progress=self._progress,
+        )
+        self._records.update(progress=1.0)
+
+    def _progress(self, done: int, total_bytes: int, sent: int) -> None:
+        del sent
+        self._between()
+        now = self._clock.monotonic()
+        if now - self._recorded_at >= PROGRESS_INTERVAL:
+            self._recorded_at = now
+            self._records.update(progress=done / total_bytes if total_bytes else 1.0)
+
+    def _keep_house(self) -> None:
+        """The cycle is safe whatever happens here, so a failure is told but does not fail it."""
+        try:
+            self._housekeep()
+        except HvfuseError as error:
+            _log.warning("%s: after the cycle: %s", self._vm, error)
+            self._records.update(error=str(error), hint=error.hint)

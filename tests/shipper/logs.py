@@ -1,0 +1,284 @@
+"""Sealed logs made by hand, a replica in memory, and a tracker that is no process: for tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+
+from hvfuse import frames, spool
+from hvfuse.errors import CorruptError
+from hvfuse.formats import companion
+from hvfuse.formats.companion import AddressSpace, CompanionHeader, Kind
+from hvfuse.frames import Fill
+from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint, point_id
+from hvfuse.position import NO_DIGEST, Position, PositionMismatchError
+from hvfuse.shipper.source import SourceDisk, SourceStatus
+from hvfuse.spool import SealedCycle
+
+
+@dataclass(frozen=True)
+class Op:
+    """What a guest did: `data` for a write, `length` for the rest."""
+
+    kind: Kind
+    offset: int = 0
+    length: int = 0
+    data: bytes = b""
+
+    def apply(self, disk: bytearray) -> None:
+        if self.kind is Kind.FLUSH:
+            return
+        data = self.data if self.kind is Kind.WRITE else bytes(self.length)
+        if self.offset + len(data) > len(disk):
+            disk.extend(bytes(self.offset + len(data) - len(disk)))
+        disk[self.offset : self.offset + len(data)] = data
+
+
+def write(offset: int, data: bytes) -> Op:
+    return Op(Kind.WRITE, offset, len(data), data)
+
+
+@dataclass
+class Disk:
+    """A disk's image in memory and the thread of its logs."""
+
+    name: str
+    disk_id: bytes
+    image: bytearray
+    serial: int = 0
+    seq: int = 0
+    digest: bytes = NO_DIGEST
+    unique_id: bytes = bytes(16)
+    previous_size: int = 0
+    start_size: int = 0
+    ops: list[Op] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.previous_size = self.start_size = len(self.image)
+
+    def do(self, op: Op) -> None:
+        op.apply(self.image)
+        self.ops.append(op)
+
+    def resize(self, size: int) -> None:
+        """To be called right after a rotation, as the tracker does it."""
+        assert not self.ops
+        if size < len(self.image):
+            del self.image[size:]
+        else:
+            self.image.extend(bytes(size - len(self.image)))
+        self.start_size = size
+
+    def seal(self, folder: str, *, generation: bytes, cycle: int, sealed_ns: int, disk_count: int) -> None:
+        """Write log and companion, and begin the next log."""
+        self.serial += 1
+        unique_id = os.urandom(16)
+        entries = []
+        payload = bytearray(b"\xee" * 8192)  # header and first metadata block: not the shipper's business
+        first = self.seq
+        for op in self.ops:
+            entries.append(self._entry(op, len(payload), companion.entry_seed(unique_id)))
+            payload += op.data if op.kind is Kind.WRITE else bytes(min(op.length, 512))
+            if len(entries) % 127 == 0:
+                payload += b"\xee" * 4096
+        body = b"".join(entries)
+        header = CompanionHeader(
+            entry_count=len(entries), unique_id=unique_id, previous_unique_id=self.unique_id,
+            generation=generation, cycle=cycle, serial=self.serial, first_seq=first, disk_id=self.disk_id,
+            previous_digest=self.digest, previous_size=self.previous_size, start_size=self.start_size,
+            end_size=len(self.image), eol=len(payload), opened_ns=0, sealed_ns=sealed_ns,
+            disk_count=disk_count, address_space=AddressSpace.LOGICAL, flags=0,
+            entries_digest=xxhash.xxh3_128_digest(body),
+        )  # fmt: skip
+        with open(os.path.join(folder, spool.log_name(self.name, self.serial)), "wb") as file:
+            file.write(payload)
+        with open(os.path.join(folder, spool.companion_name(self.name, self.serial)), "wb") as file:
+            file.write(header.pack() + body)
+        self.ops = []
+        self.digest, self.unique_id = header.digest(), unique_id
+        self.previous_size = self.start_size = len(self.image)
+
+    def _entry(self, op: Op, location: int, seed: int) -> bytes:
+        self.seq += 1
+        return companion.pack_entry(
+            seed, self.seq - 1, op.offset, location, xxhash.xxh3_64_intdigest(op.data), op.length,
+            sum(op.data), 0, op.kind,
+        )  # fmt: skip
+
+
+@dataclass
+class Tracked:
+    """A source without a process: disks in memory, their images and logs in `folder`."""
+
+    folder: str
+    disks: list[Disk]
+    vm: str = "vm1"
+    generation: bytes | None = None
+    cycle: int = 0
+    resync_required: str | None = None
+    now_ns: int = 1_700_000_000_000_000_000
+    barriers: dict[tuple[bytes, int], list[bytes]] = field(default_factory=dict)
+
+    def status(self) -> SourceStatus:
+        return SourceStatus(
+            vm=self.vm, generation=self.generation, cycle=self.cycle,
+            resync_required=self.resync_required,
+            disks=tuple(
+                SourceDisk(name=d.name, disk_id=d.disk_id, format="raw", size=len(d.image), log_bytes=0)
+                for d in self.disks
+            ),
+        )  # fmt: skip
+
+    def begin(self, generation: bytes) -> SourceStatus:
+        self.generation, self.cycle, self.resync_required = generation, 1, None
+        for disk in self.disks:
+            disk.ops, disk.digest, disk.unique_id = [], NO_DIGEST, bytes(16)
+        self.flush()
+        return self.status()
+
+    def flush(self) -> None:
+        for disk in self.disks:
+            with open(os.path.join(self.folder, disk.name), "wb") as file:
+                file.write(disk.image)
+
+    def rotate(self) -> int:
+        assert self.generation is not None
+        self.now_ns += 1_000_000_000
+        self.flush()
+        for disk in self.disks:
+            disk.seal(
+                self.folder, generation=self.generation, cycle=self.cycle, sealed_ns=self.now_ns,
+                disk_count=len(self.disks),
+            )  # fmt: skip
+        self.barriers[self.generation, self.cycle] = [bytes(disk.image) for disk in self.disks]
+        self.cycle += 1
+        return self.cycle - 1
+
+    def cycles(self) -> list[SealedCycle]:
+        return spool.list_cycles(self.folder)
+
+    def release(self, generation: bytes, cycle: int) -> None:
+        spool.release([c for c in self.cycles() if c.generation != generation or c.cycle <= cycle])
+
+    def discard_damaged(self) -> list[str]:
+        return []
+
+
+def tracked(folder: str, sizes: Sequence[int] = (1 << 20,), *, begun: bool = True) -> Tracked:
+    disks = [Disk(f"disk{n}.raw", bytes([n + 1]) * 16, bytearray(size)) for n, size in enumerate(sizes)]
+    source = Tracked(folder, disks)
+    source.flush()
+    if begun:
+        source.begin(b"G" * 16)
+    return source
+
+
+class Killed(BaseException):
+    """What a test raises where a process would have been killed."""
+
+
+@dataclass
+class MemoryReplica:
+    """Applies frames to bytearrays, and holds the shipper to the protocol.
+
+    `die_at`: the number of the put, counted over the replica's life, at which `Killed` is raised:
+    before the frame is kept when negative, after it when positive.
+    """
+
+    images: dict[bytes, bytearray] = field(default_factory=dict)
+    stands: Position | None = None
+    staged_for: tuple[bytes, int] | None = None
+    staged: dict[int, bytes] = field(default_factory=dict)
+    all_points: list[RecoveryPoint] = field(default_factory=list)
+    puts: list[tuple[bytes, int, int]] = field(default_factory=list)
+    die_at: int | None = None
+    die_at_commit: bool = False
+    fail_with: Exception | None = None
+
+    def position(self) -> Position | None:
+        if self.fail_with is not None:
+            raise self.fail_with
+        return self.stands
+
+    def begin(self, manifest: CycleManifest) -> frozenset[int]:
+        if manifest.kind is CycleKind.DELTA and manifest.previous != self.stands:
+            raise PositionMismatchError(f"the replica stands at {self.stands}", theirs=self.stands)
+        key = manifest.generation, manifest.cycle
+        if self.staged_for != key:
+            self.staged_for, self.staged = key, {}
+        return frozenset(self.staged)
+
+    def put(self, frame: bytes) -> None:
+        decoded = frames.decode(frame)
+        header = decoded.header
+        assert (header.generation, header.cycle) == self.staged_for
+        number = len(self.puts) + 1
+        if self.die_at == -number:
+            raise Killed
+        assert header.number not in self.staged, "sent twice"
+        self.puts.append((header.generation, header.cycle, header.number))
+        self.staged[header.number] = frame
+        if self.die_at == number:
+            raise Killed
+
+    def commit(self, manifest: CycleManifest, frame_count: int) -> RecoveryPoint | None:
+        position = manifest.position()
+        if self.stands == position:
+            return self.all_points[-1] if self.all_points else None
+        assert self.staged_for == (manifest.generation, manifest.cycle)
+        if len(self.staged) != frame_count:
+            raise CorruptError(f"{len(self.staged)} frames are staged, {frame_count} were promised")
+        for disk in manifest.disks:
+            image = self.images.setdefault(disk.disk_id, bytearray())
+            _resize(image, disk.size)
+        self._apply({disk.disk_id: disk.size for disk in manifest.disks})
+        self.stands, self.staged_for, self.staged = position, None, {}
+        if self.die_at_commit:
+            self.die_at_commit = False
+            raise Killed
+        return None if manifest.kind is CycleKind.COPY else self._point(manifest)
+
+    def _apply(self, sizes: dict[bytes, int]) -> None:
+        for number in sorted(self.staged):
+            frame = frames.decode(self.staged[number])
+            disk_id = frame.header.disk_id
+            apply_frame(self.images[disk_id], frame)
+            del self.images[disk_id][sizes[disk_id] :]
+
+    def _point(self, manifest: CycleManifest) -> RecoveryPoint:
+        point = RecoveryPoint(
+            id=point_id(manifest.generation, manifest.cycle), vm=manifest.vm,
+            generation=manifest.generation, cycle=manifest.cycle, time_ns=manifest.sealed_ns,
+            consistency=manifest.consistency, disks=manifest.disks, stored_bytes=0,
+        )  # fmt: skip
+        self.all_points.append(point)
+        return point
+
+    def points(self) -> Sequence[RecoveryPoint]:
+        return self.all_points
+
+
+def _resize(image: bytearray, size: int) -> None:
+    if len(image) > size:
+        del image[size:]
+    image.extend(bytes(size - len(image)))
+
+
+def apply_frame(image: bytearray, frame: frames.Frame) -> None:
+    for extent, place in zip(frame.table, frame.positions().tolist(), strict=True):
+        offset, length = int(extent["offset"]), int(extent["length"])
+        if extent["kind"] == Fill.ZERO:
+            length = max(0, min(length, len(image) - offset))
+            image[offset : offset + length] = bytes(length)
+        else:
+            if offset + length > len(image):
+                image.extend(bytes(offset + length - len(image)))
+            image[offset : offset + length] = frame.data[place : place + length]
+
+
+def random_bytes(seed: int, length: int) -> bytes:
+    return np.random.default_rng(seed).bytes(length)

@@ -1,0 +1,39 @@
+import pytest
+
+from hvfuse.shipper.retry import next_attempt, next_interval
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "expected"),
+    [
+        (0, 60),
+        (59.9, 60),
+        (60, 120),
+        (61, 120),
+        (120, 240),
+        (240, 480),
+        (480, 600),
+        (600, 2400),
+        (2399, 2400),
+        (2400, 4200),
+        (86_400, 87_000),
+    ],
+)
+def test_attempts_follow_the_ladder_and_then_come_every_thirty_minutes(elapsed, expected):
+    assert next_attempt(elapsed) == expected
+
+
+def test_the_next_attempt_always_lies_ahead():
+    elapsed = 0.0
+    for _ in range(200):
+        following = next_attempt(elapsed)
+        assert following > elapsed
+        elapsed = following + 7
+
+
+@pytest.mark.parametrize(
+    ("finished", "expected"),
+    [(101, (130, 0)), (129.9, (130, 0)), (130, (130, 1)), (165, (165, 2)), (190, (190, 3))],
+)
+def test_an_overrun_starts_the_next_cycle_at_once_and_counts_the_missed(finished, expected):
+    assert next_interval(100, finished, 30) == expected
