@@ -16,7 +16,7 @@ What must hold, and why:
   (`default_permissions`: the kernel decides), and `flush` (a close is not an fsync).
 - Attributes are not cached by the kernel. libfuse gives every name its own inode, so the link count of
   one name would be stale after another was removed. Data in the page cache is trusted instead of
-  compared with the attributes at each read (AUTO_INVAL_DATA is off): nothing but this mount writes.
+  compared with the attributes at each read (no AUTO_INVAL_DATA): nothing but this mount writes.
 - Files unlinked while open: libfuse first "hides" them by a rename to `.fuse_hidden…`, so that
   `fstat`, `fchmod` and the like, which reach us by name only, still have one
   (`hvfuse.filesystem.is_hiding_name`).
@@ -33,6 +33,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+from hvfuse import handshake
 from hvfuse.errors import HvfuseError, NoSpaceError, PrerequisiteError
 from hvfuse.filesystem import Filesystem, Node, OpenDirectory, OpenFile
 from hvfuse.mountpoint import check_mountpoint, stopped_by_signals
@@ -56,26 +57,29 @@ MAX_REQUEST = 1 << 20
 _ENTRY_TIMEOUT = 1.0
 """Seconds for which the kernel trusts a name."""
 
-_CAP_SPLICE_WRITE = 1 << 7
-_CAP_SPLICE_MOVE = 1 << 8
-_CAP_SPLICE_READ = 1 << 9
-_CAP_AUTO_INVAL_DATA = 1 << 12
-_CAP_WRITEBACK_CACHE = 1 << 16
-_CAP_PASSTHROUGH = 1 << 29
-_UNWANTED = (
-    _CAP_SPLICE_WRITE
-    | _CAP_SPLICE_MOVE
-    | _CAP_SPLICE_READ
-    | _CAP_AUTO_INVAL_DATA
-    | _CAP_WRITEBACK_CACHE
-    | _CAP_PASSTHROUGH
+_MAX_BACKGROUND = 64
+"""Asynchronous requests that the kernel sends ahead."""
+
+_WANTED = (
+    handshake.ASYNC_READ
+    | handshake.ATOMIC_O_TRUNC
+    | handshake.EXPORT_SUPPORT
+    | handshake.ASYNC_DIO
+    | handshake.PARALLEL_DIROPS
 )
+"""Nothing else: no splicing (a detour for what ends in memory), no writeback cache, no passthrough."""
 
 _SERVED = (
     "getattr readlink mknod mkdir unlink rmdir symlink rename link chmod chown truncate open read write statfs "
     "release fsync setxattr getxattr listxattr removexattr opendir readdir releasedir fsyncdir init create "
     "utimens fallocate lseek"
 ).split()
+
+
+def caller_uid() -> int:
+    """The user on whose behalf the current operation is done."""
+    uid: int = mfusepy.fuse_get_context()[0]
+    return uid
 
 
 @functools.cache
@@ -155,13 +159,31 @@ class _Binding(mfusepy.FUSE):  # type: ignore[misc]
     def init_fuse_3(self, connection: Any, config: Any) -> None:
         conn, conf = connection.contents, config.contents
         conn.max_write = MAX_REQUEST
-        conn.want &= ~_UNWANTED
+        conn.max_background = _MAX_BACKGROUND
+        conn.want = conn.capable & _WANTED
         conf.use_ino = 1
         conf.nullpath_ok = 1
         conf.entry_timeout = _ENTRY_TIMEOUT
         conf.attr_timeout = 0.0
         conf.negative_timeout = 0.0
+        self._answer_first(conn)
         self._on_init()
+
+    def _answer_first(self, conn: Any) -> None:
+        """Answer FUSE_INIT before libfuse does; `hvfuse.handshake` says why."""
+        libfuse = mfusepy._libfuse
+        libfuse.fuse_get_session.restype = ctypes.c_void_p
+        session = libfuse.fuse_get_session(ctypes.c_void_p(libfuse.fuse_get_context().contents.fuse))
+        reply = handshake.init_reply(
+            flags=conn.want | handshake.BIG_WRITES | handshake.MAX_PAGES | handshake.HANDLE_KILLPRIV_V2,
+            max_write=MAX_REQUEST,
+            max_readahead=conn.max_readahead,
+            max_background=_MAX_BACKGROUND,
+        )
+        try:
+            os.write(libfuse.fuse_session_fd(ctypes.c_void_p(session)), reply)
+        except OSError as error:
+            logger.warning("the kernel did not take our own FUSE_INIT reply: %s", error.strerror)
 
     # Open files
 

@@ -19,7 +19,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from hvfuse import system
+from hvfuse import fuse, system
 from hvfuse.filesystem import Filesystem, Node, OpenFile, TimeSpec, is_hiding_name
 
 _AT_FDCWD = -100
@@ -42,6 +42,19 @@ def _check(result: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
+def _drop_privileges(fd: int) -> None:
+    """Content is about to change: take set-user-id and set-group-id away, unless root changes it.
+
+    The kernel was promised that (`hvfuse.handshake`); file capabilities go by themselves.
+    """
+    mode = os.fstat(fd).st_mode
+    if mode & (stat.S_ISUID | stat.S_ISGID) and fuse.caller_uid() != 0:
+        mode &= ~stat.S_ISUID
+        if mode & stat.S_IXGRP:
+            mode &= ~stat.S_ISGID
+        os.chmod(f"/proc/self/fd/{fd}", mode & _PERMISSIONS)
+
+
 class PlainFile:
     """An open file of the folder, on a descriptor of its own."""
 
@@ -61,15 +74,18 @@ class PlainFile:
         return done
 
     def write(self, data: memoryview, offset: int) -> int:
+        _drop_privileges(self.fd)
         return os.pwrite(self.fd, data, offset)
 
     def fsync(self, datasync: bool) -> None:
         (system.fdatasync if datasync else system.fsync)("folder:sync", self.fd)
 
     def truncate(self, size: int) -> None:
+        _drop_privileges(self.fd)
         os.ftruncate(self.fd, size)
 
     def fallocate(self, mode: int, offset: int, length: int) -> None:
+        _drop_privileges(self.fd)
         system.fallocate("folder:fallocate", self.fd, mode, offset, length)
 
     def lseek(self, offset: int, whence: int) -> int:
@@ -171,19 +187,25 @@ class Folder(Filesystem):
         return self._open[inode][0] if inode is not None else None
 
     @contextmanager
-    def _proc(self, node: Node) -> Iterator[str]:
-        """A path of procfs that leads to `node` itself, wherever its names are by now."""
+    def _pinned(self, node: Node) -> Iterator[int]:
+        """A descriptor (perhaps an O_PATH one) of `node` itself, wherever its names are by now."""
         file = self._removed(node) if isinstance(node, str) else node
         if file is not None:
-            yield f"/proc/self/fd/{self.descriptor_of(file)}"
+            yield self.descriptor_of(file)
             return
         assert isinstance(node, str)
         with self._at(node) as (parent, name):
             fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
-            yield f"/proc/self/fd/{fd}"
+            yield fd
         finally:
             os.close(fd)
+
+    @contextmanager
+    def _proc(self, node: Node) -> Iterator[str]:
+        """A path of procfs that leads to `node` itself."""
+        with self._pinned(node) as fd:
+            yield f"/proc/self/fd/{fd}"
 
     def descriptor_of(self, file: OpenFile) -> int:
         assert isinstance(file, PlainFile)
@@ -216,8 +238,9 @@ class Folder(Filesystem):
             _check(_libc.utimensat(_AT_FDCWD, os.fsencode(path), times, 0))
 
     def truncate(self, path: str, size: int) -> None:
-        with self._proc(path) as target:
-            os.truncate(target, size)
+        with self._pinned(path) as fd:
+            _drop_privileges(fd)
+            os.truncate(f"/proc/self/fd/{fd}", size)
 
     def getxattr(self, path: str, name: str) -> bytes:
         with self._proc(path) as target:
@@ -243,7 +266,10 @@ class Folder(Filesystem):
         if removed is not None:
             return self._remember(os.open(f"/proc/self/fd/{removed.fd}", flags & ~os.O_NOFOLLOW))
         with self._at(path) as (parent, name):
-            return self._remember(os.open(name, flags, dir_fd=parent))
+            fd = os.open(name, flags, dir_fd=parent)
+        if flags & os.O_TRUNC:
+            _drop_privileges(fd)
+        return self._remember(fd)
 
     def _remember(self, fd: int) -> PlainFile:
         file = PlainFile(self, fd)
@@ -275,7 +301,7 @@ class Folder(Filesystem):
             except FileExistsError:
                 if flags & os.O_EXCL:
                     raise
-                return self._remember(os.open(name, passed, dir_fd=parent))
+                return self.open(path, flags)
             try:
                 os.fchown(fd, uid, _group(parent, gid))
                 os.fchmod(fd, mode & _PERMISSIONS)
