@@ -30,9 +30,9 @@ SPARES_KEPT = 2
 SPARE_SIZE = 1 << 30
 """Bytes; what a longer spare is cut to."""
 
-_RESERVED = re.compile(rb"^.+\.(?:\d{10}\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)$", re.DOTALL)
-_COMPANION = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrc$", re.DOTALL)
-_LOG = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrl$", re.DOTALL)
+_RESERVED = re.compile(rb"^.+\.(?:\d{10}\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)\Z", re.DOTALL)
+_COMPANION = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrc\Z", re.DOTALL | re.ASCII)
+_LOG = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrl\Z", re.DOTALL | re.ASCII)
 
 
 def log_name(disk: str, serial: int) -> str:

@@ -71,10 +71,10 @@ def _read_line(sock: socket.socket) -> bytes:
 def _parse(line: bytes) -> Message:
     try:
         message = json.loads(line)
-    except ValueError:
-        raise UnreachableError("the answer is not a JSON line") from None
+    except (ValueError, RecursionError):
+        raise UnreachableError("the line is not JSON") from None
     if not isinstance(message, dict):
-        raise UnreachableError("the answer is not a JSON object")
+        raise UnreachableError("the line is not a JSON object")
     return message
 
 
@@ -142,7 +142,7 @@ class Listener:
 
     def _answer(self, line: bytes) -> bytes:
         try:
-            answer = {"ok": True, **self._handler(_parse(line))}
+            return json.dumps({"ok": True, **self._handler(_parse(line))}).encode() + b"\n"
         except HvfuseError as error:
             answer = {"ok": False, "error": type(error).__name__, "message": str(error), "hint": error.hint}
         except Exception as error:  # a bug in a handler must not end the listener
