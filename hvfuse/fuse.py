@@ -36,12 +36,17 @@ from typing import Any
 from hvfuse import handshake
 from hvfuse.errors import HvfuseError, NoSpaceError, PrerequisiteError
 from hvfuse.filesystem import Filesystem, Node, OpenDirectory, OpenFile
-from hvfuse.mountpoint import check_mountpoint as check_mountpoint  # for those who load libfuse anyway
-from hvfuse.mountpoint import clear_dead_mount as clear_dead_mount
-from hvfuse.mountpoint import is_mounted as is_mounted
-from hvfuse.mountpoint import stop as stop
-from hvfuse.mountpoint import stopped_by_signals
-from hvfuse.mountpoint import unmount as unmount
+from hvfuse.mountpoint import check_mountpoint, clear_dead_mount, is_mounted, stop, stopped_by_signals, unmount
+
+__all__ = [
+    "caller_uid",
+    "check_mountpoint",
+    "clear_dead_mount",
+    "is_mounted",
+    "mount",
+    "stop",
+    "unmount",
+]
 
 _HINT = "apt-get install fuse3"
 

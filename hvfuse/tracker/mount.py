@@ -152,20 +152,18 @@ class VmFolder(Folder):
 
 
 class Vm(Protocol):
-    """What `serve` needs of a tracked VM; `folder` is the path of the folder that holds the disks."""
-
-    folder: str
+    """What `serve` needs of a tracked VM."""
 
     @property
     def disks(self) -> Mapping[str, Disk]: ...
 
 
-def serve(vm: Vm, *, mountpoint: str, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Serve the VM's folder at `mountpoint` until it is unmounted; call this in the main thread.
+def serve(vm: Vm, *, folder: str, mountpoint: str, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Serve the VM's `folder` at `mountpoint` until it is unmounted; call this in the main thread.
 
     `on_ready`, signals and what is raised: see `fuse.mount`.
     """
-    fd = os.open(vm.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fuse.mount(VmFolder(fd, vm.disks), mountpoint, on_ready=on_ready)
     finally:
