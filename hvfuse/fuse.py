@@ -36,17 +36,7 @@ from typing import Any
 from hvfuse import handshake
 from hvfuse.errors import HvfuseError, NoSpaceError, PrerequisiteError
 from hvfuse.filesystem import Filesystem, Node, OpenDirectory, OpenFile
-from hvfuse.mountpoint import check_mountpoint, clear_dead_mount, is_mounted, stop, stopped_by_signals, unmount
-
-__all__ = [
-    "caller_uid",
-    "check_mountpoint",
-    "clear_dead_mount",
-    "is_mounted",
-    "mount",
-    "stop",
-    "unmount",
-]
+from hvfuse.mountpoint import check_mountpoint, stopped_by_signals
 
 _HINT = "apt-get install fuse3"
 
