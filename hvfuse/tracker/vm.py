@@ -11,6 +11,7 @@ Locks, always taken in this order:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -102,10 +103,8 @@ class TrackedVm:
             state.update(detached_cleanly=False, boot_id=boot, resync_reason=reason)
         if reason is None and disks and disks[0][1].record.is_tracked:
             self._generation, self._cycle = disks[0][1].record.generation, disks[0][1].record.cycle
-            try:
+            with contextlib.suppress(ResyncRequiredError):  # the disks are served all the same
                 self._start_logs()
-            except ResyncRequiredError:
-                pass  # the disks are served all the same; the state says what is missing
 
     def _start_logs(self) -> None:
         """First logs of this attachment or generation. Raises ResyncRequiredError."""
@@ -124,7 +123,8 @@ class TrackedVm:
                     now = self._clock.now_ns()
                     for disk, _ in self._tracked():
                         disk.retire()
-                self._seal(now)
+                with contextlib.suppress(ResyncRequiredError):  # the state says it durably
+                    self._seal(now)
             for disk, state in self._tracked():
                 disk.drop_logs()
                 system.fsync("detach:image", disk.fd)
@@ -204,10 +204,9 @@ class TrackedVm:
         """Rotate, and resize `disk` within the barrier: the new size belongs to the next cycle."""
         with self._rotation:
             if disk.log is not None:
-                try:
+                # Where logging ends, durably noted, the guest's operation goes on without it.
+                with contextlib.suppress(ResyncRequiredError):
                     self._rotate(resized=disk if new_size is not None else None, new_size=new_size or 0)
-                except ResyncRequiredError:
-                    pass  # logging has ended, durably noted; the guest's operation goes on without it
             if new_size is not None and disk.size() != new_size:
                 system.truncate("disk:truncate", disk.fd, new_size)
 
@@ -253,11 +252,9 @@ class TrackedVm:
             self._give_up(f"a log could not be sealed: {error.strerror}")
         self._cycle += 1
         if self.is_logging:
-            try:
+            with contextlib.suppress(OSError):  # tried again, in earnest, when the next rotation needs it
                 for disk, _ in disks:
                     disk.prepare(generation=self._generation, cycle=self._cycle + 2)
-            except OSError:
-                pass  # tried again, and then in earnest, when the next rotation needs it
 
     def degrade(self, reason: str) -> None:
         """Stop logging for all disks, durably; the guest's writes go on. Caller holds the gate."""

@@ -1,0 +1,103 @@
+"""The tracker's process: attach, answer on the control socket, serve the mount, detach.
+
+The main thread belongs to FUSE; one thread of the control socket takes requests (`hvfuse.wire`):
+
+    status                          -> `TrackedVm.status`, and "mountpoint", "pid", "barriers"
+    begin    generation             -> begin a generation; as status
+    rotate                          -> "generation", "cycle", "sealed_ns", "barrier_ns"
+    release  generation, cycle      -> {}
+    stop     force (default false)  -> {}; BusyError while somebody uses the mount, unless forced
+
+When the mount is gone, however that came about, the logs are sealed and a clean detach is recorded.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import Any
+
+from hvfuse import wire
+from hvfuse.errors import UsageError
+from hvfuse.mountpoint import check_mountpoint, clear_dead_mount, stop, unmount
+from hvfuse.tracker.mount import serve
+from hvfuse.tracker.vm import TrackedVm
+
+SOCKET_NAME = "tracker.sock"
+
+
+def run_tracker(*, vm: str, folder: str, mountpoint: str, state_dir: str, exclude: frozenset[str]) -> None:
+    """Serve one VM until it is unmounted or told to stop. Blocks; belongs in the main thread.
+
+    Raises NotFoundError, BusyError, CorruptError, UnsupportedError or PrerequisiteError before
+    anything is mounted.
+    """
+    clear_dead_mount(mountpoint)
+    check_mountpoint(mountpoint)
+    tracked = TrackedVm(vm, folder, exclude=exclude)
+    tracked.attach()
+    control = TrackerControl(tracked, mountpoint)
+    listener: wire.Listener | None = None
+
+    def ready() -> None:
+        # Only now, so that whoever gets an answer finds the VM mounted.
+        nonlocal listener
+        listener = wire.Listener(os.path.join(state_dir, SOCKET_NAME), control.handle, name="control")
+        # What exists now lives as long as the process: the collector need not look at it again,
+        # least of all in the middle of a guest's write.
+        gc.collect()
+        gc.freeze()
+
+    try:
+        serve(tracked, folder=tracked.folder, mountpoint=mountpoint, on_ready=ready)
+    finally:
+        # The socket goes last: where it is gone, the disks are free.
+        tracked.detach()
+        if listener is not None:
+            listener.close()
+
+
+class TrackerControl:
+    """Answers the control socket's requests. Handlers never overlap (`wire.Listener`)."""
+
+    def __init__(self, vm: TrackedVm, mountpoint: str) -> None:
+        self._vm = vm
+        self._mountpoint = mountpoint
+
+    def handle(self, request: wire.Message) -> dict[str, Any]:
+        """One request. Raises HvfuseErrors, which travel to the other side."""
+        match request.get("op"):
+            case "status":
+                return self._status()
+            case "begin":
+                self._vm.begin(_generation(request))
+                return self._status()
+            case "rotate":
+                rotation = self._vm.rotate()
+                return {
+                    "generation": rotation.generation.hex(),
+                    "cycle": rotation.cycle,
+                    "sealed_ns": rotation.sealed_ns,
+                    "barrier_ns": rotation.barrier_ns,
+                }
+            case "release":
+                self._vm.release(_generation(request), int(request["cycle"]))
+                return {}
+            case "stop":
+                (stop if request.get("force") else unmount)(self._mountpoint)
+                return {}
+            case other:
+                raise UsageError(f"the tracker knows no request {other!r}")
+
+    def _status(self) -> dict[str, Any]:
+        return {**self._vm.status(), "mountpoint": self._mountpoint, "pid": os.getpid()}
+
+
+def _generation(request: wire.Message) -> bytes:
+    try:
+        generation = bytes.fromhex(str(request.get("generation")))
+    except ValueError:
+        generation = b""
+    if len(generation) != 16 or not any(generation):
+        raise UsageError("a generation is 32 hexadecimal digits")
+    return generation
