@@ -1,0 +1,292 @@
+"""The LMDB environment of a store: opened once in a process, grown when it is full, faults translated.
+
+LMDB lets a process open an environment only once, and set the size of its map only while the process
+has no transaction open. Both are seen to here: `open_environment` hands out one shared environment
+per directory, and every transaction passes a gate that a resize closes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TypeAlias, TypeVar
+
+import lmdb
+
+from hvfuse import system
+from hvfuse.errors import BusyError, CorruptError, HvfuseError, NoSpaceError, NotFoundError, UnsupportedError
+from hvfuse.target import schema
+
+DEFAULT_MAP_SIZE = 1 << 30
+"""Bytes of address space to begin with; the file grows only as it is used."""
+MAX_READERS = 1024
+
+Txn: TypeAlias = "lmdb.Transaction[bytes]"
+_Result = TypeVar("_Result")
+
+_REFUSED_FILESYSTEMS = {
+    0x6969: "NFS",
+    0x517B: "SMB",
+    0xFE534D42: "SMB",
+    0xFF534D42: "CIFS",
+    0x65735546: "FUSE",
+}
+"""By f_type of statfs(2): no coherent shared maps or no reliable locks."""
+
+
+class Environment:
+    """A store's LMDB, with its databases open. Made by `open_environment` alone.
+
+    Transactions of one thread must not nest: a map that has to grow waits for all of them.
+    """
+
+    def __init__(self, path: str, *, create: bool, map_size: int) -> None:
+        self.path = path
+        self.users = 0
+        # Guards _active and _resizing: no transaction begins while the map is resized, and a resize
+        # waits for the running ones.
+        self._gate = threading.Condition()
+        self._active = 0
+        self._resizing = False
+        with self._faults():
+            self._lmdb = lmdb.open(
+                path, map_size=map_size, max_dbs=len(schema.DATABASES), max_readers=MAX_READERS, mode=0o600,
+                create=create,
+            )  # fmt: skip
+        try:
+            with self._faults():
+                self._lmdb.reader_check()
+            self._db = self._open_databases(create=create)
+        except BaseException:
+            self._lmdb.close()
+            raise
+
+    def _open_databases(self, *, create: bool) -> dict[bytes, lmdb._Database]:
+        """All databases by name, made if the environment is new. Raises UnsupportedError, CorruptError."""
+        version = self._format()
+        if version == 0:
+            if not create:
+                raise CorruptError(f"{self.path}: not a store")
+            self.write("store:create", self._create)
+            version = self._format()
+        if version != schema.FORMAT:
+            raise UnsupportedError(
+                f"{self.path}: a store of format {version}; this hvfuse knows format {schema.FORMAT}",
+                hint="use the hvfuse that wrote it, or a newer one",
+            )
+        with self.read() as txn:
+            return {name: self._lmdb.open_db(name, txn=txn, create=False) for name in schema.DATABASES}
+
+    def _format(self) -> int:
+        """The store's format; 0 if nothing was ever written. Writes nothing."""
+        try:
+            with self.read() as txn:
+                meta = self._lmdb.open_db(schema.META, txn=txn, create=False)
+                return schema.number_of(txn.get(schema.KEY_FORMAT, db=meta))
+        except NotFoundError:
+            return 0
+
+    def _create(self, txn: Txn) -> None:
+        for name in schema.DATABASES:
+            self._lmdb.open_db(name, txn=txn)
+        meta = self._lmdb.open_db(schema.META, txn=txn)
+        txn.put(schema.KEY_FORMAT, schema.u32(schema.FORMAT), db=meta, overwrite=False)
+
+    def db(self, name: bytes) -> lmdb._Database:
+        """The database called `name` in the schema."""
+        return self._db[name]
+
+    @contextmanager
+    def read(self) -> Iterator[Txn]:
+        """A snapshot."""
+        with self._faults(), self._inside():
+            txn = self._begin_read()
+            try:
+                yield txn
+            finally:
+                txn.abort()
+
+    def _begin_read(self) -> Txn:
+        while True:
+            try:
+                return self._lmdb.begin()
+            except lmdb.MapResizedError:
+                self._leave()
+                try:
+                    self._resize(self._adopt)
+                finally:
+                    self._enter()
+
+    def write(self, label: str, act: Callable[[Txn], _Result]) -> _Result:
+        """Run `act` in a write transaction and commit it: durable when this returns, or nothing happened.
+
+        `act` runs again from the start, in a new transaction, when the map had to grow; it must have no
+        effects but through the transaction. Raises NoSpaceError when the disk is full, and what `act`
+        raises, which aborts.
+        """
+        while True:
+            size = self.map_size()
+            try:
+                with self._faults(), self._inside():
+                    return self._write_once(label, act)
+            except lmdb.MapFullError:
+                self._resize(partial(self._grow, size))
+            except lmdb.MapResizedError:
+                self._resize(self._adopt)
+
+    def _write_once(self, label: str, act: Callable[[Txn], _Result]) -> _Result:
+        txn = self._lmdb.begin(write=True)
+        try:
+            result = act(txn)
+            system.passing(f"{label}:before")
+        except BaseException:
+            txn.abort()
+            raise
+        txn.commit()
+        system.passing(f"{label}:after")
+        return result
+
+    def map_size(self) -> int:
+        """Bytes of address space in use for the map: what the file may grow to without a resize."""
+        return int(self._lmdb.info()["map_size"])
+
+    def used_bytes(self) -> int:
+        """Bytes of the file up to the last page in use."""
+        return (int(self._lmdb.info()["last_pgno"]) + 1) * int(self._lmdb.stat()["psize"])
+
+    def reader_check(self) -> int:
+        """Free the reader slots of dead processes, which keep old pages from being used again."""
+        with self._faults():
+            return int(self._lmdb.reader_check())
+
+    def close(self) -> None:
+        """Let the environment go; only `close_environment` calls it."""
+        self._lmdb.close()
+
+    def _grow(self, size: int) -> None:
+        """Double the map, unless somebody did since it was `size` bytes."""
+        if self.map_size() <= size:
+            self._lmdb.set_mapsize(2 * size)
+
+    def _adopt(self) -> None:
+        """Take over the size to which another process has grown the map."""
+        self._lmdb.set_mapsize(0)
+
+    def _resize(self, act: Callable[[], None]) -> None:
+        with self._gate:
+            self._gate.wait_for(lambda: not self._resizing)
+            self._resizing = True
+            try:
+                self._gate.wait_for(lambda: not self._active)
+                act()
+            finally:
+                self._resizing = False
+                self._gate.notify_all()
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        self._enter()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _enter(self) -> None:
+        with self._gate:
+            self._gate.wait_for(lambda: not self._resizing)
+            self._active += 1
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._active -= 1
+            self._gate.notify_all()
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """LMDB's errors as hvfuse's, naming the environment."""
+        try:
+            yield
+        except (lmdb.MapFullError, lmdb.MapResizedError):
+            raise
+        except lmdb.Error as error:
+            kind = _FAULTS.get(type(error), HvfuseError)
+            if error.code in (errno.ENOSPC, errno.EDQUOT):
+                kind = NoSpaceError
+            raise kind(f"{self.path}: {error}") from error
+
+
+_FAULTS: dict[type[lmdb.Error], type[HvfuseError]] = {
+    lmdb.NotFoundError: NotFoundError,
+    lmdb.CorruptedError: CorruptError,
+    lmdb.PageNotFoundError: CorruptError,
+    lmdb.InvalidError: CorruptError,
+    lmdb.IncompatibleError: CorruptError,
+    lmdb.VersionMismatchError: UnsupportedError,
+    lmdb.ReadersFullError: BusyError,
+}
+
+_open: dict[tuple[int, str], Environment] = {}
+_open_lock = threading.Lock()  # guards _open and the users of its environments
+
+
+def open_environment(path: str, *, create: bool, map_size: int = DEFAULT_MAP_SIZE) -> Environment:
+    """The environment in directory `path`, shared within this process; give it back when done.
+
+    Raises NotFoundError (when not to be created), UnsupportedError (newer format, network file
+    system), CorruptError.
+    """
+    key = (os.getpid(), os.path.realpath(path))
+    with _open_lock:
+        environment = _open.get(key)
+        if environment is None:
+            if create:
+                os.makedirs(key[1], mode=0o700, exist_ok=True)
+            elif not os.path.exists(os.path.join(key[1], "data.mdb")):
+                raise NotFoundError(f"{path}: there is no store")
+            _refuse_unfit_filesystem(key[1])
+            environment = _open[key] = Environment(key[1], create=create, map_size=map_size)
+        environment.users += 1
+        return environment
+
+
+def close_environment(environment: Environment) -> None:
+    """Give back what `open_environment` gave."""
+    with _open_lock:
+        environment.users -= 1
+        if environment.users == 0:
+            environment.close()
+            del _open[os.getpid(), environment.path]
+
+
+def _refuse_unfit_filesystem(path: str) -> None:
+    """Raises UnsupportedError on a file system where LMDB's map or locks cannot be relied on."""
+    name = _REFUSED_FILESYSTEMS.get(filesystem_type(path))
+    if name is not None:
+        raise UnsupportedError(
+            f"{path}: lies on {name}, where a store is not safe", hint="put the store on a local disk"
+        )
+
+
+def filesystem_type(path: str) -> int:
+    """f_type of statfs(2), which Python's statvfs does not tell. Raises OSError."""
+    buffer = ctypes.create_string_buffer(512)  # struct statfs is 120 bytes; f_type is its first word
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.statfs(os.fsencode(path), buffer) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), path)
+    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], "little") & 0xFFFFFFFF
+
+
+@contextmanager
+def file_faults(path: str) -> Iterator[None]:
+    """OSErrors of work on the file at `path` as hvfuse's: a full disk is NoSpaceError."""
+    try:
+        yield
+    except OSError as error:
+        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else HvfuseError
+        raise kind(f"{error.filename or path}: {error.strerror or error}") from error

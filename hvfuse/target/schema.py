@@ -1,0 +1,456 @@
+"""The store's LMDB schema: every database, key and value, packed and unpacked here and nowhere else.
+
+Integers in keys are big-endian, so that keys sort by number. Every VM counts its committed cycles in
+`seq`, over all generations, from 1; seq and nothing else orders them. A *record* is a JSON object
+behind the xxh3-64 (8 bytes, little-endian) of its text: LMDB itself checks nothing.
+
+    database    key                              value
+    meta        "format"                         u32: FORMAT
+                "epoch"                          u64: raised by every failover
+                "next-vm", "next-pin"            u64: the next number to give out
+    vms         name of the VM, bytes            VmRecord
+    points      vm u32, seq u64                  PointRecord, of every cycle from the base on
+    point-ids   vm u32, id of the point          u64 seq, of the listed points alone
+    frames      vm u32, seq u64, number u32      the frame as it came (`hvfuse.frames`)
+    placements  vm u32, seq u64, number u32      Placement: where in the index the frame is entered
+    index       vm u32, disk u32, region u32,    entries of the frame's extents that touch the region,
+                seq u64, number u32              in ascending order
+    wide        vm u32, disk u32, seq u64,       entries of the frame's extents that touch more than
+                number u32                       WIDE_SPAN regions (zeroes, for data are never so long)
+    staging     vm u32                           StagingRecord of the unfinished cycle
+    held        vm u32, number u32               empty: this frame of a direct copy is durably in the image
+    pins        pin u64                          Pin
+
+A *disk* in a key is a number that the VM gives out: a disk gets a new one with every whole copy, so that
+a copy begins on a blank disk although older points of the same image live on.
+
+What must hold, in every snapshot:
+
+    1  base_seq <= floor_seq <= head_seq; the replica images are the state of base_seq, or, while a
+       merge is under way, of some mixture up to floor_seq. No point below floor_seq can be read.
+    2  The cycles base_seq < seq <= head_seq, all of them, make up the journal.
+    3  Frames of seq head_seq + 1 belong to the staging record; there are no others beyond.
+    4  A frame, its placement and its index entries come and go in the same transaction.
+    5  position None: nothing was copied yet, or a direct copy is under way; then there are no points.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from hvfuse.errors import CorruptError
+from hvfuse.extent import Buffer
+from hvfuse.manifest import Consistency, CycleKind, DiskManifest, RecoveryPoint, point_id
+from hvfuse.position import Position
+
+FORMAT = 1
+META, VMS, POINTS, POINT_IDS = b"meta", b"vms", b"points", b"point-ids"
+FRAMES, PLACEMENTS, INDEX, WIDE = b"frames", b"placements", b"index", b"wide"
+STAGING, HELD, PINS = b"staging", b"held", b"pins"
+DATABASES = (META, VMS, POINTS, POINT_IDS, FRAMES, PLACEMENTS, INDEX, WIDE, STAGING, HELD, PINS)
+
+KEY_FORMAT, KEY_EPOCH, KEY_NEXT_VM, KEY_NEXT_PIN = b"format", b"epoch", b"next-vm", b"next-pin"
+
+REGION = 64 << 20
+"""Bytes of a disk that one index key stands for. Fully scattered 4 KiB writes give 16,384 pieces, so a
+resolved region stays under 1 MiB, and a day of 2,880 points is one scan over at most as many keys."""
+WIDE_SPAN = 4
+"""Regions; an extent that touches more is entered once, in `wide`."""
+
+_U32 = struct.Struct(">I")
+_U64 = struct.Struct(">Q")
+_VM_SEQ = struct.Struct(">IQ")
+_VM_SEQ_NUMBER = struct.Struct(">IQI")
+_VM_NUMBER = struct.Struct(">II")
+_INDEX_KEY = struct.Struct(">IIIQI")
+_WIDE_KEY = struct.Struct(">IIQI")
+_PLACEMENT = struct.Struct("<IIQQ16s")
+
+ENTRY_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u8"), ("position", "<u4"), ("kind", "<u4")])
+"""One extent as the index has it, 24 bytes: `position` is where its bytes begin in the frame's data,
+`kind` is `hvfuse.frames.Fill`."""
+
+Entries = NDArray[np.void]
+"""Shape (n,), dtype `ENTRY_DTYPE`."""
+
+
+# Keys
+
+
+def u32(value: int) -> bytes:
+    """A number as 4 bytes that sort."""
+    return _U32.pack(value)
+
+
+def u64(value: int) -> bytes:
+    """A number as 8 bytes that sort."""
+    return _U64.pack(value)
+
+
+def number_of(raw: bytes | None) -> int:
+    """The number in a u32 or u64 value; 0 if there is none."""
+    return int.from_bytes(raw or b"", "big")
+
+
+def vm_key(name: str) -> bytes:
+    """Key in `vms`."""
+    return os.fsencode(name)
+
+
+def point_key(vm: int, seq: int) -> bytes:
+    """Key in `points`; prefix of a cycle's keys in `frames` and `placements`."""
+    return _VM_SEQ.pack(vm, seq)
+
+
+def point_id_key(vm: int, name: str) -> bytes:
+    """Key in `point-ids`. Longer names than a point can have are cut: they are found nowhere."""
+    return u32(vm) + os.fsencode(name)[:255]
+
+
+def frame_key(vm: int, seq: int, number: int) -> bytes:
+    """Key in `frames` and `placements`."""
+    return _VM_SEQ_NUMBER.pack(vm, seq, number)
+
+
+def seq_and_number(key: bytes) -> tuple[int, int]:
+    """What a key of `frames`, `placements`, `index` or `wide` ends with."""
+    return int.from_bytes(key[-12:-4], "big"), int.from_bytes(key[-4:], "big")
+
+
+def index_key(vm: int, disk: int, region: int, seq: int, number: int = 0) -> bytes:
+    """Key in `index`."""
+    return _INDEX_KEY.pack(vm, disk, region, seq, number)
+
+
+def unpack_index_key(key: bytes) -> tuple[int, int, int, int, int]:
+    """vm, disk, region, seq, number."""
+    vm, disk, region, seq, number = _INDEX_KEY.unpack(key)
+    return vm, disk, region, seq, number
+
+
+def wide_key(vm: int, disk: int, seq: int, number: int = 0) -> bytes:
+    """Key in `wide`."""
+    return _WIDE_KEY.pack(vm, disk, seq, number)
+
+
+def unpack_wide_key(key: bytes) -> tuple[int, int, int, int]:
+    """vm, disk, seq, number."""
+    vm, disk, seq, number = _WIDE_KEY.unpack(key)
+    return vm, disk, seq, number
+
+
+def held_key(vm: int, number: int) -> bytes:
+    """Key in `held`."""
+    return _VM_NUMBER.pack(vm, number)
+
+
+# Values
+
+
+def _sealed(body: bytes) -> bytes:
+    return xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") + body
+
+
+def _opened(raw: Buffer, what: str) -> memoryview:
+    """The bytes behind the checksum. Raises CorruptError naming `what`."""
+    body = memoryview(raw)[8:]
+    if len(raw) < 8 or xxhash.xxh3_64_intdigest(body) != int.from_bytes(bytes(memoryview(raw)[:8]), "little"):
+        raise CorruptError(f"{what} does not match its checksum")
+    return body
+
+
+def _pack_record(fields: Mapping[str, Any]) -> bytes:
+    return _sealed(json.dumps(fields, separators=(",", ":")).encode())
+
+
+def _unpack_record(raw: Buffer, what: str) -> dict[str, Any]:
+    fields = json.loads(bytes(_opened(raw, what)))
+    if not isinstance(fields, dict):
+        raise CorruptError(f"{what} is not a record")
+    return fields
+
+
+def pack_entries(entries: Entries) -> bytes:
+    """A value of `index` or `wide`."""
+    return _sealed(entries.tobytes())
+
+
+def unpack_entries(raw: Buffer, what: str) -> memoryview:
+    """The bytes of an array of `ENTRY_DTYPE`, verified. Raises CorruptError naming `what`."""
+    body = _opened(raw, what)
+    if len(body) % ENTRY_DTYPE.itemsize:
+        raise CorruptError(f"{what} has a wrong length")
+    return body
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What the store must know of a frame without decoding it.
+
+    `disk`: its number. `regions`: where the index has entries of it, ascending. `wide`: whether `wide`
+    has some too. `stored_length`: bytes of the frame. `data_end`: first byte on the disk after its last
+    DATA extent, 0 without any. `digest`: xxh3-128 of its content.
+    """
+
+    disk: int
+    regions: tuple[int, ...]
+    wide: bool
+    stored_length: int
+    data_end: int
+    digest: bytes
+
+    def pack(self) -> bytes:
+        """The value: u32 disk, u32 wide, u64 stored_length, u64 data_end, digest, u32 of each region."""
+        head = _PLACEMENT.pack(self.disk, self.wide, self.stored_length, self.data_end, self.digest)
+        return _sealed(head + np.array(self.regions, "<u4").tobytes())
+
+    @classmethod
+    def unpack(cls, raw: Buffer) -> Placement:
+        """Raises CorruptError."""
+        body = _opened(raw, "the placement of a frame")
+        disk, wide, stored_length, data_end, digest = _PLACEMENT.unpack_from(body)
+        regions = np.frombuffer(body[_PLACEMENT.size :], "<u4")
+        return cls(
+            disk=disk, regions=tuple(regions.tolist()), wide=bool(wide), stored_length=stored_length,
+            data_end=data_end, digest=digest,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskRecord:
+    """One disk at one cycle. `number`: see the module's docstring; the rest as in DiskManifest."""
+
+    number: int
+    disk_id: bytes
+    name: str
+    format: str
+    size: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, disk: DiskManifest, number: int) -> DiskRecord:
+        """The record of a disk as a manifest tells of it."""
+        return cls(
+            number=number, disk_id=disk.disk_id, name=disk.name, format=disk.format, size=disk.size,
+            digest=disk.digest,
+        )  # fmt: skip
+
+    def manifest(self) -> DiskManifest:
+        """The disk without its number."""
+        return DiskManifest(
+            disk_id=self.disk_id, name=self.name, format=self.format, size=self.size, digest=self.digest
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmRecord:
+    """One VM's replica. `state`: text for the control plane. `next_disk`: next disk number to give.
+
+    `disks` are those of head_seq. The three seqs are explained in the module's docstring; 0: none yet.
+    """
+
+    id: int
+    name: str
+    state: str = ""
+    position: Position | None = None
+    head_seq: int = 0
+    base_seq: int = 0
+    floor_seq: int = 0
+    next_disk: int = 1
+    disks: tuple[DiskRecord, ...] = ()
+
+    def pack(self) -> bytes:
+        """The value in `vms`."""
+        return _pack_record(
+            {
+                "id": self.id,
+                "name": self.name,
+                "state": self.state,
+                "position": _position_json(self.position),
+                "head_seq": self.head_seq,
+                "base_seq": self.base_seq,
+                "floor_seq": self.floor_seq,
+                "next_disk": self.next_disk,
+                "disks": [_disk_json(disk) for disk in self.disks],
+            }
+        )
+
+    @classmethod
+    def unpack(cls, raw: Buffer) -> VmRecord:
+        """Raises CorruptError."""
+        fields = _unpack_record(raw, "the record of a VM")
+        fields["position"] = _position_of(fields["position"])
+        fields["disks"] = tuple(_disk_of(disk) for disk in fields["disks"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointRecord:
+    """One committed cycle. `is_point`: whether it is listed as a recovery point: copies are not, nor are
+    cycles that retention let go. `previous`: the position it continues. `frame_count`, `stored_bytes`:
+    of its frames; both 0 for a copy that went straight into the images.
+    """
+
+    seq: int
+    kind: CycleKind
+    position: Position
+    previous: Position | None
+    time_ns: int
+    consistency: Consistency
+    is_point: bool
+    frame_count: int
+    stored_bytes: int
+    disks: tuple[DiskRecord, ...]
+
+    @property
+    def id(self) -> str:
+        """The recovery point's name."""
+        return point_id(self.position.generation, self.position.cycle)
+
+    def recovery_point(self, vm: str) -> RecoveryPoint:
+        """The cycle as the rest of the program knows it."""
+        return RecoveryPoint(
+            id=self.id,
+            vm=vm,
+            generation=self.position.generation,
+            cycle=self.position.cycle,
+            time_ns=self.time_ns,
+            consistency=self.consistency,
+            disks=tuple(disk.manifest() for disk in self.disks),
+            stored_bytes=self.stored_bytes,
+        )
+
+    def unlisted(self) -> PointRecord:
+        """The same cycle, no longer a recovery point."""
+        return replace(self, is_point=False)
+
+    def pack(self) -> bytes:
+        """The value in `points`."""
+        return _pack_record(
+            {
+                "kind": self.kind.value,
+                "position": _position_json(self.position),
+                "previous": _position_json(self.previous),
+                "time_ns": self.time_ns,
+                "consistency": self.consistency.value,
+                "is_point": self.is_point,
+                "frame_count": self.frame_count,
+                "stored_bytes": self.stored_bytes,
+                "disks": [_disk_json(disk) for disk in self.disks],
+            }
+        )
+
+    @classmethod
+    def unpack(cls, raw: Buffer, seq: int) -> PointRecord:
+        """Raises CorruptError."""
+        fields = _unpack_record(raw, f"the record of cycle {seq}")
+        fields["kind"] = CycleKind(fields["kind"])
+        fields["position"] = _position_of(fields["position"])
+        fields["previous"] = _position_of(fields["previous"])
+        fields["consistency"] = Consistency(fields["consistency"])
+        fields["disks"] = tuple(_disk_of(disk) for disk in fields["disks"])
+        return cls(seq=seq, **fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagingRecord:
+    """The unfinished cycle of a VM. `direct`: its frames go straight into the images, not the journal."""
+
+    seq: int
+    direct: bool
+    kind: CycleKind
+    generation: bytes
+    cycle: int
+    previous: Position | None
+    disks: tuple[DiskRecord, ...]
+
+    def pack(self) -> bytes:
+        """The value in `staging`."""
+        return _pack_record(
+            {
+                "seq": self.seq,
+                "direct": self.direct,
+                "kind": self.kind.value,
+                "generation": self.generation.hex(),
+                "cycle": self.cycle,
+                "previous": _position_json(self.previous),
+                "disks": [_disk_json(disk) for disk in self.disks],
+            }
+        )
+
+    @classmethod
+    def unpack(cls, raw: Buffer) -> StagingRecord:
+        """Raises CorruptError."""
+        fields = _unpack_record(raw, "the record of an unfinished cycle")
+        fields["kind"] = CycleKind(fields["kind"])
+        fields["generation"] = bytes.fromhex(fields["generation"])
+        fields["previous"] = _position_of(fields["previous"])
+        fields["disks"] = tuple(_disk_of(disk) for disk in fields["disks"])
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pin:
+    """What holds a recovery point: merging stops at its seq until the pin is taken away.
+
+    It outlives whoever made it. `owner`: "kind" (such as "test-failover"), "pid", "boot_id" and
+    "process_start" (clock ticks since boot) of the holder, and what else the holder wants to find again
+    ("mountpoint", "overlay"): JSON values.
+    """
+
+    id: int
+    vm: str
+    point_id: str
+    seq: int
+    created_ns: int
+    owner: Mapping[str, Any]
+
+    def pack(self) -> bytes:
+        """The value in `pins`."""
+        return _pack_record(
+            {
+                "vm": self.vm,
+                "point_id": self.point_id,
+                "seq": self.seq,
+                "created_ns": self.created_ns,
+                "owner": dict(self.owner),
+            }
+        )
+
+    @classmethod
+    def unpack(cls, raw: Buffer, pin: int) -> Pin:
+        """Raises CorruptError."""
+        return cls(id=pin, **_unpack_record(raw, f"the record of pin {pin}"))
+
+
+def _position_json(position: Position | None) -> list[Any] | None:
+    if position is None:
+        return None
+    return [position.generation.hex(), position.cycle, position.digest.hex()]
+
+
+def _position_of(fields: list[Any] | None) -> Position | None:
+    if fields is None:
+        return None
+    return Position(bytes.fromhex(fields[0]), fields[1], bytes.fromhex(fields[2]))
+
+
+def _disk_json(disk: DiskRecord) -> list[Any]:
+    return [disk.number, disk.disk_id.hex(), disk.name, disk.format, disk.size, disk.digest.hex()]
+
+
+def _disk_of(fields: list[Any]) -> DiskRecord:
+    number, disk_id, name, image_format, size, digest = fields
+    return DiskRecord(
+        number=number, disk_id=bytes.fromhex(disk_id), name=name, format=image_format, size=size,
+        digest=bytes.fromhex(digest),
+    )  # fmt: skip

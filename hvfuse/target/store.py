@@ -1,0 +1,298 @@
+"""The store: the VMs it holds, their recovery points, pins, the epoch.
+
+    STORE/store.lmdb/               the journal and all records (`hvfuse.target.schema`)
+    STORE/replicas/VM/DISK          replica images: plain sparse files, the disks at the base point
+
+One store serves all VMs, and any number of processes at once; LMDB lets one of them write at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from hvfuse import system
+from hvfuse.errors import NotFoundError
+from hvfuse.manifest import RecoveryPoint
+from hvfuse.system import Clock, SystemClock
+from hvfuse.target import schema
+from hvfuse.target.environment import DEFAULT_MAP_SIZE, Txn, close_environment, open_environment
+from hvfuse.target.index import scan
+from hvfuse.target.schema import Pin, PointRecord, StagingRecord, VmRecord
+
+DATABASE_DIRECTORY = "store.lmdb"
+REPLICAS_DIRECTORY = "replicas"
+
+_Result = TypeVar("_Result")
+
+
+class Store:
+    """The store in directory `path`. Close it when done, or use it in a `with`.
+
+    Methods whose names begin with `load_` or `scan_` work within a transaction of the caller's, the
+    others have their own. Raises NotFoundError (there is none and `create` is false), UnsupportedError
+    (newer format, unfit file system), CorruptError, NoSpaceError.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        create: bool = True,
+        map_size: int = DEFAULT_MAP_SIZE,
+        clock: Clock | None = None,
+    ) -> None:
+        self.path = os.path.abspath(path)
+        self.clock = clock or SystemClock()
+        if create:
+            os.makedirs(os.path.join(self.path, REPLICAS_DIRECTORY), mode=0o700, exist_ok=True)
+        self.env = open_environment(os.path.join(self.path, DATABASE_DIRECTORY), create=create, map_size=map_size)
+        self._closed = False
+
+    def close(self) -> None:
+        """Let the store go."""
+        if not self._closed:
+            self._closed = True
+            close_environment(self.env)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # VMs
+
+    def vms(self) -> list[VmRecord]:
+        """All VMs, by name."""
+        with self.env.read() as txn, txn.cursor(db=self.env.db(schema.VMS)) as cursor:
+            return [VmRecord.unpack(value) for _, value in cursor]
+
+    def vm(self, name: str) -> VmRecord:
+        """One VM. Raises NotFoundError."""
+        with self.env.read() as txn:
+            return self.load_vm(txn, name)
+
+    def load_vm(self, txn: Txn, name: str) -> VmRecord:
+        """One VM. Raises NotFoundError."""
+        vm = self.find_vm(txn, name)
+        if vm is None:
+            raise NotFoundError(f"the store has no VM {name!r}", hint="hvfuse store info")
+        return vm
+
+    def find_vm(self, txn: Txn, name: str) -> VmRecord | None:
+        """One VM; None if there is none of that name."""
+        if not name or len(os.fsencode(name)) > 255:
+            return None
+        raw = txn.get(schema.vm_key(name), db=self.env.db(schema.VMS))
+        return None if raw is None else VmRecord.unpack(raw)
+
+    def save_vm(self, txn: Txn, vm: VmRecord) -> None:
+        """Put a VM's record."""
+        txn.put(schema.vm_key(vm.name), vm.pack(), db=self.env.db(schema.VMS))
+
+    def create_vm(self, txn: Txn, name: str) -> VmRecord:
+        """A new VM with nothing in it."""
+        vm = VmRecord(id=self._next(txn, schema.KEY_NEXT_VM), name=name)
+        self.save_vm(txn, vm)
+        return vm
+
+    def set_state(self, name: str, state: str) -> None:
+        """Note the state of a VM's replica, a text of the control plane's. Raises NotFoundError."""
+
+        def act(txn: Txn) -> None:
+            self.save_vm(txn, replace(self.load_vm(txn, name), state=state))
+
+        self.env.write("store:state", act)
+
+    def replica_folder(self, vm: str) -> str:
+        """Where a VM's replica images lie."""
+        return os.path.join(self.path, REPLICAS_DIRECTORY, vm)
+
+    def image_path(self, vm: str, disk: str) -> str:
+        """One replica image."""
+        return os.path.join(self.replica_folder(vm), disk)
+
+    # Cycles and recovery points
+
+    def points(self, vm: str) -> list[RecoveryPoint]:
+        """The recovery points, oldest first. Raises NotFoundError."""
+        with self.env.read() as txn:
+            record = self.load_vm(txn, vm)
+            return [cycle.recovery_point(vm) for cycle in self.scan_points(txn, record)]
+
+    def point(self, vm: str, point_id: str | None = None) -> RecoveryPoint:
+        """One recovery point; the newest without an id. Raises NotFoundError."""
+        with self.env.read() as txn:
+            record = self.load_vm(txn, vm)
+            if point_id is not None:
+                return self.load_point(txn, record, point_id).recovery_point(vm)
+            newest = self._newest_point(txn, record)
+            if newest is None:
+                raise NotFoundError(f"{vm} has no recovery point yet", hint=f"hvfuse replicate {vm}")
+            return newest.recovery_point(vm)
+
+    def load_point(self, txn: Txn, vm: VmRecord, point_id: str) -> PointRecord:
+        """One recovery point. Raises NotFoundError."""
+        raw = txn.get(schema.point_id_key(vm.id, point_id), db=self.env.db(schema.POINT_IDS))
+        if raw is None:
+            raise NotFoundError(f"{vm.name} has no recovery point {point_id!r}", hint=f"hvfuse point list {vm.name}")
+        return self.load_cycle(txn, vm, schema.number_of(raw))
+
+    def load_cycle(self, txn: Txn, vm: VmRecord, seq: int) -> PointRecord:
+        """The committed cycle with that seq. Raises NotFoundError."""
+        raw = txn.get(schema.point_key(vm.id, seq), db=self.env.db(schema.POINTS))
+        if raw is None:
+            raise NotFoundError(f"{vm.name} has no cycle {seq} in the store any more")
+        return PointRecord.unpack(raw, seq)
+
+    def scan_cycles(self, txn: Txn, vm: VmRecord) -> Iterator[PointRecord]:
+        """All committed cycles from the base on, oldest first."""
+        start, stop = schema.point_key(vm.id, 0), schema.point_key(vm.id + 1, 0)
+        for key, value in scan(txn, self.env, schema.POINTS, start, stop):
+            yield PointRecord.unpack(value, int.from_bytes(key[-8:], "big"))
+
+    def scan_points(self, txn: Txn, vm: VmRecord) -> Iterator[PointRecord]:
+        """The recovery points, oldest first."""
+        return (cycle for cycle in self.scan_cycles(txn, vm) if cycle.is_point)
+
+    def _newest_point(self, txn: Txn, vm: VmRecord) -> PointRecord | None:
+        for seq in range(vm.head_seq, vm.base_seq - 1, -1):
+            raw = txn.get(schema.point_key(vm.id, seq), db=self.env.db(schema.POINTS))
+            if raw is not None:
+                cycle = PointRecord.unpack(raw, seq)
+                if cycle.is_point:
+                    return cycle
+        return None
+
+    def save_cycle(self, txn: Txn, vm: VmRecord, cycle: PointRecord) -> None:
+        """Put a cycle's record, and list it as a recovery point or take it off the list."""
+        txn.put(schema.point_key(vm.id, cycle.seq), cycle.pack(), db=self.env.db(schema.POINTS))
+        key, ids = schema.point_id_key(vm.id, cycle.id), self.env.db(schema.POINT_IDS)
+        if cycle.is_point:
+            txn.put(key, schema.u64(cycle.seq), db=ids)
+        elif schema.number_of(txn.get(key, db=ids)) == cycle.seq:
+            txn.delete(key, db=ids)
+
+    def load_staging(self, txn: Txn, vm: VmRecord) -> StagingRecord | None:
+        """The VM's unfinished cycle, if there is one."""
+        raw = txn.get(schema.u32(vm.id), db=self.env.db(schema.STAGING))
+        return None if raw is None else StagingRecord.unpack(raw)
+
+    # Pins
+
+    def pin(self, vm: str, point_id: str, owner: Mapping[str, Any]) -> int:
+        """Keep a recovery point readable until `unpin`, whatever retention says. Returns the pin's id.
+
+        `owner`: see `schema.Pin`; "kind" and whatever is to be found again. This process is put down as
+        the holder unless "pid" names another. Raises NotFoundError.
+        """
+        filled = {"kind": "reader", **_holder(int(owner.get("pid") or os.getpid())), **owner}
+        json.dumps(filled)  # must be JSON; better found out here than in the middle of a transaction
+
+        def act(txn: Txn) -> int:
+            record = self.load_vm(txn, vm)
+            cycle = self.load_point(txn, record, point_id)
+            pin = Pin(
+                id=self._next(txn, schema.KEY_NEXT_PIN),
+                vm=vm,
+                point_id=point_id,
+                seq=cycle.seq,
+                created_ns=self.clock.now_ns(),
+                owner=filled,
+            )
+            txn.put(schema.u64(pin.id), pin.pack(), db=self.env.db(schema.PINS))
+            return pin.id
+
+        return self.env.write("store:pin", act)
+
+    def update_pin(self, pin_id: int, owner: Mapping[str, Any]) -> Pin:
+        """Change fields of a pin's owner: a "pid" brings its boot and start along. Raises NotFoundError."""
+        changes = {**(_holder(int(owner["pid"])) if owner.get("pid") else {}), **owner}
+
+        def act(txn: Txn) -> Pin:
+            key, pins = schema.u64(pin_id), self.env.db(schema.PINS)
+            raw = txn.get(key, db=pins)
+            if raw is None:
+                raise NotFoundError(f"there is no pin {pin_id}")
+            pin = Pin.unpack(raw, pin_id)
+            pin = replace(pin, owner={**pin.owner, **changes})
+            txn.put(key, pin.pack(), db=pins)
+            return pin
+
+        return self.env.write("store:pin", act)
+
+    def unpin(self, pin_id: int) -> None:
+        """Take a pin away; one that is gone already is no error."""
+
+        def act(txn: Txn) -> None:
+            txn.delete(schema.u64(pin_id), db=self.env.db(schema.PINS))
+
+        self.env.write("store:unpin", act)
+
+    def pins(self, vm: str | None = None) -> list[Pin]:
+        """The pins of one VM, or of all, oldest first."""
+        with self.env.read() as txn:
+            return [pin for pin in self.scan_pins(txn) if vm is None or pin.vm == vm]
+
+    def scan_pins(self, txn: Txn) -> Iterator[Pin]:
+        """All pins, oldest first."""
+        with txn.cursor(db=self.env.db(schema.PINS)) as cursor:
+            for key, value in cursor:
+                yield Pin.unpack(value, schema.number_of(key))
+
+    # The epoch
+
+    def epoch(self) -> int:
+        """How many failovers there were."""
+        with self.env.read() as txn:
+            return schema.number_of(txn.get(schema.KEY_EPOCH, db=self.env.db(schema.META)))
+
+    def raise_epoch(self) -> int:
+        """One more; durable when it returns the new epoch."""
+        return self.env.write("store:epoch", lambda txn: self._next(txn, schema.KEY_EPOCH))
+
+    def write(self, label: str, act: Callable[[Txn], _Result]) -> _Result:
+        """See `Environment.write`."""
+        return self.env.write(label, act)
+
+    def _next(self, txn: Txn, key: bytes) -> int:
+        """Count a number in `meta` up, from 1."""
+        meta = self.env.db(schema.META)
+        number = schema.number_of(txn.get(key, db=meta)) + 1
+        txn.put(key, schema.u64(number), db=meta)
+        return number
+
+
+def _holder(pid: int) -> dict[str, Any]:
+    """What identifies a process, even after its pid was given to another."""
+    return {"pid": pid, "boot_id": system.boot_id().hex(), "process_start": process_start(pid)}
+
+
+def process_start(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def holder_is_alive(pin: Pin) -> bool:
+    """Whether the process that holds a pin still runs."""
+    owner = pin.owner
+    started = process_start(int(owner["pid"]))
+    return (
+        owner.get("boot_id") == system.boot_id().hex() and started is not None and started == owner.get("process_start")
+    )
+
+
+def listed_seqs(points: Sequence[PointRecord]) -> list[tuple[int, int]]:
+    """(seq, time in ns) of recovery points, as retention wants them."""
+    return [(point.seq, point.time_ns) for point in points]
