@@ -64,9 +64,7 @@ def block_entries(log, at, size):
     for number in range(count):
         piece = raw[32 + 32 * number : 64 + 32 * number]
         byte_offset, check, length, _, operation, data_check, location = ENTRY.unpack(piece)
-        assert check == complement_sum(piece[:8] + bytes(4) + piece[12:]), (
-            f"entry {number} of the block at {at}"
-        )
+        assert check == complement_sum(piece[:8] + bytes(4) + piece[12:]), f"entry {number} of the block at {at}"
         assert operation == 1, "not a write"
         assert location == 0, "location"
         entries.append((byte_offset, length, data_check))
@@ -76,8 +74,7 @@ def block_entries(log, at, size):
 def payload_matches(log, at, length, data_check):
     """Whether the payload has the checksum given; 0 stands for none."""
     total = sum(
-        sum(read_at(log, start, min(1 << 20, at + length - start)))
-        for start in range(at, at + length, 1 << 20)
+        sum(read_at(log, start, min(1 << 20, at + length - start))) for start in range(at, at + length, 1 << 20)
     )
     return data_check in {0, 0xFFFFFFFF - total % (1 << 32)}
 

@@ -14,12 +14,13 @@ import click
 
 from hvfuse import spool
 from hvfuse.cli.output import bytes_text, emit_json, json_option, note, time_text
-from hvfuse.errors import HvfuseError, NotFoundError, UnsupportedError, UsageError
+from hvfuse.errors import HvfuseError, UnsupportedError, UsageError
 from hvfuse.formats import hrl
 from hvfuse.formats.companion import AddressSpace, CompanionHeader, Entries, Kind
 from hvfuse.formats.hrl_reader import LogEntry, LogReader, open_log, replay
+from hvfuse.formats.image import Image, ImageFormat, named, open_image, probe
 
-_FLAT_FORMATS = ("raw", "vhd-fixed")
+_FLAT_FORMATS = (ImageFormat.RAW, ImageFormat.VHD_FIXED)
 """Images in which the disk's byte n is the file's byte n."""
 
 Companion = tuple[CompanionHeader, Entries]
@@ -58,7 +59,7 @@ def dump(path: str, limit: int | None, as_json: bool) -> None:
             ("companion ", _companion_fields(companion)),
         ):
             for name, value in (fields or {}).items():
-                click.echo(f"{title + name.replace('_', ' '):<26} {value}")
+                click.echo(f"{title + name.replace('_', ' '):<26} {'-' if value is None else value}")
         click.echo(f"\n{'seq':>8} {'kind':<6} {'offset':>16} {'length':>11} {'location':>16} {'checksum':<8} time")
         for entry in entries:
             seq = "-" if entry["seq"] is None else entry["seq"]
@@ -75,7 +76,7 @@ def dump(path: str, limit: int | None, as_json: bool) -> None:
 def verify(ctx: click.Context, paths: tuple[str, ...], as_json: bool) -> None:
     """Verify logs wholly: chain, bounds, every checksum, and the companion if there is one.
 
-    Ends with 7 when a log is damaged; all files are looked at in any case.
+    All files are looked at; the first that fails decides the exit code: 7 when it is damaged.
     """
     results: list[dict[str, Any]] = []
     exit_code = 0
@@ -93,7 +94,7 @@ def verify(ctx: click.Context, paths: tuple[str, ...], as_json: bool) -> None:
                 unverified = f", {result['unverified']} without a checksum" if result["unverified"] else ""
                 beside = ", companion agrees" if result["companion"] else ""
                 size = bytes_text(result["payload_bytes"])
-                click.echo(f"{path}: ok, {result['entries']} entries, {size}{unverified}{beside}")
+                click.echo(f"{path}: ok, entries {result['entries']}, {size}{unverified}{beside}")
         results.append(result)
     if as_json:
         emit_json({"ok": exit_code == 0, "logs": results})
@@ -102,10 +103,10 @@ def verify(ctx: click.Context, paths: tuple[str, ...], as_json: bool) -> None:
 
 @log.command()
 @click.argument("path", metavar="FILE.hrl")
-@click.argument("image", metavar="IMAGE")
+@click.argument("image_path", metavar="IMAGE")
 @click.option("--yes", is_flag=True, help="Do not ask before writing.")
 @json_option
-def apply(path: str, image: str, yes: bool, as_json: bool) -> None:
+def apply(path: str, image_path: str, yes: bool, as_json: bool) -> None:
     """Write a log's entries into a raw image or a fixed VHD.
 
     The log is verified wholly first, and nothing is written when it is damaged or reaches beyond the
@@ -118,21 +119,21 @@ def apply(path: str, image: str, yes: bool, as_json: bool) -> None:
         companion = _companion_of(path)
         if companion is not None and companion[0].address_space is not AddressSpace.LOGICAL:
             raise UnsupportedError(f"{path}: holds offsets in an image file, not on a disk")
-        with _opened_flat(image) as (fd, disk_size):
-            reader.check_fits(disk_size)
+        with _opened_flat(image_path) as image:
+            reader.check_fits(image.size)
             with _progress("Verifying", reader.eol) as advance:
                 done = reader.verify(advance)
             if companion is not None:
                 reader.verify_companion(*companion)
             if not yes:
                 size = bytes_text(done.payload_bytes)
-                click.confirm(f"Write {done.entries} entries, {size}, into {image}?", abort=True, err=True)
-            with _progress("Writing", reader.eol) as advance:
-                replay(reader, fd, advance)
+                click.confirm(f"Write {size} in {done.entries} pieces into {image_path}?", abort=True, err=True)
+            with named(image_path), _progress("Writing", done.payload_bytes) as advance:
+                replay(reader, image, advance)
     if as_json:
-        emit_json({"path": path, "image": image, "entries": done.entries, "payload_bytes": done.payload_bytes})
+        emit_json({"path": path, "image": image_path, "entries": done.entries, "payload_bytes": done.payload_bytes})
     else:
-        click.echo(f"{image}: applied {done.entries} entries, {bytes_text(done.payload_bytes)}")
+        click.echo(f"{image_path}: applied, entries {done.entries}, {bytes_text(done.payload_bytes)}")
 
 
 def _verify(path: str) -> dict[str, Any]:
@@ -233,28 +234,25 @@ def _guid(raw: bytes) -> str | None:
 
 
 @contextmanager
-def _opened_flat(path: str) -> Iterator[tuple[int, int]]:
-    """An image open for writing and its disk's size in bytes. Refuses what is not flat, or replicated."""
-    from hvfuse.formats.image import probe
-
-    if not os.path.isfile(path):
-        raise NotFoundError(f"{path}: no such image file")
+def _opened_flat(path: str) -> Iterator[Image]:
+    """An image open for writing. Refuses what is not flat, and what is replicated."""
     info = probe(path)
     if info.format not in _FLAT_FORMATS:
         raise UnsupportedError(
-            f"{path}: a log's offsets count on the disk, and in a {info.format} image they are elsewhere",
-            hint=f"hvfuse disk convert {path} to raw or vhd-fixed, apply, and convert back",
+            f"{path}: is {info.format}: a log does not say whether its offsets count on the disk or in the image "
+            "file, and only in a raw image or fixed VHD that is the same",
+            hint=f"convert {path} first: hvfuse disk convert --help",
         )
     if os.path.exists(spool.state_name(os.path.realpath(path))):
         raise UsageError(
             f"{path}: is replicated; writing to it behind its mount would force a whole new copy",
             hint="apply the log to the disk as the mount shows it",
         )
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    image = open_image(path, writable=True)
     try:
-        yield fd, info.virtual_size
+        yield image
     finally:
-        os.close(fd)
+        image.close()
 
 
 @contextmanager

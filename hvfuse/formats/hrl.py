@@ -234,9 +234,7 @@ def unpack_block_header(data: Buffer) -> tuple[int, int]:
     """`previous_distance` and `entry_count` of the block that begins with `data`. Raises CorruptError."""
     head = memoryview(data)[:BLOCK_HEADER_SIZE]
     if len(head) < BLOCK_HEADER_SIZE:
-        raise CorruptError(
-            f"truncated: {len(head)} of {BLOCK_HEADER_SIZE} bytes of a metadata block's header"
-        )
+        raise CorruptError(f"truncated: {len(head)} of {BLOCK_HEADER_SIZE} bytes of a metadata block's header")
     previous_distance, count, check = _BLOCK_HEADER.unpack(head)
     if check != checksum(head[:12], head[16:]):
         raise CorruptError("the metadata block does not match its checksum")

@@ -26,6 +26,7 @@ from hvfuse.extent import Buffer
 from hvfuse.formats import hrl
 from hvfuse.formats.companion import CompanionHeader, Entries, Kind
 from hvfuse.formats.hrl import LogEntries, LogHeader
+from hvfuse.formats.image import Image
 
 PIECE = 1 << 20
 """Bytes; the most of a payload that is held at a time."""
@@ -172,9 +173,7 @@ class LogReader:
             with self._at(at):
                 distance, _ = hrl.unpack_block_header(self._source.pread(hrl.BLOCK_HEADER_SIZE, at))
                 if 0 < distance < size:
-                    raise CorruptError(
-                        f"the metadata block overlaps its predecessor, {distance} bytes before it"
-                    )
+                    raise CorruptError(f"the metadata block overlaps its predecessor, {distance} bytes before it")
             if distance == 0:
                 break
             at -= distance
@@ -243,9 +242,7 @@ class LogReader:
             entries += 1
             payload_bytes += entry.length
             unverified += entry.checksum == 0
-        return Verified(
-            blocks=len(self._offsets), entries=entries, payload_bytes=payload_bytes, unverified=unverified
-        )
+        return Verified(blocks=len(self._offsets), entries=entries, payload_bytes=payload_bytes, unverified=unverified)
 
     def _verify_payload(self, entry: LogEntry) -> None:
         if entry.checksum == 0:
@@ -274,9 +271,7 @@ class LogReader:
             if seq != header.first_seq + number or kind not in kinds:
                 raise CorruptError(f"{self.name}: entry {number} of its companion is out of sequence")
             if kind != Kind.FLUSH and next(logged, None) != wanted:
-                raise CorruptError(
-                    f"{self.name}: at {wanted.location}: log and companion disagree on entry {seq}"
-                )
+                raise CorruptError(f"{self.name}: at {wanted.location}: log and companion disagree on entry {seq}")
             yield IndexedEntry(seq, Kind(kind), xxh3, wanted)
         if next(logged, None) is not None:
             raise CorruptError(f"{self.name}: the log has entries that its companion lacks")
@@ -315,20 +310,20 @@ class LogReader:
                 )
 
 
-def replay(log: LogReader, fd: int, advance: Callable[[int], object] = _ignore) -> None:
-    """Write a log's entries in their order onto a raw disk, then make it durable.
+def replay(log: LogReader, image: Image, advance: Callable[[int], object] = _ignore) -> None:
+    """Write a log's entries in their order onto a disk, then make it durable.
 
-    Whoever calls has verified the log and that it fits: nothing is checked here. Holes of the log are
-    punched into the disk. `advance` is told of every piece's bytes. Raises OSError.
+    Whoever calls has verified the log and that it fits: payloads are not checked here. Holes of the
+    log become zeroes. `advance` is told of every payload's bytes. Raises OSError.
     """
     for entry in log:
         for offset, piece in log.pieces(entry):
             if isinstance(piece, int):
-                system.write_zeroes("log-apply:zero", fd, offset, piece)
+                image.zero(offset, piece)
             else:
-                system.pwrite("log-apply:write", fd, piece, offset)
+                image.pwrite(offset, piece)
         advance(entry.length)
-    system.fsync("log-apply:sync", fd)
+    image.flush()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from hvfuse.errors import CorruptError, HvfuseError, NotFoundError, UnsupportedE
 from hvfuse.formats import companion, hrl
 from hvfuse.formats.companion import Kind
 from hvfuse.formats.hrl_reader import BytesSource, LogReader, open_log, replay
+from hvfuse.formats.image import open_image
 from tests import independent_hrl
 from tests.log_samples import FLUSH, Op, foreign, foreign_block, header, sealed, trim, write, zero
 
@@ -36,13 +37,11 @@ def image_of(folder: Path, data: bytes) -> str:
 
 
 def replayed(path: str, image: str) -> bytes:
-    fd = os.open(image, os.O_RDWR)
-    try:
-        with open_log(path) as log:
-            log.verify()
-            replay(log, fd)
-    finally:
-        os.close(fd)
+    disk = open_image(image, writable=True)
+    with open_log(path) as log:
+        log.verify()
+        replay(log, disk)
+    disk.close()
     return Path(image).read_bytes()
 
 
@@ -104,12 +103,12 @@ def test_a_hole_of_the_log_is_punched_into_the_disk_and_costs_no_reading(tmp_pat
         file.write(last)
     image = image_of(tmp_path, b"\xaa" * 8192)
     os.truncate(image, 2 << 30)
-    fd = os.open(image, os.O_RDWR)
+    disk = open_image(image, writable=True)
     with open_log(path) as log:
         assert log.verify().payload_bytes == length
-        replay(log, fd)
-    assert os.pread(fd, 8192, 0) == b"\xaa" * 4096 + bytes(4096)
-    os.close(fd)
+        replay(log, disk)
+    assert disk.pread(0, 8192) == b"\xaa" * 4096 + bytes(4096)
+    disk.close()
     assert os.stat(image).st_blocks * 512 < 1 << 20
 
 
