@@ -91,6 +91,12 @@ class Session:
             )
         return self.config.home(self.root)
 
+    def home_with(self, vm: str) -> Home:
+        """The paths, for a command on one VM. Raises NotFoundError when there is no folder of it."""
+        if not os.path.isdir(self.home.folder(vm)):
+            raise NotFoundError(f"there is no VM {vm}: no directory {self.home.folder(vm)}", hint="hvfuse status")
+        return self.home
+
     def prepare(self) -> Home:
         """The paths, after making the home's directories and its commented configuration."""
         os.makedirs(self.root, exist_ok=True)
@@ -99,9 +105,7 @@ class Session:
         return self.home
 
 
-@click.group(
-    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
-)
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--home",
     metavar="DIR",
@@ -155,9 +159,7 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
         note(f"  hint: {known.hint}")
     if "--json" in arguments:
         kind = type(known).__name__
-        emit_json(
-            {"error": {"type": kind, "message": str(known), "hint": known.hint, "exit_code": known.exit_code}}
-        )
+        emit_json({"error": {"type": kind, "message": str(known), "hint": known.hint, "exit_code": known.exit_code}})
     return known.exit_code
 
 

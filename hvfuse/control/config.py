@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hvfuse import system
 from hvfuse.control.home import CONFIG_NAME, Home, name_fault
 from hvfuse.errors import UsageError
+from hvfuse.target.retention import RetentionPolicy
 
 TEMPLATE = """\
 # Configuration of hvfuse. Every line that is commented out shows the default.
@@ -48,23 +48,13 @@ Path = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Retention:
-    """Which recovery points are kept: all of the last `keep_all` seconds, then one for each of
-    `hourly` hours, then one for each of `daily` days. 0 = none; the latest point is always kept."""
-
-    keep_all: float = 3600.0
-    hourly: int = 24
-    daily: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class VmPolicy:
     """How one VM is replicated. `frequency`: seconds from cycle to cycle. `compression`: zstd level,
     0 = off. `exclude`: file names of disks that are not replicated."""
 
     frequency: float = 30.0
     compression: int = 1
-    retention: Retention = Retention()
+    retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     exclude: frozenset[str] = frozenset()
 
 
@@ -73,7 +63,7 @@ class Config:
     """The file's contents. `paths` as written; `default`: the policy of a VM that has no table."""
 
     paths: Mapping[str, str] = field(default_factory=dict)
-    default: VmPolicy = VmPolicy()
+    default: VmPolicy = field(default_factory=VmPolicy)
     vms: Mapping[str, VmPolicy] = field(default_factory=dict)
 
     def policy(self, vm: str) -> VmPolicy:
@@ -119,9 +109,7 @@ def _path(value: Any) -> str:
 
 
 def _names(value: Any) -> frozenset[str]:
-    if not isinstance(value, list) or not all(
-        isinstance(name, str) and name_fault(name) is None for name in value
-    ):
+    if not isinstance(value, list) or not all(isinstance(name, str) and name_fault(name) is None for name in value):
         raise _BadValueError('a list of disks\' file names, such as ["swap.vhd"]')
     return frozenset(value)
 
@@ -224,7 +212,10 @@ def _shown(value: Any) -> str:
 
 
 def _with_values(policy: VmPolicy, values: Mapping[str, Any]) -> VmPolicy:
-    retention = replace(policy.retention, **{key: values[key] for key in _RETENTION if key in values})
+    kept = {key: values[key] for key in _RETENTION if key in values}
+    if "keep_all" in kept:
+        kept["keep_all_seconds"] = int(kept.pop("keep_all"))
+    retention = replace(policy.retention, **kept)
     own = {key: value for key, value in values.items() if key not in _RETENTION}
     return replace(policy, retention=retention, **own)
 
@@ -256,4 +247,6 @@ def write_template(root: str) -> None:
     """Write the commented configuration if the home has none. Raises OSError."""
     path = os.path.join(root, CONFIG_NAME)
     if not os.path.exists(path):
+        from hvfuse import system  # brings numpy, which most commands can do without
+
         system.replace_file("config:template", path, TEMPLATE.encode(), mode=0o644)

@@ -1,0 +1,56 @@
+"""`hvfuse replicate`: one cycle now."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from hvfuse import wire
+from hvfuse.cli.main import Session
+from hvfuse.cli.output import bytes_text, duration_text, emit_json, json_option
+from hvfuse.cli.progress import showing_copy
+from hvfuse.control.daemon import serving_pid
+from hvfuse.control.home import Home
+from hvfuse.control.records import Records
+from hvfuse.errors import UnreachableError
+
+PATIENCE = 30 * 86400.0
+"""Seconds: the cycle may have to wait for a whole copy of large disks."""
+_FIELDS = ("vm", "point", "cycle", "bytes_logged", "bytes_coalesced", "bytes_sent", "seconds")
+
+
+@click.command()
+@click.argument("vm")
+@json_option
+@click.pass_obj
+def replicate(session: Session, vm: str, as_json: bool) -> None:
+    """Make a recovery point of VM now, and wait until the store has it.
+
+    The VM has to be mounted (`hvfuse run`, or `hvfuse mount VM`). The first time, its disks are copied.
+    """
+    home = session.home_with(vm)
+    if serving_pid(home.tracker_socket(vm)) is None:
+        raise UnreachableError(f"{vm} is not mounted, so nothing tracks its writes", hint=f"hvfuse mount {vm}")
+    session.prepare()
+    with Records(home.records) as records, showing_copy(records, vm):
+        report = _cycle(session, home, vm, records)
+    if as_json:
+        emit_json({name: report[name] for name in _FIELDS})
+        return
+    click.echo(
+        f"{vm}: recovery point {report['point']}, cycle {report['cycle']}: "
+        f"{bytes_text(report['bytes_logged'])} logged, {bytes_text(report['bytes_coalesced'])} after coalescing, "
+        f"{bytes_text(report['bytes_sent'])} sent in {duration_text(report['seconds'])}"
+    )
+
+
+def _cycle(session: Session, home: Home, vm: str, records: Records) -> dict[str, Any]:
+    """Have the VM's shipper do it, or do it here if none runs."""
+    if serving_pid(home.shipper_socket(vm)) is not None:
+        return wire.request(home.shipper_socket(vm), "cycle", timeout=PATIENCE)
+    from hvfuse.cli.wiring import shipper
+
+    home.make_vm(vm)
+    with shipper(home, session.config.policy(vm), vm, records) as here:
+        return here.cycle_now().as_json()

@@ -1,0 +1,143 @@
+"""`hvfuse run`: supervise in the foreground, show how it goes, end cleanly at Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import click
+
+from hvfuse.cli.main import Session
+from hvfuse.cli.output import is_terminal, note
+from hvfuse.cli.status import plain_line, reason_lines, statuses, table
+from hvfuse.control.records import Records
+from hvfuse.control.status import VmStatus
+from hvfuse.control.supervisor import TICK_SECONDS, Supervisor, only_supervisor, require_mountable
+from hvfuse.errors import HvfuseError
+from hvfuse.system import SystemClock
+
+SHOW_SECONDS = 1.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Display(Protocol):
+    """Where the statuses are shown."""
+
+    def show(self, found: Sequence[VmStatus]) -> None:
+        """Show how the VMs are now."""
+
+    def say(self, text: str) -> None:
+        """Tell something that happened."""
+
+
+class PlainDisplay:
+    """A line whenever a VM's state, point or troubles change: for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, object] = {}
+
+    def show(self, found: Sequence[VmStatus]) -> None:
+        for one in found:
+            # Not what counts up all the time (pending bytes, ages): that would be a line a second.
+            key = (one.state, one.latest_point, [reason.id for reason in one.reasons])
+            if self._told.get(one.name) != key:
+                self._told[one.name] = key
+                click.echo(plain_line(one))
+
+    def say(self, text: str) -> None:
+        click.echo(text)
+
+
+class Interrupts:
+    """Counts the signals that ask to end; the second one asks with force."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._came = threading.Event()
+
+    def _note(self, _number: int, _frame: object) -> None:
+        self.count += 1
+        self._came.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the first; returns whether it has come."""
+        return self._came.wait(seconds)
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Count SIGINT, SIGTERM and SIGHUP meanwhile."""
+        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@click.command()
+@click.pass_obj
+def run(session: Session) -> None:
+    """Mount, track and replicate every VM under disks/, until Ctrl-C.
+
+    Each folder of disks/ that holds a disk is a VM; new ones are noticed while it runs. If there is
+    none, disks/sample is made. A process that dies is started again. Ctrl-C ends replication, then the
+    mounts, once nobody uses them; a second Ctrl-C ends them whoever does.
+    """
+    require_mountable()
+    home = session.prepare()
+    interrupts = Interrupts()
+    with only_supervisor(home), interrupts.caught(), Records(home.records) as records:
+        supervisor = Supervisor(home, records, clock=SystemClock())
+        with _display() as display, statuses(session, records) as ask:
+            sample = supervisor.prepare()
+            if sample is not None:
+                display.say(f"there was no VM yet: made {home.folder(sample)}")
+            display.say(f"disks in {home.disks}; let the guests use them in {home.mnt}; Ctrl-C ends")
+            _keep(supervisor, interrupts, lambda: display.show(ask()), display.say)
+            display.say("ending: shippers first, then the mounts")
+            supervisor.stop(asked=lambda: interrupts.count, tell=display.say)
+        note("ended cleanly")
+
+
+def _keep(supervisor: Supervisor, interrupts: Interrupts, show: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Tick and show until an interrupt comes. A status that cannot be had must not end the VMs."""
+    clock = SystemClock()
+    due, trouble = clock.monotonic(), None
+    while not interrupts.wait(TICK_SECONDS):
+        supervisor.tick()
+        if clock.monotonic() < due:
+            continue
+        due = clock.monotonic() + SHOW_SECONDS
+        try:
+            show()
+            trouble = None
+        except (HvfuseError, OSError) as error:
+            if str(error) != trouble:
+                say(f"status: {error}")
+            trouble = str(error)
+
+
+@contextmanager
+def _display() -> Iterator[Display]:
+    """A live table on a terminal, plain lines elsewhere."""
+    if not is_terminal():
+        yield PlainDisplay()
+        return
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console()
+
+    class LiveDisplay:
+        def show(self, found: Sequence[VmStatus]) -> None:
+            live.update(Group(table(found), *(Text(line) for line in reason_lines(found))))
+
+        def say(self, text: str) -> None:
+            console.print(text, markup=False, highlight=False)
+
+    with Live(console=console, refresh_per_second=4, transient=False) as live:
+        yield LiveDisplay()

@@ -1,0 +1,159 @@
+"""`hvfuse status`, and how a VM's status is shown wherever it is shown."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hvfuse.cli.main import Session
+from hvfuse.cli.output import bytes_text, duration_text, emit_json, json_option, time_text
+from hvfuse.cli.wiring import point_counter
+from hvfuse.control.records import Records, VmRecord
+from hvfuse.control.status import Health, VmStatus, vm_status
+from hvfuse.control.supervisor import find_vms
+from hvfuse.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WATCH_SECONDS = 2.0
+_EXIT_CODES = {Health.NORMAL: 0, Health.WARNING: 3, Health.CRITICAL: 4}
+_COLOURS = {Health.NORMAL: "green", Health.WARNING: "yellow", Health.CRITICAL: "red"}
+
+
+@click.command()
+@click.argument("vm", required=False)
+@click.option("--watch", is_flag=True, help="Show it again every 2 seconds, until Ctrl-C.")
+@click.option("--check", is_flag=True, help="Exit with 3 if the worst health is Warning, 4 if Critical.")
+@json_option
+@click.pass_obj
+def status(session: Session, vm: str | None, watch: bool, check: bool, as_json: bool) -> None:
+    """Show how replication is doing: state, health, and what the target lacks.
+
+    RPO is the age of the newest recovery point; pending is what the logs hold that the store lacks.
+    Below a VM that is not well stand the reasons, each with the next command to type.
+    """
+    with statuses(session) as ask:
+        while True:
+            found = ask()
+            if vm is not None:
+                found = [one for one in found if one.name == vm]
+                if not found:
+                    raise NotFoundError(f"there is no VM {vm} in {session.home.disks}", hint="hvfuse status")
+            if watch and not as_json:
+                click.clear()
+            show(found, as_json=as_json, disks=session.home.disks)
+            if not watch:
+                break
+            time.sleep(WATCH_SECONDS)
+    if check:
+        worst = max((one.health for one in found), default=Health.NORMAL)
+        click.get_current_context().exit(_EXIT_CODES[worst])
+
+
+@contextmanager
+def statuses(session: Session, records: Records | None = None) -> Iterator[Callable[[], list[VmStatus]]]:
+    """What asks all VMs of the home how they are, again whenever it is called.
+
+    `records`: those that this process has open already.
+    """
+    home = session.home
+    with ExitStack() as stack:
+        if records is None and os.path.isdir(home.records):
+            records = stack.enter_context(Records(home.records))
+        points = stack.enter_context(point_counter(home))
+
+        def ask() -> list[VmStatus]:
+            known = records.names() if records is not None else []
+            return [
+                vm_status(
+                    home,
+                    vm,
+                    record=records.read(vm) if records is not None else VmRecord(),
+                    policy=session.config.policy(vm),
+                    points=points,
+                    now_ns=time.time_ns(),
+                )
+                for vm in sorted({*known, *find_vms(home)})
+            ]
+
+        yield ask
+
+
+def show(found: Sequence[VmStatus], *, as_json: bool, disks: str) -> None:
+    """Print statuses: JSON, or a table with the reasons below it."""
+    if as_json:
+        emit_json({"vms": [as_fields(one) for one in found]})
+        return
+    if not found:
+        click.echo(f"There is no VM yet. Put a disk into {disks}/NAME/, or start `hvfuse run` to get a sample.")
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(table(found))
+    for line in reason_lines(found):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def as_fields(status: VmStatus) -> dict[str, Any]:
+    """A status as it stands in JSON. Times are ISO 8601 in UTC; what is not known is null."""
+    last = status.last_replication_time_ns
+    return {
+        "name": status.name,
+        "state": status.state.value,
+        "health": str(status.health),
+        "last_cycle": status.last_cycle,
+        "last_replication_time": None if last is None else time_text(last),
+        "rpo_seconds": None if status.rpo_seconds is None else round(status.rpo_seconds, 3),
+        "pending_bytes": status.pending_bytes,
+        "points": status.points,
+        "disks": [
+            {"name": disk.name, "format": disk.format, "size": disk.size, "log_bytes": disk.log_bytes}
+            for disk in status.disks
+        ],
+    }
+
+
+def table(found: Sequence[VmStatus]) -> Table:
+    """The statuses for a terminal."""
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("VM", "STATE", "HEALTH", "LATEST POINT", "RPO", "PENDING", "POINTS"):
+        shown.add_column(column, no_wrap=True, justify="right" if column in ("PENDING", "POINTS") else "left")
+    for one in found:
+        progress = f" {one.progress:.0%}" if one.progress is not None else ""
+        shown.add_row(
+            one.name,
+            one.state.value + progress,
+            f"[{_COLOURS[one.health]}]{one.health}[/]",
+            one.latest_point or "-",
+            "unknown" if one.rpo_seconds is None else duration_text(one.rpo_seconds),
+            bytes_text(one.pending_bytes),
+            str(one.points),
+        )
+    return shown
+
+
+def reason_lines(found: Sequence[VmStatus]) -> Iterator[str]:
+    """Why VMs are not well, and what to type."""
+    for one in found:
+        for reason in one.reasons:
+            yield f"{one.name}: {reason.health}: {reason.text}"
+            if reason.next_command:
+                yield f"    next: {reason.next_command}"
+
+
+def plain_line(status: VmStatus) -> str:
+    """One line for a log: "sample: Replicating, point 1f3b9c2e-000001, 0 B pending"."""
+    progress = f" {status.progress:.0%}" if status.progress is not None else ""
+    point = f"point {status.latest_point}" if status.latest_point else "no point yet"
+    worst = next((reason.text for reason in status.reasons if reason.health is status.health), None)
+    trouble = f"; {status.health}: {worst}" if worst is not None else ""
+    return f"{status.name}: {status.state}{progress}, {point}, {bytes_text(status.pending_bytes)} pending{trouble}"

@@ -1,0 +1,253 @@
+"""`hvfuse run`: a tracker and a shipper for each VM, for as long as it runs.
+
+One supervisor per home, by a lock that dies with it. When it dies itself, the processes live on (see
+`hvfuse.control.daemon`), and the next supervisor adopts them. It ends them in an order that loses
+nothing: first the shippers (what they had under way they take up again), then the trackers, which unmount,
+seal what was written, and record a clean detach. A mount in use is never torn away, unless asked for
+with force.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Literal
+
+from hvfuse import system, wire
+from hvfuse.control.daemon import Daemon, command, serving_pid
+from hvfuse.control.home import Home, name_fault
+from hvfuse.control.records import Records
+from hvfuse.control.sample import make_sample
+from hvfuse.errors import BusyError, HvfuseError, PrerequisiteError, UnreachableError
+from hvfuse.formats.image import is_disk_name
+from hvfuse.system import Clock
+
+SCAN_SECONDS = 2.0
+"""How soon a new VM folder is noticed."""
+TICK_SECONDS = 0.2
+SHIPPER_GRACE = 15.0
+"""Seconds that a shipper has to end by itself; it may be killed at any time without loss."""
+ASK_SECONDS = 1.0
+"""How often a tracker whose mount is in use is asked again."""
+_FORCE = 2
+"""Asked so often, a mount is ended whoever uses it."""
+
+
+def find_vms(home: Home) -> list[str]:
+    """The VMs: folders directly in `disks` that hold at least one disk and whose names will do."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(home.disks) as entries:
+        for entry in entries:
+            if name_fault(entry.name) is None and entry.is_dir() and _has_disk(entry.path):
+                found.append(entry.name)
+    return sorted(found)
+
+
+def _has_disk(folder: str) -> bool:
+    try:
+        return any(is_disk_name(name) for name in os.listdir(folder))
+    except OSError:
+        return False
+
+
+def tracker_daemon(home: Home, vm: str, *, clock: Clock) -> Daemon:
+    """The VM's tracker as a background process."""
+    return Daemon(
+        "tracker",
+        command(home, "_tracker", vm),
+        socket_path=home.tracker_socket(vm),
+        log_path=home.log(vm, "tracker"),
+        clock=clock,
+    )
+
+
+def shipper_daemon(home: Home, vm: str, *, clock: Clock) -> Daemon:
+    """The VM's shipper as a background process."""
+    return Daemon(
+        "shipper",
+        command(home, "_shipper", vm),
+        socket_path=home.shipper_socket(vm),
+        log_path=home.log(vm, "shipper"),
+        clock=clock,
+    )
+
+
+@contextlib.contextmanager
+def only_supervisor(home: Home) -> Iterator[None]:
+    """Be the one supervisor of this home. Raises BusyError naming the pid of the other."""
+    with system.exclusive_lock(home.run_lock) as had:
+        if not had:
+            with open(home.run_lock, encoding="ascii", errors="replace") as file:
+                pid = file.read().strip() or "unknown"
+            raise BusyError(
+                f"{home.root}: `hvfuse run` is running here already, with pid {pid}", hint=f"kill -INT {pid} ends it"
+            )
+        with open(home.run_lock, "w", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+        yield
+
+
+def require_no_supervisor(home: Home) -> None:
+    """Raise BusyError naming the pid if `hvfuse run` is running on this home."""
+    if os.path.exists(home.run_lock):
+        with only_supervisor(home):
+            pass
+
+
+def require_mountable() -> None:
+    """Raise PrerequisiteError unless this process may mount. Whether libfuse is there, its binding says."""
+    if os.geteuid() != 0:
+        raise PrerequisiteError("mounting needs root", hint="use sudo")
+    if not os.path.exists("/dev/fuse"):
+        raise PrerequisiteError(
+            "there is no /dev/fuse", hint="modprobe fuse; in a container, start it with --device /dev/fuse"
+        )
+
+
+def stop_tracker(home: Home, vm: str, *, timeout: float = 60.0) -> None:
+    """Have a VM's tracker unmount, seal and end. Raises BusyError naming who uses the mount,
+    UnreachableError when no tracker answers."""
+    wire.request(home.tracker_socket(vm), "stop", timeout=timeout, force=False)
+
+
+class Keeper:
+    """The two processes of one VM."""
+
+    def __init__(self, home: Home, vm: str, records: Records, *, tracker: Daemon, shipper: Daemon) -> None:
+        self.vm = vm
+        self.tracker = tracker
+        self.shipper = shipper
+        self._home = home
+        self._records = records
+        self._told: dict[str, str | None] = {}
+
+    def tick(self) -> None:
+        """Keep both alive; the shipper has nothing to do before the tracker first answered."""
+        self.tracker.tick()
+        if self.tracker.is_ready or self.shipper.is_running:
+            self.shipper.tick()
+        for field, daemon in (("tracker_error", self.tracker), ("shipper_error", self.shipper)):
+            failure = str(daemon.failure) if daemon.failure is not None else None
+            if (daemon.is_ready or failure) and self._told.get(field, "unknown") != failure:
+                self._records.update(self.vm, **{field: failure})
+                self._told[field] = failure
+
+    def stop_shipper(self, *, force: bool) -> None:
+        """Ask the shipper to end, or kill it."""
+        self.shipper.check()
+        self.shipper.send(signal.SIGKILL if force else signal.SIGTERM)
+
+    def stop_tracker(self, *, force: bool) -> str | None:
+        """Ask the tracker to end; with `force`, to end the mount whoever uses it. Returns what holds it up."""
+        self.tracker.check()
+        if not self.tracker.is_running:
+            return None
+        if force:
+            self.tracker.send(signal.SIGTERM)
+            return None
+        try:
+            stop_tracker(self._home, self.vm)
+        except UnreachableError as error:
+            if serving_pid(self.tracker.socket_path) is not None:
+                return str(error)
+            self.tracker.send(signal.SIGTERM)  # it has not come up yet, or is just ending: no mount in use
+        except HvfuseError as error:
+            return str(error)
+        return None
+
+
+class Supervisor:
+    """Keeps the processes of all VMs of a home alive. Single-threaded: `tick`, `stop` by one caller."""
+
+    def __init__(
+        self,
+        home: Home,
+        records: Records,
+        *,
+        clock: Clock,
+        tracker: Callable[..., Daemon] = tracker_daemon,
+        shipper: Callable[..., Daemon] = shipper_daemon,
+    ) -> None:
+        self._home = home
+        self._records = records
+        self._clock = clock
+        self._tracker = tracker
+        self._shipper = shipper
+        self._keepers: dict[str, Keeper] = {}
+        self._scan_due = clock.monotonic()
+
+    @property
+    def vms(self) -> Mapping[str, Keeper]:
+        """The VMs that are kept, by name."""
+        return self._keepers
+
+    def prepare(self) -> str | None:
+        """Make the sample VM if there is none at all; returns its name if so."""
+        return make_sample(self._home.disks) if not find_vms(self._home) else None
+
+    def tick(self) -> None:
+        """Notice new VMs, keep every process alive."""
+        if self._clock.monotonic() >= self._scan_due:
+            self._scan_due = self._clock.monotonic() + SCAN_SECONDS
+            for vm in find_vms(self._home):
+                if vm not in self._keepers:
+                    self._keepers[vm] = self._keep(vm)
+        for keeper in self._keepers.values():
+            keeper.tick()
+
+    def _keep(self, vm: str) -> Keeper:
+        self._home.make_vm(vm)
+        return Keeper(
+            self._home,
+            vm,
+            self._records,
+            tracker=self._tracker(self._home, vm, clock=self._clock),
+            shipper=self._shipper(self._home, vm, clock=self._clock),
+        )
+
+    def stop(self, *, asked: Callable[[], int], tell: Callable[[str], None]) -> None:
+        """End all processes: shippers, then trackers. Returns when none is left.
+
+        `asked`: how often the user has asked to end; from the second time on mounts are ended whoever
+        uses them, at the third time it is given up (BusyError). `tell` gets a line when there is news.
+        """
+        self._stop_shippers(hurry=lambda: asked() > 1)
+        told: dict[str, str | None] = {}
+        while (times := asked()) <= _FORCE:
+            for keeper in self._keepers.values():
+                reason = keeper.stop_tracker(force=times >= _FORCE)
+                if reason is not None and told.get(keeper.vm) != reason:
+                    tell(f"{keeper.vm}: {reason}")
+                told[keeper.vm] = reason
+            if not self._await(ASK_SECONDS, "tracker", give_up=partial(_asked_again, asked, times)):
+                return
+        left = [f"{vm} (pid {keeper.tracker.pid})" for vm, keeper in self._keepers.items() if keeper.tracker.is_running]
+        raise BusyError(f"still running: the trackers of {', '.join(left)}", hint="hvfuse run takes them over again")
+
+    def _stop_shippers(self, *, hurry: Callable[[], bool]) -> None:
+        for keeper in self._keepers.values():
+            keeper.stop_shipper(force=False)
+        if self._await(SHIPPER_GRACE, "shipper", give_up=hurry):
+            for keeper in self._keepers.values():
+                keeper.stop_shipper(force=True)
+            self._await(SHIPPER_GRACE, "shipper", give_up=lambda: False)
+
+    def _await(self, seconds: float, role: Literal["tracker", "shipper"], *, give_up: Callable[[], bool]) -> bool:
+        """Wait until no VM's process of that role runs. Returns whether one still does."""
+        deadline = self._clock.monotonic() + seconds
+        daemons = [keeper.tracker if role == "tracker" else keeper.shipper for keeper in self._keepers.values()]
+        while True:
+            for daemon in daemons:
+                daemon.check()
+            if not any(daemon.is_running for daemon in daemons):
+                return False
+            if self._clock.monotonic() >= deadline or give_up():
+                return True
+            self._clock.sleep(TICK_SECONDS / 4)
+
+
+def _asked_again(asked: Callable[[], int], times: int) -> bool:
+    return asked() > times
