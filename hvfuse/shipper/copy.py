@@ -165,7 +165,7 @@ class _Copy:
                 first = index * NUMBERS_PER_DISK + number * (SLOTS + 1)
                 group = _Group(fd, disk.disk_id, first, start, min(start + GROUP, disk.size))
                 if group.closing_number not in self._held:
-                    self._copy_group(group, done=done + start)
+                    self._copy_group(group, done=done)
                 self._progress(done + group.end, self.total, self.sent)
         finally:
             os.close(fd)
@@ -181,7 +181,7 @@ class _Copy:
                 if made.frame:
                     self._put(made.frame)
                     covered[slot] = True
-                self._progress(min(done + (slot + 1) * SLOT, self.total), self.total, self.sent)
+                self._progress(done + min(group.start + (slot + 1) * SLOT, group.end), self.total, self.sent)
         if not covered.all():
             closing = Job(group.closing_number, group.disk_id, functools.partial(group.closing, covered))
             for made in self._pool.make([closing]):

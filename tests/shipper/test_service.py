@@ -1,0 +1,440 @@
+import math
+import os
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+
+from hvfuse import wire
+from hvfuse.errors import (
+    CorruptError,
+    HvfuseError,
+    NoSpaceError,
+    ResyncRequiredError,
+    UnreachableError,
+    UsageError,
+)
+from hvfuse.manifest import ReplicationState
+from hvfuse.shipper.cycle import CycleReport
+from hvfuse.shipper.replication import ShippingPolicy
+from hvfuse.shipper.service import Shipper, StoppedError
+
+from .logs import Killed, MemoryReplica, Tracked, random_bytes, tracked, write
+
+MIB = 1 << 20
+
+
+@dataclass
+class Clock:
+    """A clock that stands still unless told."""
+
+    seconds: float = 1000.0
+
+    def now_ns(self) -> int:
+        return int(self.seconds * 1e9)
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@dataclass
+class Kept:
+    """Records in memory. `states`: every state there was, in order, without repetitions."""
+
+    fields: dict = field(default_factory=dict)
+    states: list = field(default_factory=list)
+    reports: list[CycleReport] = field(default_factory=list)
+
+    def update(self, **fields: object) -> None:
+        self.fields.update(fields)
+        state = fields.get("state")
+        if state is not None and self.states[-1:] != [state]:
+            self.states.append(state)
+
+    def cycle(self, report: CycleReport) -> None:
+        self.reports.append(report)
+
+
+@dataclass
+class Site:
+    """A source, a replica and what is needed to ship from one to the other."""
+
+    source: Tracked
+    replica: MemoryReplica = field(default_factory=MemoryReplica)
+    records: Kept = field(default_factory=Kept)
+    clock: Clock = field(default_factory=Clock)
+    housekept: int = 0
+
+    def shipper(self) -> Shipper:
+        """A new one, as after a restart."""
+        return Shipper(
+            vm="vm1", folder=self.source.folder, source=self.source, replica=self.replica,
+            records=self.records, policy=ShippingPolicy(frequency_seconds=30), clock=self.clock,
+            housekeep=self.keep_house,
+        )  # fmt: skip
+
+    def keep_house(self) -> None:
+        self.housekept += 1
+
+    def write(self, seed: int) -> None:
+        for disk in self.source.disks:
+            disk.do(write(seed * 5000 % MIB, random_bytes(seed, 9000)))
+
+    def assert_equal(self) -> None:
+        for disk in self.source.disks:
+            assert self.replica.images[disk.disk_id] == disk.image
+
+
+@pytest.fixture
+def site(tmp_path):
+    site = Site(tracked(str(tmp_path), [2 * MIB, MIB], begun=False))
+    for disk in site.source.disks:
+        disk.image[:5000] = random_bytes(1, 5000)
+    site.source.flush()
+    return site
+
+
+def test_a_new_vm_is_copied_and_has_a_point_after_its_first_cycle(site):
+    report = site.shipper().cycle_now()
+    site.assert_equal()
+    assert site.records.states == [
+        ReplicationState.INITIAL_REPLICATION_IN_PROGRESS,
+        ReplicationState.REPLICATING,
+    ]
+    assert site.records.fields | {"generation": None} == {
+        "state": ReplicationState.REPLICATING, "error": None, "hint": None, "resync_reason": None,
+        "progress": None, "generation": None, "cycle": 1, "point": report.point,
+        "last_replication_time_ns": report.sealed_ns,
+    }  # fmt: skip
+    assert site.records.reports == [report]
+    assert site.housekept == 1
+    assert site.source.cycles() == []
+
+
+def test_each_cycle_makes_a_point_that_equals_the_disks_at_its_barrier(site):
+    shipper = site.shipper()
+    for seed in range(1, 5):
+        site.write(seed)
+        assert shipper.cycle_now().cycle == seed
+        site.assert_equal()
+
+
+def test_cycles_that_wait_are_shipped_in_order_each_as_its_own_point(site):
+    shipper = site.shipper()
+    shipper.cycle_now()
+    for seed in (1, 2):
+        site.write(seed)
+        site.source.rotate()
+    site.write(3)
+    report = shipper.cycle_now()
+    assert report.cycle == 4
+    assert [kept.cycle for kept in site.records.reports] == [1, 2, 3, 4]
+    assert report.bytes_logged == sum(kept.bytes_logged for kept in site.records.reports[1:])
+    assert report.point == site.replica.all_points[-1].id
+    site.assert_equal()
+
+
+def test_what_is_rotated_during_the_copy_makes_no_point_of_its_own(site, monkeypatch):
+    put = MemoryReplica.put
+
+    def busy_put(replica: MemoryReplica, frame: bytes) -> None:
+        monkeypatch.setattr(MemoryReplica, "put", put)
+        site.write(1)
+        site.source.rotate()
+        site.write(2)
+        site.source.flush()
+        put(replica, frame)
+
+    monkeypatch.setattr(MemoryReplica, "put", busy_put)
+    report = site.shipper().cycle_now()
+    assert (report.cycle, len(site.replica.all_points)) == (2, 1)
+    site.assert_equal()
+
+
+def test_a_shipper_killed_anywhere_in_copy_and_first_cycle_resumes_without_sending_twice(tmp_path):
+    kill, killed = 0, True
+    while killed:
+        kill += 1
+        (tmp_path / str(kill)).mkdir()
+        site = Site(tracked(str(tmp_path / str(kill)), [2 * MIB, MIB], begun=False))
+        site.write(9)
+        site.source.flush()
+        site.replica.die_at = kill
+        killed = not survives(site, seed=1)
+        site.replica.die_at = None
+        assert survives(site, seed=2)
+        assert survives(site, seed=3)
+        site.assert_equal()
+        assert len(set(site.replica.puts)) == len(site.replica.puts)
+    assert kill == 5, "two frames of the copy, two of the first cycle"
+
+
+def survives(site: Site, *, seed: int) -> bool:
+    """Whether a shipper, started anew, comes through a copy (if there is one), a write and a cycle."""
+    shipper = site.shipper()
+    try:
+        shipper.synchronise()
+        site.write(seed)
+        shipper.cycle_now()
+    except Killed:
+        return False
+    return True
+
+
+def test_a_first_cycle_that_was_killed_halfway_is_taken_up_without_another_rotation(site):
+    shipper = site.shipper()
+    shipper.synchronise()
+    site.write(1)
+    site.replica.die_at = len(site.replica.puts) + 1
+    with pytest.raises(Killed):
+        shipper.cycle_now()
+    site.replica.die_at = None
+    report = site.shipper().cycle_now()
+    assert (report.cycle, report.frames_held, report.frames_sent) == (1, 1, 1)
+    site.assert_equal()
+
+
+@pytest.mark.parametrize("kills", range(1, 4))
+def test_killed_after_the_commit_but_before_the_logs_were_released_nothing_is_sent_again(site, kills):
+    site.shipper().cycle_now()
+    for seed in range(kills):
+        site.write(seed)
+        site.replica.die_at_commit = True
+        with pytest.raises(Killed):
+            site.shipper().cycle_now()
+    site.shipper().cycle_now()
+    site.assert_equal()
+    assert len(set(site.replica.puts)) == len(site.replica.puts)
+    assert site.source.cycles() == []
+
+
+def test_a_damaged_log_leads_to_a_new_copy_and_replication_goes_on(site):
+    shipper = site.shipper()
+    shipper.cycle_now()
+    first = site.source.generation
+    site.write(1)
+    site.source.rotate()
+    with open(site.source.cycles()[0].logs[0].log_path, "r+b") as file:
+        file.seek(8192)
+        file.write(b"damage")
+    site.write(2)
+    report = shipper.cycle_now()
+    assert site.source.generation != first
+    assert (report.cycle, report.generation) == (1, site.source.generation)
+    assert site.records.states[2:] == [
+        ReplicationState.WAITING_FOR_START_RESYNCHRONIZE,
+        ReplicationState.RESYNCHRONIZING,
+        ReplicationState.REPLICATING,
+    ]
+    assert [point.cycle for point in site.replica.all_points] == [1, 1], "existing points stay"
+    site.assert_equal()
+
+
+def test_a_missing_log_leads_to_a_new_copy(site):
+    shipper = site.shipper()
+    shipper.cycle_now()
+    site.write(1)
+    site.source.rotate()
+    os.unlink(site.source.cycles()[0].logs[0].companion_path)
+    assert shipper.cycle_now().cycle == 1
+    site.assert_equal()
+
+
+def test_a_replica_with_another_history_gets_a_new_copy(site):
+    shipper = site.shipper()
+    shipper.cycle_now()
+    site.write(1)
+    site.source.disks[0].digest = b"x" * 16
+    assert shipper.cycle_now().cycle == 1
+    site.assert_equal()
+
+
+def test_a_resync_that_the_tracker_asks_for_is_done(site):
+    shipper = site.shipper()
+    shipper.cycle_now()
+    site.source.resync_required = "the log could not be written"
+    shipper.synchronise()
+    assert site.records.fields["resync_reason"] == "the log could not be written"
+    assert shipper.cycle_now().cycle == 1
+    assert site.records.fields["resync_reason"] is None
+
+
+def test_logs_of_a_tracker_that_ended_are_shipped(site, monkeypatch):
+    site.shipper().cycle_now()
+    site.write(1)
+    site.source.rotate()
+
+    def gone(self) -> None:
+        raise UnreachableError("no answer from tracker.sock")
+
+    monkeypatch.setattr(Tracked, "status", gone)
+    report = site.shipper().cycle_now()
+    assert report.cycle == 2
+    site.assert_equal()
+    with pytest.raises(UnreachableError, match="no answer"):
+        site.shipper().cycle_now()
+
+
+def test_a_failing_housekeeper_is_told_but_does_not_fail_the_cycle(site, monkeypatch, caplog):
+    def fail(self) -> None:
+        raise NoSpaceError("the store is full")
+
+    monkeypatch.setattr(Site, "keep_house", fail)
+    assert site.shipper().cycle_now().cycle == 1
+    assert site.records.fields["error"] == "the store is full"
+    assert site.records.fields["state"] is ReplicationState.REPLICATING
+    assert "the store is full" in caplog.text
+
+
+def test_a_cycle_is_due_at_once_and_then_at_the_policys_frequency(site):
+    shipper = site.shipper()
+    assert shipper.turn() == 30
+    site.clock.seconds += 29
+    assert shipper.turn() == 1
+    assert len(site.records.reports) == 1
+    site.clock.seconds += 1
+    assert shipper.turn() == 30
+    assert len(site.records.reports) == 2
+
+
+def test_a_cycle_that_takes_too_long_is_followed_at_once_and_misses_are_counted(site, monkeypatch):
+    monkeypatch.setattr(Site, "keep_house", lambda self: self.clock.sleep(70))
+    shipper = site.shipper()
+    assert shipper.turn() == 0
+    assert shipper.missed == 2
+
+
+def test_recoverable_errors_are_retried_by_the_ladder(site, caplog):
+    shipper = site.shipper()
+    shipper.turn()
+    site.replica.fail_with = NoSpaceError("the store is full", hint="make room")
+    site.clock.seconds += 30
+    waits = [shipper.turn()]
+    for _ in range(6):
+        site.clock.seconds += waits[-1]
+        waits.append(shipper.turn())
+    assert waits == [60, 60, 120, 240, 120, 1800, 1800]
+    assert (site.records.fields["error"], site.records.fields["hint"]) == ("the store is full", "make room")
+    assert site.records.fields["state"] is ReplicationState.REPLICATING
+    site.replica.fail_with = None
+    site.clock.seconds += waits[-1]
+    assert shipper.turn() == 30
+    assert site.records.fields["error"] is None
+    assert "the store is full" in caplog.text
+
+
+def test_other_errors_wait_for_somebody_to_ask(site, caplog):
+    shipper = site.shipper()
+    shipper.turn()
+    site.replica.fail_with = CorruptError("the store is damaged")
+    site.clock.seconds += 30
+    assert shipper.turn() == math.inf
+    assert site.records.fields["state"] is ReplicationState.ERROR
+    site.clock.seconds += 1e6
+    assert shipper.turn() == math.inf
+    site.replica.fail_with = None
+    with running(shipper) as loop:
+        assert shipper.request_cycle().cycle == 2
+        assert site.records.fields["state"] is ReplicationState.REPLICATING
+        loop.end()
+    assert shipper.turn() == 30
+    assert "the store is damaged" in caplog.text
+
+
+def test_an_unreadable_image_is_an_error_of_ours(site, caplog):
+    os.unlink(os.path.join(site.source.folder, "disk0.raw"))
+    site.source.flush = lambda: None
+    with pytest.raises(HvfuseError, match=r"disk0\.raw: No such file"):
+        site.shipper().cycle_now()
+
+
+class running:
+    """The shipper's loop in a thread of its own."""
+
+    def __init__(self, shipper: Shipper) -> None:
+        self.stop_event = threading.Event()
+        self.thread = threading.Thread(target=shipper.run, args=(self.stop_event,))
+
+    def __enter__(self) -> "running":
+        self.thread.start()
+        return self
+
+    def end(self) -> None:
+        self.stop_event.set()
+        self.thread.join()
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def test_the_control_socket_answers_cycle_status_and_stop(site, tmp_path):
+    shipper = site.shipper()
+    path = str(tmp_path / "shipper.sock")
+    listener = shipper.listen(path)
+    try:
+        with running(shipper) as loop:
+            site.write(1)
+            first = wire.request(path, "cycle")
+            second = wire.request(path, "cycle")
+            assert second["cycle"] == first["cycle"] + 1
+            assert second["point"] == site.replica.all_points[-1].id
+            assert set(first) == {"ok", *CycleReport.__dataclass_fields__}
+            status = wire.request(path, "status")
+            assert (status["vm"], status["state"], status["error"]) == ("vm1", "Replicating", None)
+            with pytest.raises(UsageError):
+                wire.request(path, "dance")
+            wire.request(path, "stop")
+            loop.thread.join()
+            with pytest.raises(UnreachableError, match="stopped"):
+                wire.request(path, "cycle")
+    finally:
+        listener.close()
+
+
+def test_a_request_is_answered_with_the_error_that_the_cycle_met(site, tmp_path, caplog):
+    shipper = site.shipper()
+    shipper.turn()
+    path = str(tmp_path / "shipper.sock")
+    listener = shipper.listen(path)
+    try:
+        with running(shipper):
+            site.replica.fail_with = ResyncRequiredError("no way", hint="do that")
+            with pytest.raises(ResyncRequiredError, match="no way") as caught:
+                wire.request(path, "cycle")
+            assert caught.value.hint == "do that"
+            assert wire.request(path, "status")["state"] == "WaitingForStartResynchronize"
+    finally:
+        listener.close()
+    assert "no way" in caplog.text
+
+
+def test_a_stop_in_the_middle_ends_the_run_and_leaves_the_rest_for_later(site, monkeypatch):
+    for disk in site.source.disks:
+        disk.image[:] = random_bytes(2, len(disk.image))
+    site.source.flush()
+    stop = threading.Event()
+    put = MemoryReplica.put
+
+    def put_and_stop(replica: MemoryReplica, frame: bytes) -> None:
+        put(replica, frame)
+        stop.set()
+
+    monkeypatch.setattr(MemoryReplica, "put", put_and_stop)
+    shipper = site.shipper()
+    shipper.run(stop)
+    assert len(site.replica.puts) == 1
+    assert site.records.states == [ReplicationState.INITIAL_REPLICATION_IN_PROGRESS]
+    with pytest.raises(StoppedError):
+        shipper.request_cycle()
+    monkeypatch.setattr(MemoryReplica, "put", put)
+    site.shipper().cycle_now()
+    site.assert_equal()
+    assert len(set(site.replica.puts)) == len(site.replica.puts)
+
+
+def test_states_are_recorded_as_the_words_of_the_product(site):
+    site.shipper().cycle_now()
+    assert [str(state) for state in site.records.states] == ["InitialReplicationInProgress", "Replicating"]
