@@ -12,8 +12,8 @@ footer's place. In this order, which leaves a whole file wherever it is cut shor
 A crash after 1 or 2 costs the space of one block, which nothing names, and no data. What was not yet
 flushed may be lost, as on any disk.
 
-**Bitmaps.** Sectors whose bit is 0 read as zeroes here; qemu does not look at bitmaps when it reads. So
-that both see the same, hvfuse makes a block's bitmap all ones before it first writes to that block, and
+**Bitmaps.** Sectors whose bit is 0 read as zeroes here, as the specification has it; qemu and libvhdi do
+not look at the bitmaps of dynamic disks when they read. So that all see the same, hvfuse makes a block's bitmap all ones before it first writes to that block, and
 before that zeroes the sectors whose bit was 0, should they hold anything.
 
 **Trim and zero** leave a block in its place and deallocate its data within the file.
@@ -92,7 +92,7 @@ def load(fd: int, path: str, file_size: int) -> Structures | None:
     first = system.pread(fd, FOOTER_SIZE, 0)
     if not first.startswith(FOOTER_COOKIE):
         return None
-    return _load_dynamic(fd, path, first, round_up(file_size, SECTOR), footer_missing=True)
+    return _load_dynamic(fd, path, first, file_size, footer_missing=True)
 
 
 def _load_fixed(footer: Footer, footer_bytes: bytes, path: str, end: int) -> Structures:
@@ -110,27 +110,28 @@ def _demand_agreement(footer: Footer, copy: Footer, path: str) -> None:
             raise CorruptError(f"{path}: the footer says {what} {here}, its copy at the start {there}")
 
 
-def _load_dynamic(fd: int, path: str, footer_bytes: bytes, end: int, *, footer_missing: bool) -> Structures:
+def _load_dynamic(fd: int, path: str, footer_bytes: bytes, have: int, *, footer_missing: bool) -> Structures:
+    """`have`: bytes of the file, without the footer at its end."""
     footer = unpack_footer(footer_bytes, f"{path}: the footer's copy at its start")
     if footer.disk_type is DiskType.FIXED:
         raise CorruptError(f"{path}: truncated: a fixed VHD's footer at its start and none at its end")
     at = footer.data_offset
-    if at + HEADER_SIZE > end:
+    if at + HEADER_SIZE > have:
         raise CorruptError(f"{path}: truncated: its header at byte {at} is not there")
     header = unpack_header(
         system.pread(fd, HEADER_SIZE, at), f"{path}: the dynamic header", disk_size=footer.current_size
     )
-    if header.table_end > end:
-        raise CorruptError(f"{path}: truncated: its block table ends at byte {header.table_end}, the file at {end}")
+    if header.table_end > have:
+        raise CorruptError(f"{path}: truncated: its block table ends at byte {header.table_end}, the file at {have}")
     table = unpack_table(system.pread(fd, header.max_table_entries * 4, header.table_offset))
     if footer_missing:
         needed = blocks_end(table, header) + FOOTER_SIZE
-        if end < needed:
-            raise CorruptError(f"{path}: truncated: no footer at its end, and {end} bytes of {needed} or more")
-    validate_table(table, header, header_at=at, end=end, where=path)
+        if have < needed:
+            raise CorruptError(f"{path}: truncated: no footer at its end, and {have} bytes of {needed} or more")
+    validate_table(table, header, header_at=at, end=have, where=path)
     return Structures(
-        footer=footer, footer_bytes=footer_bytes, header=header, table=table, end=end,
-        footer_missing=footer_missing,
+        footer=footer, footer_bytes=footer_bytes, header=header, table=table,
+        end=round_up(have, SECTOR) if footer_missing else have, footer_missing=footer_missing,
     )  # fmt: skip
 
 
@@ -215,7 +216,7 @@ class DynamicVhd:
         self._footer = structures.footer_bytes
         self._header = structures.header
         self._table = structures.table
-        self._end = structures.end
+        self._end = round_up(structures.end, SECTOR)
         self._ordered = ordered
         self._whole = bytearray(len(self._table))
         """Per block: 1 once its bitmap is known to be all ones."""
@@ -347,10 +348,11 @@ class DynamicVhd:
 
     def _move_footer(self, end: int) -> None:
         """Lengthen the file. Should the block then fail, its space is lost, but never used half-written."""
+        file_size = os.fstat(self._fd).st_size
         try:
             system.pwrite("vhd:footer", self._fd, self._footer, end)
         except OSError:
-            system.truncate("vhd:undo", self._fd, self._end + FOOTER_SIZE)
+            system.truncate("vhd:undo", self._fd, file_size)
             raise
         self._end = end
         self._order("vhd:footer-sync")

@@ -47,7 +47,8 @@ Everything is big-endian; a sector is 512 bytes.
     entry breaks that rule.
 
     Block: a bitmap, one bit for each sector (the first in the highest bit) and filled up to whole
-    sectors, then the data. In a dynamic disk a sector whose bit is 0 reads as zeroes.
+    sectors, then the data. In a dynamic disk a sector whose bit is 0 reads as zeroes. Neither bitmap
+    nor data have a checksum.
 
 How a reader goes about it: the footer at the end says what the file is. Where it is missing, the copy
 at the start of a dynamic disk stands in, but only as far as the blocks are all there and the file goes
