@@ -304,6 +304,7 @@ def test_a_body_that_is_not_exactly_one_zstd_frame_is_refused() -> None:
     refused(packed_frame(plain, good + b"\0"), "decompress")
     refused(packed_frame(plain, good[:-1]), "decompress")
     refused(packed_frame(plain, b""), "frame body")
+    refused(forged(plain, body=good, codec=Codec.ZSTD, stored_length=len(good) + 1), "promises")
     refused(packed_frame(plain, plain), "decompress")
     refused(packed_frame(plain, compressed(plain, write_content_size=False)), "declares")
     refused(packed_frame(plain, compressed(plain + b"x")), "declares")
