@@ -101,8 +101,9 @@ class TrackedVm:
         boot = system.boot_id()
         for _, state in disks:
             state.update(detached_cleanly=False, boot_id=boot, resync_reason=reason)
-        if reason is None and disks and disks[0][1].record.is_tracked:
+        if disks:
             self._generation, self._cycle = disks[0][1].record.generation, disks[0][1].record.cycle
+        if reason is None and self._generation != NOT_TRACKED:
             with contextlib.suppress(ResyncRequiredError):  # the disks are served all the same
                 self._start_logs()
 
@@ -296,8 +297,8 @@ class TrackedVm:
         present = {name for name in os.listdir(self.folder) if is_disk_name(name)}
         return {
             "vm": self.name,
-            "generation": self._generation.hex() if self.is_logging else None,
-            "cycle": self._cycle + 1 if self.is_logging else 0,
+            "generation": self._generation.hex() if self._generation != NOT_TRACKED else None,
+            "cycle": self._cycle + 1,
             "resync_required": self.resync_reason,
             "recovered": self.recovered,
             "untracked": sorted(present - set(self.disks)),
