@@ -45,9 +45,10 @@ _SECTIONS: Mapping[str, Mapping[str, str]] = {
         "log": "Examine replication logs (.hrl) and apply them to images.",
     },
 }
-_HIDDEN = {"_tracker": "daemons", "_shipper": "daemons", "_view": "daemons"}
-"""The entry points of the processes that hvfuse starts, and the modules that hold them."""
-_ATTRIBUTES = {"_tracker": "tracker", "_shipper": "shipper", "_view": "view"}
+_HIDDEN = ("_tracker", "_shipper", "_view")
+"""The entry points of the processes that hvfuse starts."""
+_MODULES = {"umount": "mount", **dict.fromkeys(_HIDDEN, "daemons")}
+"""Where a command lies that does not lie in a module of its name."""
 
 
 class LazyGroup(click.Group):
@@ -57,11 +58,10 @@ class LazyGroup(click.Group):
         return [name for section in _SECTIONS.values() for name in section]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        module = _HIDDEN.get(name, name if name in self.list_commands(ctx) else None)
-        if module is None:
+        if name not in _HIDDEN and name not in self.list_commands(ctx):
             return None
-        loaded = importlib.import_module(f"hvfuse.cli.{module}")
-        return cast(click.Command, getattr(loaded, _ATTRIBUTES.get(name, name)))
+        module = importlib.import_module(f"hvfuse.cli.{_MODULES.get(name, name)}")
+        return cast(click.Command, getattr(module, name.removeprefix("_")))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, commands in _SECTIONS.items():

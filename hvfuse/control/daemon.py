@@ -42,7 +42,7 @@ class Restarts:
         if lived >= STABLE_SECONDS:
             self.deaths = 0
         self.deaths += 1
-        return min(LONGEST_DELAY, 2.0 ** (self.deaths - 1))
+        return min(LONGEST_DELAY, 2.0 ** min(self.deaths - 1, 10))
 
 
 def command(home: Home, *arguments: str) -> list[str]:

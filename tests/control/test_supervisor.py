@@ -1,0 +1,232 @@
+"""`hvfuse run` without its faces: real processes that behave like trackers and shippers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from hvfuse.control.config import Config
+from hvfuse.control.daemon import Daemon
+from hvfuse.control.home import Home
+from hvfuse.control.records import Records
+from hvfuse.control.sample import make_sample
+from hvfuse.control.supervisor import SCAN_SECONDS, Supervisor, find_vms, only_supervisor, require_no_supervisor
+from hvfuse.errors import BusyError
+from hvfuse.formats.image import ImageFormat, probe
+from hvfuse.system import Clock
+from tests.control.children import REFUSER, HandClock, server, until
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    home = Config().home(str(tmp_path))
+    home.make()
+    return home
+
+
+@pytest.fixture
+def records(home: Home) -> Iterator[Records]:
+    with Records(home.records) as records:
+        yield records
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+def add_vm(home: Home, vm: str, disk: str = "os.raw") -> None:
+    folder = Path(home.folder(vm))
+    folder.mkdir(exist_ok=True)
+    (folder / disk).write_bytes(bytes(512))
+
+
+def story(home: Home) -> Path:
+    return Path(home.root) / "story"
+
+
+@pytest.fixture
+def make(home: Home, records: Records, clock: HandClock) -> Iterator[Callable[[], Supervisor]]:
+    made: list[Supervisor] = []
+
+    def daemon(role: str) -> Callable[..., Daemon]:
+        def of(home: Home, vm: str, *, clock: Clock) -> Daemon:
+            path = os.path.join(home.state_dir(vm), f"{role}.sock")
+            corrupt = role == "tracker" and vm == "corrupt"
+            command = [sys.executable, "-c", REFUSER] if corrupt else server(path, str(story(home)))
+            return Daemon(role, command, socket_path=path, log_path=home.log(vm, role), clock=clock)
+
+        return of
+
+    def factory() -> Supervisor:
+        made.append(Supervisor(home, records, clock=clock, tracker=daemon("tracker"), shipper=daemon("shipper")))
+        return made[-1]
+
+    yield factory
+    for supervisor in made:
+        for keeper in supervisor.vms.values():
+            for process in (keeper.tracker, keeper.shipper):
+                process.send(signal.SIGKILL)
+                until(lambda process=process: process.check() or not process.is_running)
+
+
+def all_ready(supervisor: Supervisor, *names: str) -> bool:
+    supervisor.tick()
+    keepers = [supervisor.vms.get(name) for name in names]
+    return all(keeper is not None and keeper.tracker.is_ready and keeper.shipper.is_ready for keeper in keepers)
+
+
+def test_a_vm_is_a_folder_with_a_disk_and_a_fit_name(home: Home) -> None:
+    add_vm(home, "b", "DATA.VHD")
+    add_vm(home, "a", "x.img")
+    (Path(home.disks) / "empty").mkdir()
+    (Path(home.disks) / "notes").mkdir()
+    (Path(home.disks) / "notes" / "readme.txt").touch()
+    (Path(home.disks) / ".hidden").mkdir()
+    (Path(home.disks) / ".hidden" / "x.raw").touch()
+    (Path(home.disks) / "lone.vhd").touch()
+    assert find_vms(home) == ["a", "b"]
+    assert find_vms(Config().home(home.root + "/nowhere")) == []
+
+
+def test_a_newcomer_gets_a_sample_and_nobody_else_does(home: Home, make: Callable[[], Supervisor]) -> None:
+    assert make().prepare() == "sample"
+    info = probe(os.path.join(home.folder("sample"), "sample.vhd"))
+    assert (info.format, info.virtual_size) == (ImageFormat.VHD_DYNAMIC, 1 << 30)
+    assert info.file_size < 1 << 20
+    assert os.listdir(home.folder("sample")) == ["sample.vhd"]
+    assert make().prepare() is None
+
+
+def test_a_sample_that_was_cut_short_is_made_anew(home: Home) -> None:
+    folder = Path(home.folder("sample"))
+    folder.mkdir()
+    (folder / ".sample.vhd.tmp").write_bytes(b"half of it")
+    assert find_vms(home) == []
+    make_sample(home.disks)
+    assert find_vms(home) == ["sample"]
+    assert os.listdir(folder) == ["sample.vhd"]
+
+
+def test_a_second_supervisor_of_the_same_home_is_refused_by_pid(home: Home) -> None:
+    require_no_supervisor(home)
+    with only_supervisor(home):
+        code = (
+            "import sys; from hvfuse.control.config import Config; from hvfuse.control.supervisor import *\n"
+            "from hvfuse.errors import BusyError\n"
+            "try:\n    with only_supervisor(Config().home(sys.argv[1])): pass\n"
+            "except BusyError as error: print(error); sys.exit(error.exit_code)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, home.root], capture_output=True, text=True)
+        assert done.returncode == 6
+        assert f"pid {os.getpid()}" in done.stdout
+        with pytest.raises(BusyError):
+            require_no_supervisor(home)
+    require_no_supervisor(home)
+    with only_supervisor(home):
+        pass
+
+
+def test_every_vm_gets_a_tracker_and_then_a_shipper_and_new_ones_are_noticed(
+    home: Home, clock: HandClock, make: Callable[[], Supervisor]
+) -> None:
+    add_vm(home, "a")
+    supervisor = make()
+    until(lambda: all_ready(supervisor, "a"))
+    add_vm(home, "b")
+    supervisor.tick()
+    assert list(supervisor.vms) == ["a"]
+    clock.at += SCAN_SECONDS
+    until(lambda: all_ready(supervisor, "a", "b"))
+    supervisor.stop(asked=lambda: 1, tell=print)
+
+
+def test_a_vm_that_cannot_start_is_recorded_with_its_cause_and_the_others_go_on(
+    home: Home, records: Records, clock: HandClock, make: Callable[[], Supervisor]
+) -> None:
+    add_vm(home, "corrupt")
+    add_vm(home, "fine")
+    supervisor = make()
+    until(lambda: all_ready(supervisor, "fine") and records.read("corrupt").tracker_error)
+    assert records.read("corrupt").tracker_error == "os.vhd: footer checksum does not match"
+    assert records.read("fine").tracker_error is None
+    assert not supervisor.vms["corrupt"].shipper.is_running
+    supervisor.stop(asked=lambda: 1, tell=print)
+
+
+def test_an_error_of_last_time_is_cleared_when_the_tracker_serves(
+    home: Home, records: Records, make: Callable[[], Supervisor]
+) -> None:
+    add_vm(home, "a")
+    records.update("a", tracker_error="old", shipper_error="old")
+    supervisor = make()
+    until(lambda: all_ready(supervisor, "a"))
+    assert (records.read("a").tracker_error, records.read("a").shipper_error) == (None, None)
+
+
+def test_processes_that_outlived_their_supervisor_are_adopted(home: Home, make: Callable[[], Supervisor]) -> None:
+    add_vm(home, "a")
+    first, second = make(), make()
+    until(lambda: all_ready(first, "a"))
+    pids = (first.vms["a"].tracker.pid, first.vms["a"].shipper.pid)
+    until(lambda: all_ready(second, "a"))
+    assert (second.vms["a"].tracker.pid, second.vms["a"].shipper.pid) == pids
+    second.stop(asked=lambda: 1, tell=print)
+    assert sorted(story(home).read_text().splitlines()) == ["a shipper.sock ended", "a tracker.sock ended"]
+
+
+def test_the_shippers_end_before_the_trackers(home: Home, make: Callable[[], Supervisor]) -> None:
+    add_vm(home, "a")
+    add_vm(home, "b")
+    supervisor = make()
+    until(lambda: all_ready(supervisor, "a", "b"))
+    supervisor.stop(asked=lambda: 1, tell=print)
+    ended = [line.split()[1] for line in story(home).read_text().splitlines()]
+    assert ended == ["shipper.sock", "shipper.sock", "tracker.sock", "tracker.sock"]
+
+
+def test_a_mount_in_use_is_waited_for_and_told_once(home: Home, make: Callable[[], Supervisor]) -> None:
+    add_vm(home, "a")
+    supervisor = make()
+    until(lambda: all_ready(supervisor, "a"))
+    busy = Path(f"{story(home)}.busy")
+    busy.touch()
+    told: list[str] = []
+    turns = 0
+
+    def asked() -> int:
+        nonlocal turns
+        turns += 1
+        if turns == 60:
+            busy.unlink()
+        return 1
+
+    supervisor.stop(asked=asked, tell=told.append)
+    assert told == ["a: in use by qemu (pid 7)"]
+    assert turns >= 60
+
+
+def test_asked_twice_a_mount_in_use_is_ended_all_the_same(home: Home, make: Callable[[], Supervisor]) -> None:
+    add_vm(home, "a")
+    supervisor = make()
+    until(lambda: all_ready(supervisor, "a"))
+    Path(f"{story(home)}.busy").touch()
+    told: list[str] = []
+    supervisor.stop(asked=lambda: 1 + len(told), tell=told.append)
+    assert story(home).read_text().splitlines()[-1] == "a tracker.sock ended"
+
+
+def test_a_tracker_that_hangs_can_be_left_behind(home: Home, make: Callable[[], Supervisor]) -> None:
+    add_vm(home, "a")
+    supervisor = make()
+    until(lambda: all_ready(supervisor, "a"))
+    pid = supervisor.vms["a"].tracker.pid
+    Path(f"{story(home)}.busy").touch()
+    with pytest.raises(BusyError, match=rf"a \(pid {pid}\)"):
+        supervisor.stop(asked=lambda: 3, tell=print)
