@@ -163,14 +163,14 @@ def punch_hole(label: str, fd: int, offset: int, length: int) -> None:
 
 def write_zeroes(label: str, fd: int, offset: int, length: int) -> None:
     """Make a range read as zeroes without changing the file's length: a hole if the file system can."""
-    end = min(offset + length, os.fstat(fd).st_size)
+    end = min(offset + length, os.lseek(fd, 0, os.SEEK_END))  # fstat gives 0 for a block device
     if end <= offset:
         return
     try:
         punch_hole(label, fd, offset, end - offset)
         return
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV):
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL):
             raise
     zeroes = bytes(min(end - offset, 1 << 20))
     for at in range(offset, end, len(zeroes)):
@@ -185,6 +185,9 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
             data = os.lseek(fd, at, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:
+                return
+            if error.errno == errno.EINVAL:  # block devices know no holes
+                yield at, end
                 return
             raise
         if data >= end:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from hvfuse.extent import ZERO_BLOCK, is_zero, round_down
+from hvfuse.extent import ZERO_BLOCK, is_zero, round_down, round_up
 from hvfuse.formats.image import Image
 
 Progress = Callable[[int], None]
@@ -21,7 +21,7 @@ def copy_disk(source: Image, target: Image, progress: Progress) -> int:
     Blocks of zeroes are not written. Returns the bytes written. Does not flush.
     """
     written = 0
-    for offset, length in _pieces(source.extents(0, source.size)):
+    for offset, length in _pieces(source.extents(0, source.size), source.size):
         data = memoryview(source.pread(offset, length))
         for start, end in _runs(data):
             target.pwrite(offset + start, data[start:end])
@@ -36,7 +36,7 @@ def first_difference(one: Image, other: Image, progress: Progress) -> int | None
     Where one disk is a longer copy of the other, that is the byte after the shorter one's last.
     """
     common = min(one.size, other.size)
-    for offset, length in _pieces(_either(one.extents(0, common), other.extents(0, common))):
+    for offset, length in _pieces(heapq.merge(one.extents(0, common), other.extents(0, common)), common):
         here, there = one.pread(offset, length), other.pread(offset, length)
         if here != there:
             return offset + next(at for at in range(length) if here[at] != there[at])
@@ -44,24 +44,18 @@ def first_difference(one: Image, other: Image, progress: Progress) -> int | None
     return None if one.size == other.size else common
 
 
-def _pieces(extents: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Cut extents into pieces that are not too large for memory, at multiples of their size."""
+def _pieces(extents: Iterable[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """The union of extents in ascending order, widened to whole blocks of a disk of `size` bytes and
+    cut into pieces that are not too large for memory."""
+    done = 0
     for offset, length in extents:
-        at, end = offset, offset + length
+        at = max(round_down(offset, ZERO_BLOCK), done)
+        end = min(round_up(offset + length, ZERO_BLOCK), size)
         while at < end:
             stop = min(round_down(at, _PIECE) + _PIECE, end)
             yield at, stop - at
             at = stop
-
-
-def _either(one: Iterator[tuple[int, int]], other: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The union of two ascending sequences of extents; each byte once."""
-    done = 0
-    for offset, length in heapq.merge(one, other):
-        start, end = max(offset, done), offset + length
-        if end > start:
-            yield start, end - start
-            done = end
+        done = max(done, end)
 
 
 def _runs(data: memoryview) -> Iterator[tuple[int, int]]:

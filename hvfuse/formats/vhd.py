@@ -13,8 +13,9 @@ A crash after 1 or 2 costs the space of one block, which nothing names, and no d
 flushed may be lost, as on any disk.
 
 **Bitmaps.** Sectors whose bit is 0 read as zeroes here, as the specification has it; qemu and libvhdi do
-not look at the bitmaps of dynamic disks when they read. So that all see the same, hvfuse makes a block's bitmap all ones before it first writes to that block, and
-before that zeroes the sectors whose bit was 0, should they hold anything.
+not look at the bitmaps of dynamic disks when they read. So that all see the same, hvfuse makes a block's
+bitmap all ones before it first writes to that block, and before that zeroes the sectors whose bit was 0,
+should they hold anything.
 
 **Trim and zero** leave a block in its place and deallocate its data within the file.
 """

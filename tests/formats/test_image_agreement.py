@@ -279,3 +279,23 @@ def test_disks_are_told_by_their_suffix_in_any_case_of_letters() -> None:
 def test_errors_of_the_system_become_ours_and_name_the_file() -> None:
     with pytest.raises(BusyError, match=r"x\.vhd: device or resource busy"), named("x.vhd"):
         raise OSError(16, "Device or resource busy")
+
+
+@pytest.mark.mount
+def test_a_block_device_is_a_raw_disk(tmp_path: Path) -> None:
+    backing = tmp_path / "backing.img"
+    backing.write_bytes(pattern(MIB))
+    device = run("losetup", "--find", "--show", backing).strip()
+    try:
+        disk = open_image(device, writable=True)
+        assert probe(device).virtual_size == disk.size == MIB
+        assert list(disk.extents(0, MIB)) == [(0, MIB)]
+        disk.zero(1000, 100)
+        disk.trim(8192, 4096)
+        disk.flush()
+        expected = bytearray(pattern(MIB))
+        expected[1000:1100], expected[8192:12288] = bytes(100), bytes(4096)
+        assert disk.pread(0, MIB) == expected
+        disk.close()
+    finally:
+        run("losetup", "--detach", device)
