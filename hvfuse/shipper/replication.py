@@ -23,6 +23,9 @@ from hvfuse.system import Clock
 PROGRESS_INTERVAL = 1.0
 """Seconds between durable records of a copy's progress."""
 
+RESYNC_ERRORS = (PositionMismatchError, ResyncRequiredError, DamagedLogError)
+"""What only a new copy helps against."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -84,16 +87,24 @@ class Replication:
         Copies first where logs alone cannot do it. Returns the last cycle's report with sums over all
         that went over. Raises UnreachableError when the tracker does not run and nothing waits.
         """
-        try:
-            report = self._cycle()
-        except (PositionMismatchError, ResyncRequiredError) as error:
-            _log.info("%s: %s", self._vm, error)
-            report = self._cycle()  # decides again: from where the replica really stands, or by a copy
-        except DamagedLogError as error:
-            self._start_copy(str(error))
-            report = self._cycle()
+        report = self._cycle_or_copy()
         self._keep_house()
         return report
+
+    def _cycle_or_copy(self) -> CycleReport:
+        """A cycle, after a new copy if source and replica turn out not to be joined any more."""
+        try:
+            return self._cycle()
+        except DamagedLogError as error:
+            self._start_copy(str(error))
+            return self._cycle()
+        except (PositionMismatchError, ResyncRequiredError) as error:
+            _log.info("%s: %s", self._vm, error)
+        try:
+            return self._cycle()  # decides again, now that both sides may say more
+        except RESYNC_ERRORS as error:
+            self._start_copy(str(error))
+            return self._cycle()
 
     def synchronise(self) -> None:
         """Make sure that logs can continue the replica; copy the disks if they cannot."""

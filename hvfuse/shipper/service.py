@@ -16,10 +16,9 @@ from hvfuse import errors, wire
 from hvfuse.errors import HvfuseError, NoSpaceError, ResyncRequiredError, UnreachableError, UsageError
 from hvfuse.manifest import ReplicationState
 from hvfuse.position import PositionMismatchError
-from hvfuse.shipper.coalesce import DamagedLogError
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.replica import Replica
-from hvfuse.shipper.replication import Records, Replication, ShippingPolicy
+from hvfuse.shipper.replication import RESYNC_ERRORS, Records, Replication, ShippingPolicy
 from hvfuse.shipper.retry import next_attempt, next_interval
 from hvfuse.shipper.source import Source
 from hvfuse.system import Clock
@@ -165,7 +164,7 @@ class Shipper:
         _log.warning("%s: %s", self._vm, error)
         if self._failing_since is None:
             self._failing_since = started
-        lost = isinstance(error, PositionMismatchError | ResyncRequiredError | DamagedLogError)
+        lost = isinstance(error, RESYNC_ERRORS)
         if lost:
             self._shown.update(state=ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, resync_reason=str(error))
         elif not error.recoverable:

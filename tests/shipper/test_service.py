@@ -262,6 +262,21 @@ def test_a_resync_that_the_tracker_asks_for_is_done(site):
     assert site.records.fields["resync_reason"] is None
 
 
+def test_a_tracker_that_cannot_rotate_although_it_asks_for_nothing_gets_a_new_copy(site, monkeypatch):
+    shipper = site.shipper()
+    shipper.cycle_now()
+    first, rotate = site.source.generation, Tracked.rotate
+
+    def refuse(source: Tracked) -> int:
+        if source.generation == first:
+            raise ResyncRequiredError("no writes are being logged")
+        return rotate(source)
+
+    monkeypatch.setattr(Tracked, "rotate", refuse)
+    assert shipper.cycle_now().cycle == 1
+    assert site.source.generation != first
+
+
 def test_logs_of_a_tracker_that_ended_are_shipped(site, monkeypatch):
     site.shipper().cycle_now()
     site.write(1)
