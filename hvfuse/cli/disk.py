@@ -109,15 +109,21 @@ def info(path: str, as_json: bool) -> None:
 
 @disk.command()
 @click.argument("path", metavar="PATH")
+@click.option("--repair", is_flag=True, help="Put back a footer that an interrupted growth left out.")
 @json_option
 @click.pass_context
-def check(ctx: click.Context, path: str, as_json: bool) -> None:
+def check(ctx: click.Context, path: str, repair: bool, as_json: bool) -> None:
     """Verify a disk's structures: checksums, bounds, overlaps. Ends with 7 when they are damaged.
 
     The guest's data has no checksums in these formats and is not judged.
     """
     try:
         found = probe(path)
+        if repair and found.damage:
+            _demand_unreplicated(path)
+            with closing(open_image(path, writable=True)) as repaired:
+                repaired.flush()
+            found = probe(path)
     except CorruptError as error:
         if not as_json:
             raise
@@ -140,6 +146,8 @@ def check(ctx: click.Context, path: str, as_json: bool) -> None:
             note(f"{path}: {warning}")
         if not found.damage:
             click.echo(f"{path}: ok, {found.format}")
+        elif not repair:
+            note(f"  hint: hvfuse disk check --repair {path}")
     ctx.exit(CorruptError.exit_code if found.damage else 0)
 
 
@@ -246,10 +254,15 @@ def _new_file(path: str, image_format: ImageFormat, size: int, *, force: bool) -
 def _demand_replaceable(path: str, *, force: bool) -> None:
     if not os.path.isfile(path) or os.path.islink(path):
         raise UsageError(f"{path}: exists and is not a plain file")
-    if os.path.exists(spool.state_name(os.path.realpath(path))):
-        raise UsageError(f"{path}: is replicated, and a new file in its place would end that")
+    _demand_unreplicated(path)
     if not force:
         raise UsageError(f"{path}: exists already", hint="add --force to replace it")
+
+
+def _demand_unreplicated(path: str) -> None:
+    """What changes a disk behind its mount escapes the log, and forces a whole new copy."""
+    if os.path.exists(spool.state_name(os.path.realpath(path))):
+        raise UsageError(f"{path}: is replicated; it must not be changed behind its mount")
 
 
 def _sync(path: str) -> None:

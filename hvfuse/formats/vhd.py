@@ -146,7 +146,7 @@ def damage(structures: Structures) -> tuple[str, ...]:
     """What `check` reports as corrupt, although every byte of the disk can be read."""
     if not structures.footer_missing:
         return ()
-    return ("no footer at its end: its growth was interrupted; all data is there, and the next write repairs it",)
+    return ("no footer at its end: its growth was interrupted; all data is there",)
 
 
 def warnings(structures: Structures) -> tuple[str, ...]:

@@ -151,6 +151,8 @@ def test_check_ends_with_7_and_names_the_damage(disk: Disk, tmp_path: Path) -> N
     assert (ended.code, "growth was interrupted" in ended.err) == (7, True)
     assert disk("check", path, "--json").fields["ok"] is False
     assert disk("info", path).code == 0
+    assert disk("check", path, "--repair").code == 0
+    assert disk("check", path).out == f"{path}: ok, vhd-dynamic\n"
 
 
 def test_check_mentions_a_raw_image_of_an_odd_size(disk: Disk, tmp_path: Path) -> None:
