@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -20,7 +20,7 @@ from hvfuse.errors import NotFoundError
 from hvfuse.manifest import RecoveryPoint
 from hvfuse.system import Clock, SystemClock
 from hvfuse.target import schema
-from hvfuse.target.environment import DEFAULT_MAP_SIZE, Txn, close_environment, open_environment
+from hvfuse.target.environment import DEFAULT_MAP_SIZE, Txn, close_environment, file_faults, open_environment
 from hvfuse.target.index import scan
 from hvfuse.target.schema import Pin, PointRecord, StagingRecord, VmRecord
 
@@ -49,8 +49,13 @@ class Store:
         self.path = os.path.abspath(path)
         self.clock = clock or SystemClock()
         if create:
-            os.makedirs(os.path.join(self.path, REPLICAS_DIRECTORY), mode=0o700, exist_ok=True)
+            with file_faults(self.path):
+                os.makedirs(self.path, mode=0o700, exist_ok=True)
+                os.makedirs(os.path.join(self.path, REPLICAS_DIRECTORY), mode=0o700, exist_ok=True)
         self.env = open_environment(os.path.join(self.path, DATABASE_DIRECTORY), create=create, map_size=map_size)
+        if create:
+            with file_faults(self.path):
+                system.fsync_directory("store:directory", self.path)
         self._closed = False
 
     def close(self) -> None:
@@ -152,9 +157,10 @@ class Store:
             raise NotFoundError(f"{vm.name} has no cycle {seq} in the store any more")
         return PointRecord.unpack(raw, seq)
 
-    def scan_cycles(self, txn: Txn, vm: VmRecord) -> Iterator[PointRecord]:
-        """All committed cycles from the base on, oldest first."""
-        start, stop = schema.point_key(vm.id, 0), schema.point_key(vm.id + 1, 0)
+    def scan_cycles(self, txn: Txn, vm: VmRecord, *, first: int = 0, last: int | None = None) -> Iterator[PointRecord]:
+        """The committed cycles first <= seq <= last, from the base to the newest at most, oldest first."""
+        start = schema.point_key(vm.id, first)
+        stop = schema.point_key(vm.id, (vm.head_seq if last is None else last) + 1)
         for key, value in scan(txn, self.env, schema.POINTS, start, stop):
             yield PointRecord.unpack(value, int.from_bytes(key[-8:], "big"))
 
@@ -291,8 +297,3 @@ def holder_is_alive(pin: Pin) -> bool:
     return (
         owner.get("boot_id") == system.boot_id().hex() and started is not None and started == owner.get("process_start")
     )
-
-
-def listed_seqs(points: Sequence[PointRecord]) -> list[tuple[int, int]]:
-    """(seq, time in ns) of recovery points, as retention wants them."""
-    return [(point.seq, point.time_ns) for point in points]
