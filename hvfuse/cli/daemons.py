@@ -7,9 +7,11 @@ started the process shows.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
+from contextlib import ExitStack
 
 import click
 
@@ -59,3 +61,32 @@ def shipper(session: Session, vm: str) -> None:
             here.run(stop)
         finally:
             listener.close()
+
+
+@click.command(hidden=True)
+@click.argument("pin_id", type=int)
+@click.pass_obj
+def view(session: Session, pin_id: int) -> None:
+    """Serve the view of a pinned recovery point until it is unmounted."""
+    from hvfuse import wire
+    from hvfuse.control import trial
+    from hvfuse.target.journal import PointReader
+    from hvfuse.target.store import Store
+    from hvfuse.target.view import View
+    from hvfuse.target.view_mount import serve_view
+
+    _log_to_stderr()
+    home = session.home
+    with Store(home.store, create=False) as store, ExitStack() as stack:
+        pin = trial.find(store, pin_id)
+        store.update_pin(pin_id, {"pid": os.getpid()})
+        overlays = trial.overlay_path(home, pin_id)
+        shown = View(PointReader(store, pin.vm, pin.point_id), overlays=overlays)
+        stack.callback(shown.close)
+
+        def ready() -> None:
+            # Only now, so that whoever finds the socket served finds the view mounted.
+            listener = wire.Listener(trial.view_socket(home, pin_id), lambda _: {"pid": os.getpid()}, name="view")
+            stack.callback(listener.close)
+
+        serve_view(shown, str(pin.owner["mountpoint"]), space=overlays, on_ready=ready)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from hvfuse import system
@@ -25,15 +25,18 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
     from hvfuse.shipper.replication import ShippingPolicy
     from hvfuse.shipper.service import Shipper
     from hvfuse.shipper.source import TrackerSource
-    from hvfuse.target.replica import LocalReplica
+    from hvfuse.target.local import LocalReplica
     from hvfuse.target.store import Store
 
     clock = system.SystemClock()
     with system.exclusive_lock(home.shipper_lock(vm)) as had:
         if not had:
             raise BusyError(f"{vm}: another process is replicating it just now", hint="try again in a moment")
-        with Store(home.store) as store:
-            replica = LocalReplica(store, vm)
+        with Store(home.store) as store, closing(LocalReplica(store, vm)) as replica:
+
+            def keep_house() -> None:
+                replica.housekeep(policy.retention, clock.now_ns())
+
             yield Shipper(
                 vm=vm,
                 folder=home.folder(vm),
@@ -42,7 +45,7 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
                 records=records.of(vm),
                 policy=ShippingPolicy(frequency_seconds=policy.frequency, level=policy.compression),
                 clock=clock,
-                housekeep=lambda: replica.housekeep(policy.retention, clock.now_ns()),
+                housekeep=keep_house,
             )
 
 

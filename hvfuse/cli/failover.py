@@ -1,0 +1,126 @@
+"""`hvfuse failover`: try a recovery point out, and clean up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from hvfuse.cli.main import Session
+from hvfuse.cli.output import emit_json, json_option, time_text
+from hvfuse.control import trial
+from hvfuse.control.home import Home
+from hvfuse.errors import NotFoundError, UsageError
+from hvfuse.system import SystemClock
+from hvfuse.target.schema import Pin
+from hvfuse.target.store import Store, holder_is_alive
+
+
+@click.group()
+def failover() -> None:
+    """Try out a recovery point on writable disks.
+
+    Replication goes on meanwhile, and nothing written there reaches the replica or the source.
+    """
+
+
+@failover.command()
+@click.argument("vm")
+@click.option(
+    "--point",
+    default=trial.LATEST,
+    show_default=True,
+    metavar="P",
+    help="The recovery point: an id (see `hvfuse point list`), or a time such as 2026-11-22T18:30, which means "
+    "the last one not after it.",
+)
+@click.option("--mount", "directory", required=True, metavar="DIR", help="Where to show the disks; made if missing.")
+@json_option
+@click.pass_obj
+def test(session: Session, vm: str, point: str, directory: str, as_json: bool) -> None:
+    """Show VM's disks as they were at a recovery point, at DIR, writable.
+
+    What is written there is kept apart until `hvfuse failover cleanup`. It takes the same time whatever
+    the size of the disks; several tests may stand at once.
+    """
+    with _store(session) as (home, store):
+        chosen = trial.choose(store.points(vm), point, vm=vm)
+        pin = trial.begin(home, store, chosen, directory, clock=SystemClock())
+    fields = _fields(pin)
+    if as_json:
+        emit_json({**fields, "time": time_text(chosen.time_ns)})
+        return
+    click.echo(f"{vm} at recovery point {chosen.id} ({time_text(chosen.time_ns)}) is mounted at {fields['mountpoint']}")
+    click.echo(f"when done: hvfuse failover cleanup {vm} {pin.id}")
+
+
+@failover.command()
+@click.argument("vm", required=False)
+@click.argument("test_id", metavar="[ID]", required=False)
+@click.option("--all", "everything", is_flag=True, help="The tests of all VMs.")
+@click.option("--force", is_flag=True, help="End a test although programs use its disks.")
+@json_option
+@click.pass_obj
+def cleanup(
+    session: Session, vm: str | None, test_id: str | None, *, everything: bool, force: bool, as_json: bool
+) -> None:
+    """End VM's test failovers, or only the one with that ID: unmount, and drop what was written.
+
+    Works as well when the test's process or the whole machine died meanwhile.
+    """
+    if (vm is None) is not everything:
+        raise UsageError("name a VM, or give --all", hint="hvfuse failover cleanup --help")
+    with _store(session) as (home, store):
+        found = _chosen(store, vm, test_id)
+        for pin in found:
+            trial.clean_up(home, store, pin, force=force)
+            if not as_json:
+                click.echo(f"ended test failover {pin.id} of {pin.vm} at {pin.owner['mountpoint']}")
+    if as_json:
+        emit_json({"cleaned": [_fields(pin) for pin in found]})
+    elif not found:
+        click.echo("there was no test failover to clean up")
+
+
+@failover.command("list")
+@click.argument("vm", required=False)
+@json_option
+@click.pass_obj
+def list_tests(session: Session, vm: str | None, as_json: bool) -> None:
+    """List the test failovers that were not cleaned up yet."""
+    with _store(session) as (_, store):
+        found = trial.trials(store, vm)
+    if as_json:
+        emit_json({"tests": [{**_fields(pin), "alive": holder_is_alive(pin)} for pin in found]})
+        return
+    for pin in found:
+        ended = "" if holder_is_alive(pin) else " (not mounted any more)"
+        click.echo(f"{pin.id}  {pin.vm}  {pin.point_id}  {pin.owner['mountpoint']}{ended}")
+
+
+def _chosen(store: Store, vm: str | None, test_id: str | None) -> Sequence[Pin]:
+    if test_id is None:
+        return trial.trials(store, vm)
+    pin = trial.find(store, trial.parse_id(test_id))
+    if pin.vm != vm:
+        raise NotFoundError(f"test failover {pin.id} is of {pin.vm}", hint=f"hvfuse failover cleanup {pin.vm} {pin.id}")
+    return [pin]
+
+
+@contextmanager
+def _store(session: Session) -> Iterator[tuple[Home, Store]]:
+    home = session.home
+    with Store(home.store, create=False) as store:
+        yield home, store
+
+
+def _fields(pin: Pin) -> dict[str, Any]:
+    return {
+        "vm": pin.vm,
+        "id": pin.id,
+        "point": pin.point_id,
+        "mountpoint": pin.owner["mountpoint"],
+        "pid": pin.owner["pid"],
+    }
