@@ -1,0 +1,231 @@
+"""What was written to a view's disk: whole blocks in a sparse file, and which blocks those are.
+
+A disk's overlay is two files:
+
+    DISK.data     the block of 4,096 bytes at offset n * 4096 of the disk lies at the same offset; sparse
+    DISK.blocks   the header, and from offset 4,096 on the block map: bit n % 8 of byte n // 8 is set
+                  once block n belongs to the overlay (a block that is set but a hole reads as zeroes)
+
+Header (little-endian, 64 bytes; the rest of the 4,096 is zeroes):
+
+    offset  size
+         0     8  magic "HVOVERLY"
+         8     4  version, 1
+        12     4  block size, 4096
+        16    16  identity of what lies below; an overlay makes sense over nothing else
+        32     8  size of the disk, bytes
+        40     8  bytes of the disk below that can still be seen: the least size that the disk ever had
+        48     8  zeroes
+        56     8  xxh3-64 of the 56 bytes before
+
+The block map is kept in memory, and goes to the file in `flush` alone, after the data was synced. So a block
+is never claimed whose data could be lost with the host; after a crash the disk is as at the last flush, in any
+unflushed block perhaps newer, as with any disk. A resize is durable at once: shrunk first in the header, then
+in the data, which is cut to the header's size when an overlay is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+
+import xxhash
+
+from hvfuse import system
+from hvfuse.errors import CorruptError, HvfuseError, UnsupportedError, UsageError
+from hvfuse.extent import Buffer, round_up
+
+BLOCK = 4096
+"""Bytes."""
+
+_MAGIC = b"HVOVERLY"
+_VERSION = 1
+_HEADER = struct.Struct("<8sII16sQQ8x")
+_CHECKSUM = struct.Struct("<Q")
+_MAP_START = 4096
+_PAGE = 4096
+_PAGE_BITS = _PAGE * 8
+"""Blocks in one page of the map: 128 MiB of the disk."""
+
+
+class BlockMap:
+    """A set of block numbers; a page without a block takes no memory."""
+
+    def __init__(self) -> None:
+        self._pages: dict[int, int] = {}
+        self._dirty: set[int] = set()
+
+    def add(self, first: int, end: int) -> None:
+        """Put the blocks first <= n < end into the set."""
+        while first < end:
+            page, bit = divmod(first, _PAGE_BITS)
+            count = min(end - first, _PAGE_BITS - bit)
+            before = self._pages.get(page, 0)
+            after = before | ((1 << count) - 1) << bit
+            if after != before:
+                self._pages[page] = after
+                self._dirty.add(page)
+            first += count
+
+    def runs(self, first: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Cut first <= n < end into (first, end, in the set); neighbours may be alike."""
+        while first < end:
+            page, bit = divmod(first, _PAGE_BITS)
+            count = min(end - first, _PAGE_BITS - bit)
+            bits = self._pages.get(page, 0) >> bit
+            held = bool(bits & 1)
+            if held:
+                bits = ~bits
+            if bits:
+                count = min(count, (bits & -bits).bit_length() - 1)
+            yield first, first + count, held
+            first += count
+
+    def __contains__(self, block: int) -> bool:
+        page, bit = divmod(block, _PAGE_BITS)
+        return bool(self._pages.get(page, 0) >> bit & 1)
+
+    def load(self, fd: int, start: int) -> None:
+        """Take the set from a file, in which it begins at `start`, a multiple of the page."""
+        for offset, end in system.data_extents(fd, start, os.fstat(fd).st_size):
+            for at in range(offset - offset % _PAGE, end, _PAGE):
+                self._pages[(at - start) // _PAGE] = int.from_bytes(system.pread(fd, _PAGE, at), "little")
+
+    def save(self, fd: int, start: int) -> None:
+        """Write what changed since the last time. Raises OSError."""
+        for page in sorted(self._dirty):
+            system.pwrite("overlay:map", fd, self._pages[page].to_bytes(_PAGE, "little"), start + page * _PAGE)
+        self._dirty.clear()
+
+
+class Overlay:
+    """One disk's overlay. Not for several threads at once.
+
+    `size` is the disk's, in bytes; `visible`: the bytes of the disk below that still show where the overlay
+    has no block.
+    """
+
+    def __init__(self, prefix: str, *, identity: bytes, lower_size: int) -> None:
+        """Open the overlay `prefix`.data and .blocks, or make an empty one over a disk of `lower_size`.
+
+        `identity` is 16 bytes. Raises CorruptError, UnsupportedError, UsageError when it belongs over
+        something else, OSError.
+        """
+        self._paths = (f"{prefix}.data", f"{prefix}.blocks")
+        self._identity = identity
+        self._blocks = BlockMap()
+        self._failure: OSError | None = None
+        self.size = lower_size
+        self.visible = lower_size
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._data = os.open(self._paths[0], flags, 0o600)
+        self._map = -1
+        try:
+            self._map = os.open(self._paths[1], flags, 0o600)
+            if os.fstat(self._map).st_size:
+                self._load(lower_size)
+            else:
+                self._write_header()
+            os.ftruncate(self._data, self.size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, lower_size: int) -> None:
+        path = self._paths[1]
+        raw = system.pread(self._map, _HEADER.size + _CHECKSUM.size, 0)
+        if len(raw) < _HEADER.size + _CHECKSUM.size or not raw.startswith(_MAGIC):
+            raise CorruptError(f"{path}: not an overlay")
+        if _CHECKSUM.unpack_from(raw, _HEADER.size) != (xxhash.xxh3_64_intdigest(raw[: _HEADER.size]),):
+            raise CorruptError(f"{path}: the header's checksum is wrong")
+        _, version, block, identity, self.size, self.visible = _HEADER.unpack_from(raw)
+        if (version, block) != (_VERSION, BLOCK):
+            raise UnsupportedError(f"{path}: an overlay of version {version}, this hvfuse reads {_VERSION}")
+        if identity != self._identity or self.visible > lower_size:
+            raise UsageError(f"{path}: the overlay belongs over another recovery point or disk")
+        self._blocks.load(self._map, _MAP_START)
+
+    def _write_header(self) -> None:
+        header = _HEADER.pack(_MAGIC, _VERSION, BLOCK, self._identity, self.size, self.visible)
+        header += _CHECKSUM.pack(xxhash.xxh3_64_intdigest(header))
+        system.pwrite("overlay:header", self._map, header, 0)
+        system.fdatasync("overlay:header-sync", self._map)
+
+    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        """Cut the bytes start <= b < end into (start, end, whether they are in the overlay)."""
+        for first, last, held in self._blocks.runs(start // BLOCK, round_up(end, BLOCK) // BLOCK):
+            yield max(first * BLOCK, start), min(last * BLOCK, end), held
+
+    def holds(self, offset: int) -> bool:
+        """Whether the block around `offset` is in the overlay."""
+        return offset // BLOCK in self._blocks
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Bytes within blocks that the overlay has; `offset` and `length` lie within the disk."""
+        return system.pread(self._data, length, offset)
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write, taking all blocks that are touched into the overlay. Extends the disk.
+
+        The rest of a block that is touched in part must be there already, unless it is past the end.
+        """
+        system.pwrite("overlay:write", self._data, data, offset)
+        end = offset + len(data)
+        self.size = max(self.size, end)
+        self._blocks.add(offset // BLOCK, round_up(end, BLOCK) // BLOCK)
+
+    def clear(self, start: int, end: int) -> None:
+        """Make whole blocks read as zeroes; `end` is a multiple of the block or the disk's size."""
+        system.write_zeroes("overlay:clear", self._data, start, end - start)
+        self._blocks.add(start // BLOCK, round_up(end, BLOCK) // BLOCK)
+
+    def resize(self, size: int) -> None:
+        """Give the disk another size; what is cut off is gone, what is added is zeroes."""
+        self.size = size
+        self.visible = min(self.visible, size)
+        self._write_header()
+        system.truncate("overlay:truncate", self._data, size)
+
+    def data_extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """(offset, end) of what is not a hole among blocks that the overlay has."""
+        return system.data_extents(self._data, start, end)
+
+    def flush(self) -> None:
+        """Make everything durable. A failure is final: every later flush fails as well. Raises OSError."""
+        if self._failure is not None:
+            raise OSError(self._failure.errno, f"{self._paths[0]}: an earlier sync failed")
+        try:
+            system.fdatasync("overlay:data-sync", self._data)
+            self._blocks.save(self._map, _MAP_START)
+            self._write_header()
+        except OSError as error:
+            self._failure = error
+            raise
+
+    def close(self) -> None:
+        """Let the files go as they are; `flush` comes first if the overlay is to be kept."""
+        for fd in (self._data, self._map):
+            if fd >= 0:
+                os.close(fd)
+        self._data = self._map = -1
+
+    def drop(self) -> None:
+        """Close, and remove the files."""
+        self.close()
+        for path in self._paths:
+            system.unlink("overlay:drop", path, missing_ok=True)
+
+
+def drop_overlays(directory: str) -> None:
+    """Remove a directory of overlays. Raises HvfuseError when there is anything else in it."""
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return
+    strangers = [name for name in names if not name.endswith((".data", ".blocks"))]
+    if strangers:
+        raise HvfuseError(f"{directory}: holds more than overlays ({strangers[0]}), not removed")
+    for name in names:
+        system.unlink("overlay:drop", os.path.join(directory, name), missing_ok=True)
+    os.rmdir(directory)

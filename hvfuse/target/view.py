@@ -1,0 +1,234 @@
+"""A recovery point as disks to read and write: what was written to the view over what the point holds.
+
+A read takes each block from the overlay if it is there, else from the point; a write goes to the overlay
+alone, copying up the rest of a block that it touches in part. The point is never changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import xxhash
+
+from hvfuse.extent import Buffer, round_down, round_up
+from hvfuse.manifest import DiskManifest
+from hvfuse.target.overlay import BLOCK, Overlay, drop_overlays
+
+
+class Lower(Protocol):
+    """A disk that is read only. Ranges are bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Bytes of a range; fewer only at the end."""
+
+    def extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """(offset, end) of the ranges within [start, end) that may hold anything but zeroes, ascending."""
+
+
+class Point(Protocol):
+    """A recovery point that can be read: `hvfuse.target.journal.PointReader`."""
+
+    @property
+    def disks(self) -> tuple[DiskManifest, ...]: ...
+
+    def pread(self, disk_name: str, offset: int, length: int) -> bytes: ...
+
+    def extents(self, disk_name: str, start: int, end: int) -> Iterator[tuple[int, int]]: ...
+
+    def close(self) -> None: ...
+
+
+class PointDisk:
+    """One disk of a recovery point."""
+
+    def __init__(self, point: Point, disk: DiskManifest) -> None:
+        self._point = point
+        self._name = disk.name
+        self.size = disk.size
+
+    def pread(self, offset: int, length: int) -> bytes:
+        return self._point.pread(self._name, offset, length)
+
+    def extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        return self._point.extents(self._name, start, end)
+
+
+class ViewDisk:
+    """A disk of a view. Offsets and lengths are bytes; what lies past the end is ignored by `trim` and
+    `zero` and not read; writing there extends the disk. Without an overlay it must not be changed.
+
+    Raises OSError of the overlay's files, and what the lower disk raises.
+    """
+
+    def __init__(self, lower: Lower, overlay: Overlay | None) -> None:
+        self._lower = lower
+        self._overlay = overlay
+
+    @property
+    def read_only(self) -> bool:
+        """Whether there is no overlay to take writes."""
+        return self._overlay is None
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        return self._lower.size if self._overlay is None else self._overlay.size
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """The bytes of a range, fewer only at the end of the disk."""
+        buffer = bytearray(max(0, min(length, self.size - offset)))
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer`; returns the bytes read, fewer only at the end of the disk."""
+        end = min(offset + len(buffer), self.size)
+        for start, stop, held in self._pieces(offset, end):
+            into = buffer[start - offset : stop - offset]
+            source = self._overlay.pread if held and self._overlay is not None else self._below
+            data = source(start, stop - start)
+            into[: len(data)] = data
+            into[len(data) :] = bytes(len(into) - len(data))
+        return max(0, end - offset)
+
+    def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
+        if start >= end:
+            return iter(())
+        return iter([(start, end, False)]) if self._overlay is None else self._overlay.pieces(start, end)
+
+    @property
+    def _visible(self) -> int:
+        """Bytes of the lower disk that can still be seen."""
+        return self._lower.size if self._overlay is None else self._overlay.visible
+
+    def _below(self, offset: int, length: int) -> bytes:
+        """Of the lower disk; fewer bytes where it has ended, which read as zeroes."""
+        length = min(length, self._visible - offset)
+        return self._lower.pread(offset, length) if length > 0 else b""
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`; durable after `flush`."""
+        if not len(data):
+            return
+        overlay = self._writable()
+        end = offset + len(data)
+        if offset % BLOCK:
+            self._copy_up(round_down(offset, BLOCK))
+        if end % BLOCK and end < self.size:
+            self._copy_up(round_down(end, BLOCK))
+        overlay.pwrite(offset, data)
+
+    def _copy_up(self, block: int) -> None:
+        """Take the block at offset `block` into the overlay as it is."""
+        overlay = self._writable()
+        if block < self.size and not overlay.holds(block):
+            overlay.pwrite(block, self.pread(block, BLOCK))
+
+    def _writable(self) -> Overlay:
+        assert self._overlay is not None, "a read-only view is not written to"
+        return self._overlay
+
+    def trim(self, offset: int, length: int) -> None:
+        """Make a range read as zeroes and give back the space that it takes in the overlay."""
+        end = min(offset + length, self.size)
+        first = round_up(offset, BLOCK)
+        last = end if end == self.size else round_down(end, BLOCK)
+        if first >= last:
+            self.pwrite(offset, bytes(max(0, end - offset)))
+            return
+        self.pwrite(offset, bytes(first - offset))
+        self._writable().clear(first, last)
+        self.pwrite(last, bytes(end - last))
+
+    zero = trim
+    """A hole in the overlay is the cheapest way to hold zeroes."""
+
+    def truncate(self, size: int) -> None:
+        """Set the size; what is added reads as zeroes."""
+        self._writable().resize(size)
+
+    def flush(self) -> None:
+        """Make everything written durable. A failure is final. Raises OSError."""
+        if self._overlay is not None:
+            self._overlay.flush()
+
+    def extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """(offset, end) of the ranges within [start, end) that may hold anything but zeroes, ascending and apart."""
+        low = high = -1
+        for begin, finish in self._raw_extents(start, min(end, self.size)):
+            if begin != high:
+                if high > low:
+                    yield low, high
+                low = begin
+            high = finish
+        if high > low:
+            yield low, high
+
+    def _raw_extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        for begin, finish, held in self._pieces(start, end):
+            if held:
+                yield from self._writable().data_extents(begin, finish)
+            else:
+                yield from self._lower.extents(begin, min(finish, self._visible))
+
+
+class View:
+    """All disks of a recovery point, by name.
+
+    `overlays` is the directory for what is written, made if it is missing; an earlier view's overlays of
+    the same point in it are continued. None makes the view read-only.
+    """
+
+    def __init__(self, point: Point, *, overlays: str | None) -> None:
+        self._point = point
+        self.overlays = os.path.abspath(overlays) if overlays is not None else None
+        self._kept: list[Overlay] = []
+        self.disks: dict[str, ViewDisk] = {}
+        if self.overlays is not None:
+            os.makedirs(self.overlays, mode=0o700, exist_ok=True)
+        try:
+            for disk in point.disks:
+                self.disks[disk.name] = ViewDisk(PointDisk(point, disk), self._overlay(disk))
+        except BaseException:
+            self.close()
+            raise
+
+    def _overlay(self, disk: DiskManifest) -> Overlay | None:
+        if self.overlays is None:
+            return None
+        # The digest of the sealed log is that of all logs before it: it names the contents.
+        identity = xxhash.xxh3_128_digest(disk.disk_id + disk.digest)
+        overlay = Overlay(os.path.join(self.overlays, disk.name), identity=identity, lower_size=disk.size)
+        self._kept.append(overlay)
+        return overlay
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the view takes no writes."""
+        return self.overlays is None
+
+    def close(self) -> None:
+        """Make what was written durable and let everything go; the overlays stay. Raises OSError."""
+        self._end(lambda overlay: overlay.flush())
+
+    def drop(self) -> None:
+        """Let everything go, and what was written with it."""
+        self._end(lambda overlay: None)
+        if self.overlays is not None:
+            drop_overlays(self.overlays)
+
+    def _end(self, before: Callable[[Overlay], None]) -> None:
+        kept, self._kept = self._kept, []
+        try:
+            for overlay in kept:
+                before(overlay)
+        finally:
+            for overlay in kept:
+                overlay.close()
+            self.disks.clear()
+            self._point.close()
