@@ -32,10 +32,12 @@ READ_SPAN = 4 << 20
 READ_GAP = 32 << 10
 """Bytes of log between two wanted payloads that are rather read than skipped."""
 
-RANGE_DTYPE = np.dtype([("start", "<i8"), ("end", "<i8"), ("location", "<i8"), ("xxh3", "<u8"), ("log", "<i8")])
+RANGE_DTYPE = np.dtype(
+    [("start", "<i8"), ("end", "<i8"), ("log", "<i8"), ("location", "<i8"), ("size", "<i8"), ("xxh3", "<u8")]
+)
 Ranges = NDArray[np.void]
 """Shape (n,), dtype `RANGE_DTYPE`, oldest first: what was written to [start, end) of the disk. The
-payload lies at `location` of log number `log`; `NOWHERE` for zeroes."""
+payload of `size` bytes lies at `location` of log number `log`; `NOWHERE` for zeroes."""
 
 PICK_DTYPE = np.dtype(
     [(name, "<u8" if name == "xxh3" else "<i8")
@@ -102,9 +104,8 @@ class DiskPlan:
         wanted = np.flatnonzero(~pieces.holes)
         owners = self.ranges[pieces.origins[wanted]]
         picks = np.empty(len(wanted), PICK_DTYPE)
-        for field in ("log", "location", "xxh3"):
+        for field in ("log", "location", "size", "xxh3"):
             picks[field] = owners[field]
-        picks["size"] = owners["end"] - owners["start"]
         picks["skip"] = pieces.starts[wanted] - owners["start"]
         picks["length"] = lengths[wanted]
         picks["place"] = starts_within(lengths)[wanted]
@@ -145,7 +146,7 @@ def plan(logs: Sequence[SealedLog]) -> DiskPlan:
         ranges=ranges,
         pieces=pieces,
         bounds=_frame_bounds(pieces),
-        log_bytes=int((ranges["end"] - ranges["start"])[written].sum()),
+        log_bytes=int(ranges["size"][written].sum()),
         coalesced_bytes=int(pieces.data_lengths().sum()),
     )
 
@@ -154,7 +155,8 @@ def _ranges(log: SealedLog, index: int) -> Ranges:
     """A log's writes, zeroes and trims; first of all, what an explicit shrink before it cut off.
 
     Those bytes become zeroes, the oldest of the cycle: should the disk grow again, a reader that goes
-    from newer cycles to older ones stops here and does not see them a second time.
+    from newer cycles to older ones stops here and does not see them a second time. What was logged for
+    beyond the disk's end never came to be: the write failed for want of space.
     """
     entries = _changes(log)
     header = log.header
@@ -162,11 +164,14 @@ def _ranges(log: SealedLog, index: int) -> Ranges:
     ranges = np.empty(cut_off + len(entries), RANGE_DTYPE)
     ranges["log"] = index
     if cut_off:
-        ranges[0] = (header.start_size, header.previous_size, NOWHERE, 0, index)
+        ranges[0] = (header.start_size, header.previous_size, index, NOWHERE, 0, 0)
     changes = ranges[cut_off:]
     changes["start"] = entries["offset"]
-    changes["end"] = changes["start"] + entries["length"]
-    changes["location"] = np.where(entries["kind"] == Kind.WRITE, entries["location"].astype(np.int64), NOWHERE)
+    changes["size"] = entries["length"]
+    written = entries["kind"] == Kind.WRITE
+    end = changes["start"] + changes["size"]
+    changes["end"] = np.where(written, np.minimum(end, header.end_size), end)
+    changes["location"] = np.where(written, entries["location"].astype(np.int64), NOWHERE)
     changes["xxh3"] = entries["xxh3"]
     return ranges
 

@@ -121,24 +121,25 @@ class Replication:
             self.synchronise()
         except UnreachableError as error:
             return self._ship_what_waits(error)
+        reports = self._take_up_first()
         position = self._position()
-        if position.cycle == 0:
-            return self._ship_first(position)
         self._rotate_to(position)
-        return total([self._ship([cycle]) for cycle in pending(position, self._source.cycles())])
+        waiting = pending(position, self._source.cycles())
+        # After a copy, only a barrier after its end is consistent: all logs up to it go as one cycle.
+        runs = [waiting] if position.cycle == 0 else [[cycle] for cycle in waiting]
+        return total([*reports, *(self._ship(run) for run in runs)])
 
-    def _ship_first(self, position: Position) -> CycleReport:
-        """After a copy: everything up to a barrier after the copy's end, as one cycle.
+    def _take_up_first(self) -> list[CycleReport]:
+        """Finish the first cycle after a copy if an earlier run was interrupted at it.
 
-        Logs that were sealed while the copy ran are not enough to make it consistent, hence the
-        rotation. It is left out only if the replica holds frames of just these cycles: then an
-        earlier run rotated, and its work is taken up.
+        Frames that the replica holds of just the logs that wait prove that there was a rotation after
+        the copy's end, so these logs are enough; otherwise there has to be one.
         """
-        run = pending(position, self._source.cycles())
-        if not run or not self._replica.begin(manifest(run, vm=self._vm, formats=self._formats)):
-            self._rotate_to(position)
-            run = pending(position, self._source.cycles())
-        return self._ship(run)
+        position = self._position()
+        run = pending(position, self._source.cycles()) if position.cycle == 0 else []
+        if run and self._replica.begin(manifest(run, vm=self._vm, formats=self._formats)):
+            return [self._ship(run)]
+        return []
 
     def _rotate_to(self, position: Position) -> None:
         """Seal the active cycle. Raises ResyncRequiredError if logs since `position` are missing."""

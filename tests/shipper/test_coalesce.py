@@ -123,6 +123,13 @@ def test_a_shrink_is_the_oldest_range_of_its_cycle(tmp_path):
     ]
 
 
+def test_writes_that_failed_beyond_the_disks_end_are_left_out(tmp_path):
+    source = tracked(str(tmp_path), [10_000])
+    source.disks[0].ops = [write(9_000, random_bytes(1, 2_000)), write(12_000, b"x")]
+    source.rotate()
+    assert extents(made_frames(logs_of(source))) == [(9_000, 1_000, Fill.DATA)]
+
+
 def test_zero_blocks_aligned_on_the_disk_carry_no_data(tmp_path):
     data = random_bytes(1, 1000) + bytes(4096 * 3) + random_bytes(2, 1000)
     source = sealed(tmp_path, write(5000, data))

@@ -1,0 +1,143 @@
+"""From the real tracker through the shipper into the real store, and back out of every recovery point."""
+
+import os
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from hvfuse.frames import unpack_header
+from hvfuse.shipper import copy as copy_module
+from hvfuse.shipper.replication import ShippingPolicy
+from hvfuse.shipper.service import Shipper
+from hvfuse.shipper.source import TrackerSource
+from hvfuse.target.journal import PointReader
+from hvfuse.target.local import LocalReplica
+from hvfuse.target.retention import RetentionPolicy
+from hvfuse.target.store import Store
+
+from .logs import Killed
+from .test_service import Clock, Kept
+from .test_with_tracker import SIZES, Host
+
+
+class StoredHost(Host):
+    """A host whose replica is a store; a new `replica` at each call, as after a restart."""
+
+    def __init__(self, tmp_path) -> None:
+        super().__init__(tmp_path)
+        self.store = Store(str(tmp_path / "store"), map_size=1 << 28)
+        self.puts: list[tuple[bytes, int, int]] = []
+        self.die_at: int | None = None
+
+    def shipper(self) -> Shipper:
+        self.replica = Counted(self)
+        return Shipper(
+            vm="vm1", folder=self.folder, source=TrackerSource(self.socket, self.folder),
+            replica=self.replica, records=Kept(), policy=ShippingPolicy(), clock=Clock(),
+        )  # fmt: skip
+
+    def at(self, point: str) -> dict[str, bytes]:
+        reader = PointReader(self.store, "vm1", point)
+        try:
+            return {disk.name: reader.pread(disk.name, 0, disk.size) for disk in reader.disks}
+        finally:
+            reader.close()
+
+
+class Counted(LocalReplica):
+    """The real replica; notes what it is given and dies where it is told to."""
+
+    def __init__(self, host: StoredHost) -> None:
+        super().__init__(host.store, "vm1")
+        self.host = host
+
+    def put(self, frame: bytes) -> None:
+        header = unpack_header(frame)
+        super().put(frame)
+        self.host.puts.append((header.generation, header.cycle, header.number))
+        if self.host.die_at == len(self.host.puts):
+            raise Killed
+
+
+@pytest.fixture
+def host(tmp_path) -> Iterator[StoredHost]:
+    host = StoredHost(tmp_path)
+    yield host
+    host.replica.close()
+    host.store.close()
+    host.detach()
+
+
+def test_every_point_reads_as_the_disks_were_before_and_after_merging(host):
+    dice = random.Random(1)
+    shipper = host.shipper()
+    were = {}
+    for _ in range(8):
+        host.scribble(dice, 30)
+        if dice.randrange(2):
+            host.vm.disks["a.raw"].truncate(dice.randrange(1 << 20, 4 << 20))
+        host.scribble(dice, 10)
+        were[shipper.cycle_now().point] = host.images()
+    assert {point: host.at(point) for point in were} == were
+    newest = max(were)
+    host.replica.housekeep(RetentionPolicy(keep_all_seconds=0, hourly=0), 2 << 60)
+    assert host.at(newest) == were[newest]
+
+
+def test_killed_at_every_put_the_rest_follows_and_what_is_held_does_not_come_twice(tmp_path):
+    kill, killed = 0, True
+    while killed:
+        kill += 1
+        (tmp_path / str(kill)).mkdir()
+        host = StoredHost(tmp_path / str(kill))
+        host.die_at = kill
+        killed = not survives(host, seed=kill)
+        host.die_at = None
+        assert survives(host, seed=1000)
+        point = host.replica.points()[-1].id
+        assert host.at(point) == host.images()
+        # Frames of a copy straight into the images are held only once those are synced: they may come again.
+        journalled = [put for put in host.puts if put[1] > 0]
+        assert len(set(journalled)) == len(journalled)
+        host.replica.close()
+        host.store.close()
+        host.detach()
+    assert kill > len(SIZES)
+
+
+def survives(host: StoredHost, *, seed: int) -> bool:
+    shipper = host.shipper()
+    try:
+        shipper.synchronise()
+        host.scribble(random.Random(seed), 20)
+        shipper.cycle_now()
+    except Killed:
+        return False
+    return True
+
+
+def test_a_resync_leaves_the_older_points_as_they_were(host, monkeypatch):
+    monkeypatch.setattr(copy_module, "SLOT", 1 << 18)
+    monkeypatch.setattr(copy_module, "GROUP", copy_module.SLOTS << 18)
+    dice = random.Random(3)
+    shipper = host.shipper()
+    were = {}
+    for _ in range(3):
+        host.scribble(dice, 20)
+        were[shipper.cycle_now().point] = host.images()
+    host.scribble(dice, 20)
+    host.vm.rotate()
+    log = next(name for name in sorted(os.listdir(host.folder)) if name.endswith(".hrc"))
+    with open(os.path.join(host.folder, log), "r+b") as file:
+        file.write(b"damage")
+    host.scribble(dice, 20)
+    host.die_at = len(host.puts) + 4
+    with pytest.raises(Killed):
+        shipper.cycle_now()
+    host.die_at = None
+    shipper = host.shipper()
+    were[shipper.cycle_now().point] = host.images()
+    assert len(host.replica.points()) == 4
+    assert {point: host.at(point) for point in were} == were
+    assert len(set(host.puts)) == len(host.puts)
