@@ -165,7 +165,7 @@ class Folder(Filesystem):
     @contextmanager
     def _at_new(self, path: str) -> Iterator[tuple[int, str]]:
         """As `_at`, for a name that is to be made: a hidden one is EPERM."""
-        if self.is_hidden(path[1:]):
+        if "/" not in path[1:] and self.is_hidden(path[1:]):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), path)
         with self._at(path) as found:
             yield found
