@@ -83,7 +83,7 @@ class DiskPlan:
         rows = picks.tolist()  # plain integers: what follows is the one loop over single payloads
         for first, last, begin, end in _runs(picks):
             log = rows[first][0]
-            raw = memoryview(system.pread(files[log], end - begin, begin))
+            raw = self._read(log, files[log], begin, end)
             checked = -1
             for _, location, size, xxh3, skip, length, place in rows[first:last]:
                 at = location - begin
@@ -92,6 +92,13 @@ class DiskPlan:
                     checked = location
                 data[place : place + length] = raw[at + skip : at + skip + length]
         return compose(pieces, data)
+
+    def _read(self, log: int, file: int, begin: int, end: int) -> memoryview:
+        try:
+            return memoryview(system.pread(file, end - begin, begin))
+        except OSError as error:
+            path = self.logs[log].log_path
+            raise DamagedLogError(f"{path}: cannot be read at {begin}: {error.strerror}") from error
 
     def _verify(self, payload: memoryview, size: int, xxh3: int, log: int, location: int) -> None:
         if len(payload) != size or xxhash.xxh3_64_intdigest(payload) != xxh3:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvfuse import system
-from hvfuse.errors import UnsupportedError
+from hvfuse.errors import HvfuseError, UnsupportedError
 from hvfuse.manifest import CycleKind, CycleManifest, DiskManifest
 from hvfuse.shipper.content import NOWHERE, Content, Flags, Pieces, compose, zeroes
 from hvfuse.shipper.pool import FramePool, Job
@@ -66,8 +66,8 @@ def copy(
 ) -> CopyReport:
     """Copy disks, in the order of their names, whose generation has begun; or go on with that.
 
-    Raises OSError when an image cannot be read, and whatever the replica raises; called again it
-    goes on where it was.
+    Raises HvfuseError when an image cannot be read, and whatever the replica raises; called again
+    it goes on where it was.
     """
     started = clock.monotonic()
     if len(disks) > MAX_DISKS or any(disk.size > MAX_DISK for disk in disks):
@@ -105,6 +105,7 @@ class _Group:
     """The bytes [start, end) of the disk open at `fd`; `first` is the number of its first slot."""
 
     fd: int
+    path: str
     disk_id: bytes
     first: int
     start: int
@@ -117,7 +118,7 @@ class _Group:
     def occupied(self) -> Flags:
         """Which slots have anything allocated, shape (slots,)."""
         flags = np.zeros(-(-(self.end - self.start) // SLOT), np.bool_)
-        for low, high in system.data_extents(self.fd, self.start, self.end):
+        for low, high in self._data(self.start, self.end):
             flags[(low - self.start) // SLOT : -(-(high - self.start) // SLOT)] = True
         return flags
 
@@ -126,8 +127,8 @@ class _Group:
         low = self.start + slot * SLOT
         high = min(low + SLOT, self.end)
         edges, origins, parts = [low], [], []
-        for begin, end in system.data_extents(self.fd, low, high):
-            data = system.pread(self.fd, end - begin, begin)  # short where the image was just cut
+        for begin, end in self._data(low, high):
+            data = self._read(begin, end)  # short where the image was just cut
             edges += [begin, begin + len(data)]
             origins += [NOWHERE, begin]
             parts.append(data)
@@ -138,6 +139,18 @@ class _Group:
         pieces = Pieces(bounds[:-1][real], bounds[1:][real], np.array(origins, np.int64)[real])
         content = compose(pieces, b"".join(parts))
         return content if content.data else None
+
+    def _data(self, low: int, high: int) -> list[tuple[int, int]]:
+        try:
+            return list(system.data_extents(self.fd, low, high))
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+
+    def _read(self, low: int, high: int) -> bytes:
+        try:
+            return system.pread(self.fd, high - low, low)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
 
     def closing(self, covered: Flags) -> Content:
         """Zeroes for the slots that have no frame; there is at least one."""
@@ -159,11 +172,11 @@ class _Copy:
 
     def copy_disk(self, disk: SourceDisk, path: str, *, index: int, done: int) -> None:
         """Copy the disk that is number `index` of the VM's, `done` bytes of which are behind us."""
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = _open_image(path)
         try:
             for number, start in enumerate(range(0, disk.size, GROUP)):
                 first = index * NUMBERS_PER_DISK + number * (SLOTS + 1)
-                group = _Group(fd, disk.disk_id, first, start, min(start + GROUP, disk.size))
+                group = _Group(fd, path, disk.disk_id, first, start, min(start + GROUP, disk.size))
                 if group.closing_number not in self._held:
                     self._copy_group(group, done=done)
                 self._progress(done + group.end, self.total, self.sent)
@@ -191,3 +204,14 @@ class _Copy:
         self._replica.put(frame)
         self.sent += len(frame)
         self.frames += 1
+
+
+def _open_image(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: OSError) -> HvfuseError:
+    return HvfuseError(f"{path}: {error.strerror}")

@@ -26,7 +26,8 @@ class Replica(Protocol):
         Returns the numbers of the frames that the target already holds for it. Anything staged for
         another cycle is dropped. Raises PositionMismatchError (with the target's position) when
         `manifest.previous` is not where the replica stands; a COPY may begin anywhere and leaves
-        earlier recovery points usable.
+        earlier recovery points usable. Only `previous` tells what a cycle continues: cycle numbers
+        skip what travels as one, as the logs that piled up during a copy do.
         """
 
     def put(self, frame: bytes) -> None:
@@ -34,7 +35,11 @@ class Replica(Protocol):
 
     def commit(self, manifest: CycleManifest, frame_count: int) -> RecoveryPoint | None:
         """Make the cycle of all disks durable, wholly or not at all. Returns the recovery point; None
-        for a COPY. Committing the cycle at which the replica already stands returns the same point.
+        for a COPY.
+
+        `frame_count`: frames that were put, in this run and before; a DELTA's are numbered from 0
+        without gaps, a COPY's by their place, with gaps.
+        Committing the cycle at which the replica already stands returns the same point.
         `manifest` is the same as at `begin`, except that a COPY may give later sizes.
         """
 

@@ -1,3 +1,4 @@
+import errno
 import itertools
 import os
 
@@ -210,6 +211,16 @@ def test_a_truncated_log_is_found_and_named(tmp_path):
     logs = logs_of(sealed(tmp_path, write(0, random_bytes(1, 600))))
     os.truncate(logs[0].log_path, 8500)
     with pytest.raises(DamagedLogError, match=r"\.hrl: payload at 8192 "):
+        made_frames(logs)
+
+
+def test_a_log_that_the_disk_cannot_read_any_more_is_named(tmp_path, monkeypatch):
+    def fail(fd: int, length: int, offset: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    logs = logs_of(sealed(tmp_path, write(0, b"a")))
+    monkeypatch.setattr(coalesce.system, "pread", fail)
+    with pytest.raises(DamagedLogError, match=r"\.hrl: cannot be read at 8192: Input/output error"):
         made_frames(logs)
 
 
