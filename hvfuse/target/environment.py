@@ -79,8 +79,8 @@ class Environment:
                 f"{self.path}: a store of format {version}; this hvfuse knows format {schema.FORMAT}",
                 hint="use the hvfuse that wrote it, or a newer one",
             )
-        with self.read() as txn:
-            return {name: self._lmdb.open_db(name, txn=txn, create=False) for name in schema.DATABASES}
+        # Not within a read transaction: a handle that is opened in one dies with it.
+        return {name: self._lmdb.open_db(name, create=False) for name in schema.DATABASES}
 
     def _format(self) -> int:
         """The store's format; 0 if nothing was ever written. Writes nothing."""
