@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -9,7 +10,15 @@ import threading
 from pathlib import Path
 
 from hvfuse import system
+from hvfuse.errors import HvfuseError, NoSpaceError
 from hvfuse.tracker import mount
+
+ERRORS = {
+    "RuntimeError": RuntimeError("a bug"),
+    "HvfuseError": HvfuseError("the log is gone"),
+    "NoSpaceError": NoSpaceError("the log is full"),
+    "OSError": OSError(errno.EDQUOT, "quota"),
+}
 
 
 class PassthroughDisk:
@@ -27,6 +36,8 @@ class PassthroughDisk:
 
     def write(self, data: memoryview, offset: int) -> int:
         self._note("write", offset, len(data))
+        if data[:6] == b"raise:":
+            raise ERRORS[bytes(data[6:]).decode()]
         return os.pwrite(self.fd, data, offset)
 
     def zero(self, offset: int, length: int) -> None:

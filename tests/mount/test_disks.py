@@ -327,7 +327,7 @@ def names(mounted: Mounted) -> Iterator[tuple[Path, Path]]:
     yield mounted.mnt / "fsx", mounted.mnt / "data.raw"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=steps, tracked=st.booleans())
 def test_any_order_of_operations_gives_the_same_bytes(
     mounted: Mounted, names: tuple[Path, Path], steps: list[tuple[str, int, int, int]], tracked: bool
