@@ -80,8 +80,7 @@ def view(session: Session, pin_id: int) -> None:
     with Store(home.store, create=False) as store, ExitStack() as stack:
         pin = trial.find(store, pin_id)
         store.update_pin(pin_id, {"pid": os.getpid()})
-        overlays = trial.overlay_path(home, pin_id)
-        shown = View(PointReader(store, pin.vm, pin.point_id), overlays=overlays)
+        shown = View(PointReader(store, pin.vm, pin.point_id), overlays=trial.overlay_path(home, pin_id))
         stack.callback(shown.close)
 
         def ready() -> None:
@@ -89,4 +88,4 @@ def view(session: Session, pin_id: int) -> None:
             listener = wire.Listener(trial.view_socket(home, pin_id), lambda _: {"pid": os.getpid()}, name="view")
             stack.callback(listener.close)
 
-        serve_view(shown, str(pin.owner["mountpoint"]), space=overlays, on_ready=ready)
+        serve_view(shown, str(pin.owner["mountpoint"]), on_ready=ready)

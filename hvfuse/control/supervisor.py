@@ -21,8 +21,9 @@ from hvfuse.control.daemon import Daemon, command, serving_pid
 from hvfuse.control.home import Home, name_fault
 from hvfuse.control.records import Records
 from hvfuse.control.sample import make_sample
-from hvfuse.errors import BusyError, HvfuseError, PrerequisiteError, UnreachableError
+from hvfuse.errors import BusyError, HvfuseError, NotFoundError, PrerequisiteError, UnreachableError
 from hvfuse.formats.image import is_disk_name
+from hvfuse.manifest import ReplicationState
 from hvfuse.system import Clock
 
 SCAN_SECONDS = 2.0
@@ -108,9 +109,15 @@ def require_mountable() -> None:
 
 
 def stop_tracker(home: Home, vm: str, *, timeout: float = 60.0) -> None:
-    """Have a VM's tracker unmount, seal and end. Raises BusyError naming who uses the mount,
-    UnreachableError when no tracker answers."""
-    wire.request(home.tracker_socket(vm), "stop", timeout=timeout, force=False)
+    """Have a VM's tracker unmount, seal and end, as it then does. Raises BusyError naming who uses the mount,
+    UnreachableError when the tracker does not answer."""
+    try:
+        wire.request(home.tracker_socket(vm), "stop", timeout=timeout, force=False)
+    except NotFoundError:  # unmounted already: it is ending
+        pass
+    except UnreachableError:  # it may have ended before its answer was on the way
+        if serving_pid(home.tracker_socket(vm)) is not None:
+            raise
 
 
 class Keeper:
@@ -145,15 +152,11 @@ class Keeper:
         self.tracker.check()
         if not self.tracker.is_running:
             return None
-        if force:
-            self.tracker.send(signal.SIGTERM)
+        if force or serving_pid(self.tracker.socket_path) is None:
+            self.tracker.send(signal.SIGTERM)  # without its socket it has no mount yet, or none any more
             return None
         try:
             stop_tracker(self._home, self.vm)
-        except UnreachableError as error:
-            if serving_pid(self.tracker.socket_path) is not None:
-                return str(error)
-            self.tracker.send(signal.SIGTERM)  # it has not come up yet, or is just ending: no mount in use
         except HvfuseError as error:
             return str(error)
         return None
@@ -200,6 +203,8 @@ class Supervisor:
 
     def _keep(self, vm: str) -> Keeper:
         self._home.make_vm(vm)
+        if self._records.read(vm).state is ReplicationState.DISABLED:
+            self._records.update(vm, state=ReplicationState.READY_FOR_INITIAL_REPLICATION)
         return Keeper(
             self._home,
             vm,
