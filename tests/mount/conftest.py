@@ -33,10 +33,13 @@ class Mounted:
             path.mkdir()
 
     def start(self) -> None:
-        """Mount, and return once the mount is served."""
-        program = [sys.executable, "-m", "tests.mount.serving"]
+        """Mount the folder, and return once the mount is served."""
+        self.run("tests.mount.serving", self.folder, self.journals, self.mnt)
+
+    def run(self, module: str, *arguments: Path | str) -> None:
+        """Start the program that mounts, and return once it says that it is ready."""
         self.process = subprocess.Popen(
-            [*program, str(self.folder), str(self.journals), str(self.mnt)],
+            [sys.executable, "-m", module, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=(self.root / "errors").open("a"),
             cwd=REPOSITORY,

@@ -1,4 +1,4 @@
-"""Programs for the tests: mounts a folder, or a view, and says "ready" on standard output."""
+"""A program for the tests: mounts a folder, whose disks are not logged but watched, and says "ready"."""
 
 from __future__ import annotations
 
