@@ -295,6 +295,24 @@ def test_logs_of_a_tracker_that_ended_are_shipped(site, monkeypatch):
         site.shipper().cycle_now()
 
 
+def test_logs_sealed_during_a_copy_do_not_make_a_point_while_the_tracker_is_away(site, monkeypatch):
+    shipper = site.shipper()
+    shipper.synchronise()
+    site.write(1)
+    site.source.rotate()
+
+    def gone(self) -> None:
+        raise UnreachableError("no answer from tracker.sock")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracked, "status", gone)
+        with pytest.raises(UnreachableError):
+            shipper.cycle_now()
+        assert not site.replica.all_points
+    assert shipper.cycle_now().cycle == 2
+    site.assert_equal()
+
+
 def test_a_failing_housekeeper_is_told_but_does_not_fail_the_cycle(site, monkeypatch, caplog):
     def fail(self) -> None:
         raise NoSpaceError("the store is full")
