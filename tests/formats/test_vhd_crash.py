@@ -108,6 +108,7 @@ def test_a_call_that_fails_once_spoils_nothing_and_the_write_can_be_repeated(tmp
             grow(disk)
         system.install(None)
         assert_old_or_new(disk.pread(0, disk.size), before, grown(before))
+        assert not probe(str(path)).damage
         grow(disk)
         assert disk.pread(0, disk.size) == grown(before)
         disk.close()
