@@ -200,6 +200,17 @@ def mapped_and_changed(d: Path) -> object:
 
 
 @case
+def mapped_on_an_appending_descriptor(d: Path) -> object:
+    make(d / "f", b"a" * 4096)
+    fd = os.open(d / "f", os.O_RDWR | os.O_APPEND)
+    with mmap.mmap(fd, 4096) as view:
+        view[0:1] = b"c"
+    os.fsync(fd)
+    os.close(fd)
+    return (d / "f").stat().st_size, (d / "f").read_bytes()[:2]
+
+
+@case
 def mapped_while_read(d: Path) -> object:
     make(d / "f", b"a" * 4096)
     with (d / "f").open("r+b", buffering=0) as file, mmap.mmap(file.fileno(), 4096) as view:

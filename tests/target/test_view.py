@@ -68,7 +68,7 @@ lengths = st.integers(0, 3 * BLOCK) | st.sampled_from([BLOCK, 2 * BLOCK])
 class ViewAgainstBytearray(RuleBasedStateMachine):
     """Every verb in any order, with the overlay closed and continued at times."""
 
-    @initialize(size=st.integers(0, LIMIT), seed=st.integers(1, 255))
+    @initialize(size=st.integers(6 * BLOCK, LIMIT) | st.integers(0, LIMIT), seed=st.integers(1, 255))
     def begin(self, size: int, seed: int) -> None:
         self.directory = tempfile.TemporaryDirectory()
         # A hole in the middle third.
@@ -135,8 +135,27 @@ class ViewAgainstBytearray(RuleBasedStateMachine):
 
 TestViewAgainstBytearray = ViewAgainstBytearray.TestCase
 TestViewAgainstBytearray.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+EDGES = [edge for n in range(4) for edge in (n * BLOCK - 1, n * BLOCK, n * BLOCK + 1) if edge >= 0]
+
+
+@pytest.mark.parametrize("verb", ["pwrite", "trim"])
+def test_what_lies_around_a_change_stays(tmp_path: Path, verb: str) -> None:
+    lower = Bytes(bytes(n % 251 + 1 for n in range(3 * BLOCK + 700)))
+    for offset in EDGES:
+        for end in [edge for edge in [*EDGES, lower.size - 1, lower.size] if edge > offset]:
+            overlay = Overlay(str(tmp_path / f"{offset}-{end}"), identity=IDENTITY, lower_size=lower.size)
+            disk = ViewDisk(lower, overlay)
+            if verb == "pwrite":
+                disk.pwrite(offset, b"\xff" * (end - offset))
+            else:
+                disk.trim(offset, end - offset)
+            changed = (b"\xff" if verb == "pwrite" else b"\0") * (end - offset)
+            assert disk.pread(0, 4 * BLOCK) == lower.data[:offset] + changed + lower.data[end:]
+            overlay.drop()
 
 
 def test_a_whole_block_is_written_without_reading_the_point(tmp_path: Path) -> None:
