@@ -11,7 +11,7 @@ from typing import Protocol
 import click
 
 from hvfuse.cli.main import Session
-from hvfuse.cli.output import is_terminal, note
+from hvfuse.cli.output import is_terminal
 from hvfuse.cli.status import plain_line, reason_lines, statuses, table
 from hvfuse.control.records import Records
 from hvfuse.control.status import VmStatus
@@ -99,7 +99,7 @@ def run(session: Session) -> None:
             _keep(supervisor, interrupts, lambda: display.show(ask()), display.say)
             display.say("ending: shippers first, then the mounts")
             supervisor.stop(asked=lambda: interrupts.count, tell=display.say)
-        note("ended cleanly")
+        click.echo("ended cleanly")
 
 
 def _keep(supervisor: Supervisor, interrupts: Interrupts, show: Callable[[], None], say: Callable[[str], None]) -> None:

@@ -69,17 +69,18 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
         points = stack.enter_context(point_counter(home))
 
         def ask() -> list[VmStatus]:
-            known = records.names() if records is not None else []
+            known = {vm: records.read(vm) for vm in records.names()} if records is not None else {}
+            protected = {vm for vm, record in known.items() if record.generation is not None}
             return [
                 vm_status(
                     home,
                     vm,
-                    record=records.read(vm) if records is not None else VmRecord(),
+                    record=known.get(vm, VmRecord()),
                     policy=session.config.policy(vm),
                     points=points,
                     now_ns=time.time_ns(),
                 )
-                for vm in sorted({*known, *find_vms(home)})
+                for vm in sorted({*protected, *find_vms(home)})
             ]
 
         yield ask

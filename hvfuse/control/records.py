@@ -41,7 +41,8 @@ class VmRecord:
     """Where a VM's replication stands.
 
     `error`, `hint`: why the last attempt failed and what to do; None when it did not. `tracker_error`,
-    `shipper_error`: why that process ended or could not start; None while it runs. `generation`: hex.
+    `shipper_error`: why that process ended or could not start, None while it runs; `tracker_hint`: what to do
+    about it. `generation`: hex.
     `cycle`, `point`: the last one that the target has (0 and None: none yet).
     `last_replication_time_ns`: instant of that cycle's barrier, ns since 1970. `progress`: of the copy
     under way, 0 to 1. `resync_reason`: why one is required.
@@ -51,6 +52,7 @@ class VmRecord:
     error: str | None = None
     hint: str | None = None
     tracker_error: str | None = None
+    tracker_hint: str | None = None
     shipper_error: str | None = None
     generation: str | None = None
     cycle: int = 0

@@ -3,8 +3,9 @@
 Nothing is remembered here; a process that does not answer is reported as such. Health, by the worst
 reason (thresholds are the constants below):
 
-    Critical   the tracker or the shipper does not run although the VM is protected; state Error or
-               WaitingForStartResynchronize; replication fails and is two intervals late
+    Critical   the tracker cannot start; the tracker or the shipper does not run, or the folder is gone,
+               although the VM is protected; state Error or WaitingForStartResynchronize; replication
+               fails and is two intervals late
     Warning    initial replication is not complete; replication fails; the last cycle is older than an
                hour, or than two intervals if that is more; a disk in the folder is not tracked
     Normal     none of these
@@ -108,6 +109,7 @@ class _Facts:
     policy: VmPolicy
     tracker: Mapping[str, Any] | None
     shipper: bool
+    has_folder: bool
     age: float | None
 
     @property
@@ -123,9 +125,18 @@ def vm_status(
     shipper = _ask(home.shipper_socket(vm)) is not None
     last = record.last_replication_time_ns
     age = None if last is None else max(0.0, (now_ns - last) / 1e9)
-    facts = _Facts(vm=vm, record=record, policy=policy, tracker=tracker, shipper=shipper, age=age)
-    sealed = _sealed_bytes(home.folder(vm))
-    disks = _disks(home.folder(vm), tracker, sealed, policy.exclude)
+    folder = home.folder(vm)
+    facts = _Facts(
+        vm=vm,
+        record=record,
+        policy=policy,
+        tracker=tracker,
+        shipper=shipper,
+        has_folder=os.path.isdir(folder),
+        age=age,
+    )
+    sealed = _sealed_bytes(folder)
+    disks = _disks(folder, tracker, sealed, policy.exclude)
     active = sum(max(0, disk["log_bytes"] - _EMPTY_LOG) for disk in tracker["disks"]) if tracker else 0
     return VmStatus(
         name=vm,
@@ -213,12 +224,17 @@ def _reasons(facts: _Facts) -> Iterator[Reason]:
 
 
 def _process_reasons(facts: _Facts) -> Iterator[Reason]:
+    if not facts.has_folder:
+        text = "its folder is gone; what was replicated is in the store"
+        command = f"hvfuse failover test {facts.vm} --mount DIR"
+        yield Reason(id="folder-gone", health=Health.CRITICAL, text=text, next_command=command)
+        return
     if facts.tracker is None and facts.record.tracker_error is not None:
         yield Reason(
             id="tracker-failed",
             health=Health.CRITICAL,
             text=facts.record.tracker_error,
-            next_command=f"hvfuse mount {facts.vm}",
+            next_command=facts.record.tracker_hint,
         )
     elif facts.tracker is None and facts.is_protected:
         text = "the VM is protected but not mounted: nothing tracks its writes"

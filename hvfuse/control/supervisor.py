@@ -136,11 +136,18 @@ class Keeper:
         self.tracker.tick()
         if self.tracker.is_ready or self.shipper.is_running:
             self.shipper.tick()
-        for field, daemon in (("tracker_error", self.tracker), ("shipper_error", self.shipper)):
-            failure = str(daemon.failure) if daemon.failure is not None else None
-            if (daemon.is_ready or failure) and self._told.get(field, "unknown") != failure:
-                self._records.update(self.vm, **{field: failure})
-                self._told[field] = failure
+        self._tell(self.tracker, lambda error, hint: {"tracker_error": error, "tracker_hint": hint})
+        self._tell(self.shipper, lambda error, _: {"shipper_error": error})
+
+    def _tell(self, daemon: Daemon, fields: Callable[[str | None, str | None], dict[str, str | None]]) -> None:
+        """Record why a process failed, or that it serves, when that is news."""
+        failure = daemon.failure
+        if failure is None and not daemon.is_ready:
+            return
+        changes = fields(str(failure), failure.hint) if failure is not None else fields(None, None)
+        if not changes.items() <= self._told.items():
+            self._records.update(self.vm, **changes)
+            self._told.update(changes)
 
     def stop_shipper(self, *, force: bool) -> None:
         """Ask the shipper to end, or kill it."""

@@ -1,0 +1,148 @@
+"""What `status` makes of what it finds: state, health with its reasons, what is pending."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvfuse import wire
+from hvfuse.control.config import Config, VmPolicy
+from hvfuse.control.home import Home
+from hvfuse.control.records import VmRecord
+from hvfuse.control.status import Health, VmStatus, vm_status
+from hvfuse.manifest import ReplicationState
+
+NOW_NS = 1_800_000_000 * 10**9
+TRACKER: Mapping[str, Any] = {
+    "disks": [{"name": "os.raw", "format": "raw", "size": 4096, "log_bytes": 8192 + 700}],
+    "untracked": [],
+    "resync_required": None,
+}
+REPLICATED = VmRecord(
+    state=ReplicationState.REPLICATING,
+    generation="ab" * 16,
+    cycle=7,
+    point="p-7",
+    last_replication_time_ns=NOW_NS - 12 * 10**9,
+)
+Ask = Callable[..., VmStatus]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    home = Config().home(str(tmp_path))
+    home.make()
+    folder = Path(home.folder("vm"))
+    folder.mkdir()
+    (folder / "os.raw").write_bytes(bytes(4096))
+    home.make_vm("vm")
+    return home
+
+
+@pytest.fixture
+def ask(home: Home) -> Iterator[Ask]:
+    """Asks for the status of "vm" with those processes answering; None = it does not run."""
+    with ExitStack() as stack:
+
+        def asked(
+            record: VmRecord = REPLICATED,
+            *,
+            tracker: Mapping[str, Any] | None = TRACKER,
+            shipper: bool = True,
+            policy: VmPolicy | None = None,
+            vm: str = "vm",
+        ) -> VmStatus:
+            if tracker is not None:
+                listener = wire.Listener(home.tracker_socket("vm"), lambda _: tracker, name="tracker")
+                stack.callback(listener.close)
+            if shipper:
+                stack.callback(wire.Listener(home.shipper_socket("vm"), lambda _: {}, name="shipper").close)
+            return vm_status(home, vm, record=record, policy=policy or VmPolicy(), points=lambda _: 3, now_ns=NOW_NS)
+
+        yield asked
+
+
+def reasons(status: VmStatus) -> list[str]:
+    return [reason.id for reason in status.reasons]
+
+
+def test_a_vm_that_replicates_is_normal_and_its_figures_add_up(ask: Ask) -> None:
+    status = ask()
+    assert (status.state, status.health, reasons(status)) == (ReplicationState.REPLICATING, Health.NORMAL, [])
+    assert (status.last_cycle, status.latest_point, status.points) == (7, "p-7", 3)
+    assert status.rpo_seconds == 12.0
+    assert status.pending_bytes == 700, "the head of an empty log is not pending"
+    assert [(disk.name, disk.format, disk.size, disk.log_bytes) for disk in status.disks] == [
+        ("os.raw", "raw", 4096, 8892)
+    ]
+
+
+def test_a_folder_that_was_never_replicated_is_disabled_and_nothing_is_known(ask: Ask) -> None:
+    status = ask(VmRecord(), tracker=None, shipper=False)
+    assert (status.state, status.health) == (ReplicationState.DISABLED, Health.NORMAL)
+    assert (status.rpo_seconds, status.last_replication_time_ns, status.pending_bytes) == (None, None, 0)
+    assert [disk.name for disk in status.disks] == ["os.raw"]
+
+
+def test_a_clock_that_was_set_back_does_not_make_the_age_negative(ask: Ask) -> None:
+    record = VmRecord(state=ReplicationState.REPLICATING, last_replication_time_ns=NOW_NS + 10**12)
+    assert ask(record).rpo_seconds == 0.0
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Health, list[str]]] = {
+    "tracker down": ({}, {"tracker": None}, Health.CRITICAL, ["tracker-down"]),
+    "shipper down": ({}, {"shipper": False}, Health.CRITICAL, ["shipper-down"]),
+    "both down": ({}, {"tracker": None, "shipper": False}, Health.CRITICAL, ["tracker-down", "shipper-down"]),
+    "copying": (
+        {"state": ReplicationState.INITIAL_REPLICATION_IN_PROGRESS, "progress": 0.5}, {}, Health.WARNING, ["copying"]
+    ),
+    "waiting for a resynchronisation": (
+        {"state": ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, "resync_reason": "logs lost"}, {},
+        Health.CRITICAL, ["resync-required"],
+    ),
+    "the tracker wants a resynchronisation": (
+        {}, {"tracker": {**TRACKER, "resync_required": "changed offline"}}, Health.CRITICAL, ["resync-required"]
+    ),
+    "failing for a moment": ({"error": "store full"}, {}, Health.WARNING, ["replication-failing"]),
+    "failing for long": (
+        {"error": "store full", "last_replication_time_ns": NOW_NS - 61 * 10**9}, {},
+        Health.CRITICAL, ["replication-failing"],
+    ),
+    "an administrator is needed": (
+        {"state": ReplicationState.ERROR, "error": "corrupt frame"}, {}, Health.CRITICAL, ["replication-failing"]
+    ),
+    "an hour old": ({"last_replication_time_ns": NOW_NS - 3600 * 10**9}, {}, Health.NORMAL, []),
+    "over an hour old": ({"last_replication_time_ns": NOW_NS - 3601 * 10**9}, {}, Health.WARNING, ["stale"]),
+    "two intervals of an hour old": (
+        {"last_replication_time_ns": NOW_NS - 7199 * 10**9}, {"policy": VmPolicy(frequency=3600)}, Health.NORMAL, []
+    ),
+    "a disk that is not tracked": (
+        {}, {"tracker": {**TRACKER, "untracked": ["new.vhd"]}}, Health.WARNING, ["untracked-disk"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_wrong_is_told_with_its_reason(case: str, ask: Ask) -> None:
+    changes, found, health, ids = CASES[case]
+    fields = {name: getattr(REPLICATED, name) for name in VmRecord.__slots__}
+    status = ask(VmRecord(**{**fields, **changes}), **found)
+    assert (status.health, reasons(status)) == (health, ids)
+
+
+def test_a_tracker_that_cannot_start_is_an_error_with_its_cause(ask: Ask) -> None:
+    record = VmRecord(tracker_error="os.vhd: not a VHD", tracker_hint="rename it")
+    status = ask(record, tracker=None, shipper=False)
+    assert (status.state, status.health) == (ReplicationState.ERROR, Health.CRITICAL)
+    (reason,) = status.reasons
+    assert (reason.text, reason.next_command) == ("os.vhd: not a VHD", "rename it")
+
+
+def test_a_vm_whose_folder_is_gone_points_to_the_store(ask: Ask, home: Home) -> None:
+    status = ask(vm="other")
+    assert reasons(status)[0] == "folder-gone"
+    assert status.disks == ()
