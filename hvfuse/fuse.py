@@ -332,9 +332,9 @@ def mount(
     """Serve `filesystem` at `mountpoint` and return once it is unmounted, or a signal ended it.
 
     To be called in the main thread: SIGTERM, SIGINT and SIGHUP then unmount first (so that what programs
-    have mapped is written back) and let the call return. `on_ready` is called when the kernel has accepted
-    the mount; it must not touch the mount itself, which is served only after it returned. The working
-    directory of the process becomes "/".
+    have mapped is written back) and let the call return; from then on the process ignores them. `on_ready` is called when the kernel has accepted
+    the mount; it must not touch the mount itself, which is served only after it returned, and what it raises
+    ends the mount and is raised from here. The working directory of the process becomes "/".
 
     Raises PrerequisiteError, BusyError (mount point in use) or HvfuseError.
     """
@@ -344,17 +344,24 @@ def mount(
         raise PrerequisiteError("mounting needs root", hint="use sudo")
     mountpoint = check_mountpoint(mountpoint)
     options = {"fsname": "hvfuse", "subtype": "hvfuse", "allow_other": True, "default_permissions": True}
+    failure: list[BaseException] = []
     with stopped_by_signals(mountpoint) as arm:
 
         def ready() -> None:
-            arm()
-            on_ready()
+            try:
+                arm()
+                on_ready()
+            except BaseException as error:
+                failure.append(error)
+                mfusepy.fuse_exit()
 
         try:
             _Binding(filesystem, ready, mountpoint, ro=read_only, **options)
         except RuntimeError as error:
             if error.args != (_LOOP_ENDED,):
                 raise HvfuseError(f"{mountpoint}: cannot be mounted (libfuse: {error})") from None
+    if failure:
+        raise failure[0]
 
 
 _LOOP_ENDED = 8

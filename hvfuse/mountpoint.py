@@ -168,7 +168,9 @@ def stopped_by_signals(mountpoint: str) -> Iterator[Callable[[], None]]:
 
     Yields the function that installs the handlers, to be called in the main thread once mounted. A thread
     does the unmounting, because the mount has to be served meanwhile: what programs have mapped and changed
-    is written back first. In another than the main thread nothing is installed.
+    is written back first. A process that was told to end goes on ignoring these signals, for what it still
+    has to put in order must not be cut short by the second of them; one that was not gets its own handlers
+    back. In another than the main thread nothing is installed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
@@ -177,7 +179,8 @@ def stopped_by_signals(mountpoint: str) -> Iterator[Callable[[], None]]:
     os.set_blocking(writer, False)
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     wakeup = -1
-    watcher = threading.Thread(target=_watch, args=(reader, mountpoint), name="unmounter", daemon=True)
+    told = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(reader, mountpoint, told), name="unmounter", daemon=True)
 
     def arm() -> None:
         nonlocal wakeup
@@ -196,7 +199,7 @@ def stopped_by_signals(mountpoint: str) -> Iterator[Callable[[], None]]:
             os.write(writer, b"\0")
             watcher.join()
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if told.is_set() else handler)
         os.close(reader)
         os.close(writer)
 
@@ -205,10 +208,11 @@ def _noted(_number: int, _frame: object) -> None:
     """The wake-up descriptor has told the watcher already."""
 
 
-def _watch(reader: int, mountpoint: str) -> None:
+def _watch(reader: int, mountpoint: str, told: threading.Event) -> None:
     """Stop the mount at the first signal that stops; a zero says that there is nothing left to stop."""
     while number := os.read(reader, 1)[0]:
         if number in _SIGNALS:
+            told.set()
             stop(mountpoint)
             return
 

@@ -49,6 +49,17 @@ def orphaned(path: Path) -> Iterator[int]:
             os.close(fd)
 
 
+def test_a_failure_to_get_ready_ends_the_mount(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom hvfuse import fuse, filesystem, mountpoint\n"
+        "try:\n  fuse.mount(filesystem.Filesystem(), sys.argv[1], on_ready=lambda: 1 / 0)\n"
+        "except ZeroDivisionError:\n  print(mountpoint.is_mounted(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout == "False\n"
+
+
 def test_the_directory_to_mount_on_is_made(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b"
     assert mountpoint.check_mountpoint(str(path)) == str(path)
