@@ -332,9 +332,10 @@ def mount(
     """Serve `filesystem` at `mountpoint` and return once it is unmounted, or a signal ended it.
 
     To be called in the main thread: SIGTERM, SIGINT and SIGHUP then unmount first (so that what programs
-    have mapped is written back) and let the call return; from then on the process ignores them. `on_ready` is called when the kernel has accepted
-    the mount; it must not touch the mount itself, which is served only after it returned, and what it raises
-    ends the mount and is raised from here. The working directory of the process becomes "/".
+    have mapped is written back) and let the call return; from then on the process ignores them. `on_ready`
+    is called when the kernel has accepted the mount; it must not touch the mount itself, which is served
+    only after it returned, and what it raises ends the mount and is raised from here. The working directory
+    of the process becomes "/".
 
     Raises PrerequisiteError, BusyError (mount point in use) or HvfuseError.
     """
