@@ -15,7 +15,7 @@ from hvfuse.control.home import Home
 from hvfuse.errors import NotFoundError, UsageError
 from hvfuse.system import SystemClock
 from hvfuse.target.schema import Pin
-from hvfuse.target.store import Store, holder_is_alive
+from hvfuse.target.store import Store
 
 
 @click.group()
@@ -93,10 +93,10 @@ def list_tests(session: Session, vm: str | None, as_json: bool) -> None:
     with _store(session) as (_, store):
         found = trial.trials(store, vm)
     if as_json:
-        emit_json({"tests": [{**_fields(pin), "alive": holder_is_alive(pin)} for pin in found]})
+        emit_json({"tests": [{**_fields(pin), "alive": trial.is_alive(pin)} for pin in found]})
         return
     for pin in found:
-        ended = "" if holder_is_alive(pin) else " (not mounted any more)"
+        ended = "" if trial.is_alive(pin) else " (not mounted any more)"
         click.echo(f"{pin.id}  {pin.vm}  {pin.point_id}  {pin.owner['mountpoint']}{ended}")
 
 

@@ -105,6 +105,11 @@ def trials(store: Store, vm: str | None = None) -> list[Pin]:
     return [pin for pin in store.pins(vm) if pin.owner.get("kind") == KIND]
 
 
+def is_alive(pin: Pin) -> bool:
+    """Whether the process that serves the view runs; a dead one that nobody has buried yet does not."""
+    return holder_is_alive(pin) and not wait_for_end(int(pin.owner["pid"]), 0.0)
+
+
 def clean_up(home: Home, store: Store, pin: Pin, *, force: bool = False) -> None:
     """Unmount a view, drop what was written into it, let its point go. May be repeated after any crash.
 
@@ -112,7 +117,7 @@ def clean_up(home: Home, store: Store, pin: Pin, *, force: bool = False) -> None
     does not end.
     """
     directory = str(pin.owner["mountpoint"])
-    if holder_is_alive(pin) and int(pin.owner["pid"]) != os.getpid():
+    if is_alive(pin) and int(pin.owner["pid"]) != os.getpid():
         if force:
             mountpoint.stop(directory)
         else:
