@@ -34,12 +34,18 @@ def store_frame(
     placement = entered.placement(frame, disk=disk, stored_length=len(raw))
     txn.put(key, raw, db=env.db(schema.FRAMES))
     txn.put(key, placement.pack(), db=env.db(schema.PLACEMENTS))
+    for database, index_key, value in index_items(vm, seq=seq, disk=disk, number=number, entered=entered):
+        txn.put(index_key, value, db=env.db(database))
+
+
+def index_items(
+    vm: VmRecord, *, seq: int, disk: int, number: int, entered: Entered
+) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Database, key and value of everything that the index has of a frame."""
     for region, entries in entered.regions.items():
-        index_key = schema.index_key(vm.id, disk, region, seq, number)
-        txn.put(index_key, schema.pack_entries(entries), db=env.db(schema.INDEX))
+        yield schema.INDEX, schema.index_key(vm.id, disk, region, seq, number), schema.pack_entries(entries)
     if entered.wide is not None:
-        wide_key = schema.wide_key(vm.id, disk, seq, number)
-        txn.put(wide_key, schema.pack_entries(entered.wide), db=env.db(schema.WIDE))
+        yield schema.WIDE, schema.wide_key(vm.id, disk, seq, number), schema.pack_entries(entered.wide)
 
 
 def drop_frames(txn: Txn, env: Environment, vm: VmRecord, *, first: int, last: int) -> None:

@@ -63,6 +63,7 @@ KEY_FORMAT, KEY_EPOCH, KEY_NEXT_VM, KEY_NEXT_PIN = b"format", b"epoch", b"next-v
 REGION = 64 << 20
 """Bytes of a disk that one index key stands for. Fully scattered 4 KiB writes give 16,384 pieces, so a
 resolved region stays under 1 MiB, and a day of 2,880 points is one scan over at most as many keys."""
+MAX_SEQ = (1 << 64) - 1
 WIDE_SPAN = 4
 """Regions; an extent that touches more is entered once, in `wide`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 
@@ -47,7 +48,7 @@ class Source:
     def resize(self, name: str, size: int) -> None:
         old = len(self.disks[name])
         if size < old:
-            self.changes[name] = [c for c in map(lambda c: _cut(c, size), self.changes[name]) if c]
+            self.changes[name] = [c for c in (_cut(c, size) for c in self.changes[name]) if c]
             self.changes[name].append((size, old - size, None))
             del self.disks[name][size:]
         else:
@@ -88,9 +89,7 @@ class Source:
                     row["offset"], row["length"] = offset, length
                     row["kind"] = Fill.ZERO if data is None else Fill.DATA
                 data = [data for _, _, data in part if data is not None]
-                made.append(
-                    writer.encode(disk_id=self.ids[name], number=len(made), table=table, data=data)
-                )
+                made.append(writer.encode(disk_id=self.ids[name], number=len(made), table=table, data=data))
         return made
 
     def coalesced(self) -> dict[str, list[Change]]:
@@ -99,7 +98,7 @@ class Source:
         for name, changes in self.changes.items():
             bounds = sorted({edge for at, length, _ in changes for edge in (at, at + length)})
             pieces: list[Change] = []
-            for low, high in zip(bounds, bounds[1:], strict=False):
+            for low, high in itertools.pairwise(bounds):
                 owner = next((c for c in reversed(changes) if c[0] <= low and high <= c[0] + c[1]), None)
                 if owner is not None:
                     offset, _, data = owner

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from hvfuse.target.journal import PointReader
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.store import Store
-from tests.target.model import Source, check_points, contents
+from tests.target.model import Source, check_points
 
 
 @pytest.fixture
