@@ -37,7 +37,9 @@ class Installation:
         done = subprocess.run(
             self.command(*arguments), cwd="/", env=self.environment(), capture_output=True, text=True, timeout=180
         )
-        assert done.returncode == code, f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}{self.logs()}"
+        assert done.returncode == code, (
+            f"{arguments}: exit {done.returncode}\n{done.stdout}\n{done.stderr}{self.logs()}"
+        )
         return done.stdout if code == 0 else done.stdout + done.stderr
 
     def json(self, *arguments: str, code: int = 0) -> dict[str, Any]:

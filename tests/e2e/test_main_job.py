@@ -30,7 +30,9 @@ def make_disk(folder: Path, kind: str, name: str | None = None, size: str = "64M
 
 
 @pytest.mark.parametrize("kind", sorted(MAKERS))
-def test_a_view_equals_the_disk_at_its_point_and_stays_apart(installation: Installation, tmp_path: Path, kind: str) -> None:
+def test_a_view_equals_the_disk_at_its_point_and_stays_apart(
+    installation: Installation, tmp_path: Path, kind: str
+) -> None:
     name, fmt = make_disk(installation.disks / "vm1", kind)
     installation.start()
     installation.wait_for_state("vm1")
@@ -160,7 +162,7 @@ def test_fio_verifies_its_writes_while_cycles_ship(installation: Installation, t
     common = [
         "--name=verify", f"--filename={disk}", "--size=128M", "--bsrange=512-256k", "--bs_unaligned=0", "--blockalign=512",
         "--verify=crc32c", "--verify_fatal=1", "--ioengine=libaio", "--direct=1", "--rw=randwrite", "--norandommap=0",
-        "--iodepth=8", "--randseed=20", "--time_based=0", "--io_size=256M", "--output-format=terse",
+        "--iodepth=8", "--randseed=20", "--time_based=0", "--io_size=256M", "--output-format=terse", "--verify_state_save=0",
     ]  # fmt: skip
     run("fio", *common)
     installation.hvfuse("replicate", "vm1")
@@ -204,9 +206,16 @@ def test_run_makes_a_sample_for_a_newcomer_and_shows_it_replicating(installation
     wait_until(lambda: installation.status("sample").get("points", 0) > 0, installation.logs)
     status = installation.status("sample")
     assert status["health"] == "Normal"
-    assert {"name", "state", "health", "last_cycle", "last_replication_time", "rpo_seconds", "pending_bytes", "points"} <= (
-        status.keys()
-    )
+    assert {
+        "name",
+        "state",
+        "health",
+        "last_cycle",
+        "last_replication_time",
+        "rpo_seconds",
+        "pending_bytes",
+        "points",
+    } <= (status.keys())
     assert [sorted(disk) for disk in status["disks"]] == [["format", "log_bytes", "name", "size"]]
     assert installation.stop() == 0
 

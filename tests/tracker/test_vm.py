@@ -363,6 +363,28 @@ def test_an_image_that_cannot_be_written_fails_the_guest_and_the_log_holds_what_
     vm.detach()
 
 
+def test_a_write_past_the_end_that_failed_is_not_in_the_log_once_the_image_grows(
+    tmp_path: Path, injector: None
+) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    disk = vm.disks["a.raw"]
+    full = OSError(errno.ENOSPC, "no space")
+
+    def fail(seen: str, _call: str, _size: int) -> None:
+        if seen == "disk:write":
+            raise full
+
+    system.install(fail)
+    with pytest.raises(OSError):
+        disk.write(b"lost" * 1000, MIB - 1000)
+    system.install(None)
+    disk.write(b"end", MIB + 8000)
+    vm.rotate()
+    assert replayed(folder, "a.raw", bytes(MIB)) == contents(folder, "a.raw")
+    vm.detach()
+
+
 def test_a_second_tracker_on_the_same_disks_is_refused(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, a=MIB)
     vm = attached(folder)
