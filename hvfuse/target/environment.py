@@ -20,6 +20,7 @@ import lmdb
 
 from hvfuse import system
 from hvfuse.errors import BusyError, CorruptError, HvfuseError, NoSpaceError, NotFoundError, UnsupportedError
+from hvfuse.frames import MAX_PLAIN
 from hvfuse.target import schema
 
 DEFAULT_MAP_SIZE = 1 << 30
@@ -215,10 +216,18 @@ class Environment:
             raise
         except lmdb.Error as error:
             kind = _FAULTS.get(type(error), HvfuseError)
-            if error.code in (errno.ENOSPC, errno.EDQUOT):
+            if error.code in (errno.ENOSPC, errno.EDQUOT) or (error.code == errno.EIO and self._is_full()):
                 kind = NoSpaceError
             raise kind(f"{self.path}: {error}") from error
 
+    def _is_full(self) -> bool:
+        """Whether a transaction may have met the disk's end: LMDB tells a write cut short as EIO."""
+        room = os.statvfs(self.path)
+        return room.f_bavail * room.f_frsize < _TIGHT
+
+
+_TIGHT = 2 * MAX_PLAIN
+"""Bytes free with which the largest transaction, that of one frame, may not have fitted."""
 
 _FAULTS: dict[type[lmdb.Error], type[HvfuseError]] = {
     lmdb.NotFoundError: NotFoundError,

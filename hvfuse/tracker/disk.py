@@ -178,14 +178,20 @@ class TrackedDisk:
             self._vm.degrade(f"the log of {self.name} could not be written: {error.strerror}")
 
     def _log_what_stands(self, offset: int, length: int) -> None:
-        """A write to the image failed half-way: log what the image holds there now. Caller holds the gate."""
+        """A write to the image failed half-way: log what the image holds there now. Caller holds the gate.
+
+        What would have extended the image and did not is logged as zeroes: that is what stands there
+        once a later write extends it.
+        """
         log = self.log
         if log is None:
             return
         try:
-            for at in range(offset, min(offset + length, self.size()), _PIECE):
-                data = system.pread(self.fd, min(_PIECE, offset + length - at), at)
-                log.append_write(data, at)
+            end = offset + length
+            stands = min(end, self.size())
+            for at in range(offset, stands, _PIECE):
+                log.append_write(system.pread(self.fd, min(_PIECE, stands - at), at), at)
+            log.append_hole(Kind.ZERO, max(offset, stands), end - max(offset, stands))
         except OSError as error:
             self._vm.degrade(f"{self.name} could not be read after a failed write: {error.strerror}")
 
