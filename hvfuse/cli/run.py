@@ -103,20 +103,19 @@ def run(session: Session) -> None:
 
 
 def _keep(supervisor: Supervisor, interrupts: Interrupts, show: Callable[[], None], say: Callable[[str], None]) -> None:
-    """Tick and show until an interrupt comes. A status that cannot be had must not end the VMs."""
+    """Tick and show until an interrupt comes. Nothing that fails on the way may end what serves guests."""
     clock = SystemClock()
     due, trouble = clock.monotonic(), None
     while not interrupts.wait(TICK_SECONDS):
-        supervisor.tick()
-        if clock.monotonic() < due:
-            continue
-        due = clock.monotonic() + SHOW_SECONDS
         try:
-            show()
-            trouble = None
+            supervisor.tick()
+            if clock.monotonic() >= due:
+                due = clock.monotonic() + SHOW_SECONDS
+                show()
+                trouble = None
         except (HvfuseError, OSError) as error:
             if str(error) != trouble:
-                say(f"status: {error}")
+                say(f"trouble: {error}")
             trouble = str(error)
 
 

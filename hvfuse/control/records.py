@@ -16,6 +16,7 @@ An environment must be opened only once in a process: use one `Records`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -180,7 +181,8 @@ class Records:
         except lmdb.VersionMismatchError as error:
             raise UnsupportedError(f"{self._path}: {error}") from None
         except lmdb.Error as error:
-            raise HvfuseError(f"{self._path}: {error}") from None
+            full = getattr(error, "code", None) in (errno.ENOSPC, errno.EDQUOT)
+            raise (NoSpaceError if full else HvfuseError)(f"{self._path}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,14 +199,23 @@ class Supervisor:
         return make_sample(self._home.disks) if not find_vms(self._home) else None
 
     def tick(self) -> None:
-        """Notice new VMs, keep every process alive."""
+        """Notice new VMs, keep every process alive.
+
+        What goes wrong with one VM (a full disk, say) does not keep the others from their turn; the first
+        such error is raised at the end.
+        """
+        failures: list[Exception] = []
         if self._clock.monotonic() >= self._scan_due:
             self._scan_due = self._clock.monotonic() + SCAN_SECONDS
             for vm in find_vms(self._home):
                 if vm not in self._keepers:
-                    self._keepers[vm] = self._keep(vm)
+                    with _collected(failures):
+                        self._keepers[vm] = self._keep(vm)
         for keeper in self._keepers.values():
-            keeper.tick()
+            with _collected(failures):
+                keeper.tick()
+        if failures:
+            raise failures[0]
 
     def _keep(self, vm: str) -> Keeper:
         self._home.make_vm(vm)
@@ -263,3 +272,11 @@ class Supervisor:
 
 def _asked_again(asked: Callable[[], int], times: int) -> bool:
     return asked() > times
+
+
+@contextlib.contextmanager
+def _collected(failures: list[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except (HvfuseError, OSError) as error:
+        failures.append(error)

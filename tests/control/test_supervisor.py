@@ -160,6 +160,20 @@ def test_a_vm_that_cannot_start_is_recorded_with_its_cause_and_the_others_go_on(
     supervisor.stop(asked=lambda: 1, tell=print)
 
 
+def test_a_vm_that_cannot_even_be_begun_does_not_keep_the_others_from_their_turn(
+    home: Home, make: Callable[[], Supervisor]
+) -> None:
+    add_vm(home, "a")
+    add_vm(home, "b")
+    (Path(home.state) / "vms").mkdir(mode=0o700)
+    (Path(home.state) / "vms" / "a").touch()
+    supervisor = make()
+    with pytest.raises(FileExistsError):
+        supervisor.tick()
+    until(lambda: all_ready(supervisor, "b"))
+    supervisor.stop(asked=lambda: 1, tell=print)
+
+
 def test_an_error_of_last_time_is_cleared_when_the_tracker_serves(
     home: Home, records: Records, make: Callable[[], Supervisor]
 ) -> None:
