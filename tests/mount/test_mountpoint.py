@@ -209,6 +209,27 @@ def test_a_mount_point_with_blanks_and_commas_works(unmounted: Mounted) -> None:
     assert os.listdir(unmounted.mnt) == ["plain"]
 
 
+def test_a_symlink_swapped_in_beneath_is_not_followed(unmounted: Mounted) -> None:
+    # The link leads somewhere only as seen from the folder, not as the kernel sees it from the mount.
+    unmounted.mnt = unmounted.root / "deep" / "mnt"
+    (unmounted.root / "outside").mkdir()
+    (unmounted.root / "outside" / "secret").write_text("secret")
+    (unmounted.folder / "sub").mkdir()
+    (unmounted.folder / "sub" / "secret").write_text("public")
+    unmounted.start()
+    with (unmounted.mnt / "sub" / "secret").open() as file:
+        assert file.read() == "public"
+    (unmounted.folder / "sub").rename(unmounted.folder / "moved")
+    (unmounted.folder / "sub").symlink_to("../outside")
+    for action in (os.stat, os.unlink, lambda path: os.open(path, os.O_RDWR), lambda path: os.truncate(path, 0)):
+        with pytest.raises(OSError):
+            action(unmounted.mnt / "sub" / "secret")
+    with pytest.raises(OSError):
+        (unmounted.mnt / "sub" / "new").touch()
+    assert os.listdir(unmounted.root / "outside") == ["secret"]
+    assert (unmounted.root / "outside" / "secret").read_text() == "secret"
+
+
 def test_the_mount_is_shown_as_what_it_is(started: Mounted) -> None:
     [line] = [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(started.mnt) in line]
     source, _, kind, options, *_ = line.split()

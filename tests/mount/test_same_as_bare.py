@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
 import stat
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -382,6 +384,31 @@ def renames(d: Path) -> object:
     )
 
 
+def renameat2(old: Path, new: Path, flags: int) -> str:
+    if ctypes.CDLL(None, use_errno=True).renameat2(-100, os.fsencode(old), -100, os.fsencode(new), flags) == 0:
+        return "done"
+    return errno.errorcode[ctypes.get_errno()]
+
+
+@case
+def renames_with_flags(d: Path) -> object:
+    no_replace, exchange = 1, 2
+    make(d / "a", b"1")
+    make(d / "b", b"22")
+    (d / "sub").mkdir()
+    done = [
+        renameat2(d / "a", d / "b", no_replace),
+        renameat2(d / "a", d / "c", no_replace),
+        renameat2(d / "c", d / "no", exchange),
+        renameat2(d / "b", d / "sub", exchange),
+        renameat2(d / "c", d / "b", no_replace | exchange),
+        renameat2(d / "c", d / "x", 64),
+    ]
+    with (d / "c").open("rb") as c, (d / "sub").open("rb") as other:
+        done.append(renameat2(d / "c", d / "sub", exchange))
+        return done, c.read(), other.read(), (d / "c").read_bytes()
+
+
 @case
 def listing_is_complete_and_typed(d: Path) -> object:
     for i in range(500):
@@ -529,6 +556,29 @@ def times_are_exact(d: Path) -> object:
         (link.st_atime_ns, link.st_mtime_ns),
         failure(lambda: os.utime(d / "f", ns=(-1, 3 * 10**18))),
     )
+
+
+@case
+def one_time_is_set_without_the_other(d: Path) -> object:
+    make(d / "f")
+    for option, when in (("-a", "@7.5"), ("-m", "@9.25"), ("-a", "@11")):
+        subprocess.run(["touch", option, "-d", when, d / "f"], check=True)
+    status = (d / "f").stat()
+    return status.st_atime_ns, status.st_mtime_ns
+
+
+@case
+def listing_goes_on_while_names_come_and_go(d: Path) -> object:
+    for i in range(300):
+        make(d / f"old{i:03}")
+    seen = []
+    with os.scandir(d) as entries:
+        for number, entry in enumerate(entries):
+            seen.append(entry.name)
+            if number == 10:
+                make(d / "new")
+                (d / "old299").unlink()
+    return len(set(seen)) == len(seen), {f"old{i:03}" for i in range(299)} <= set(seen)
 
 
 @case
