@@ -83,9 +83,9 @@ install_packages() {
     ((EUID == 0)) || refuse "a package is missing; run: sudo $install"
     say "installing $*"
     export DEBIAN_FRONTEND=noninteractive
-    apt-get -qq -o DPkg::Lock::Timeout=300 update >&2 || say "apt-get update failed; trying with what is known"
+    quietly apt-get -q -o DPkg::Lock::Timeout=300 update || say "apt-get update failed; trying with what is known"
     # shellcheck disable=SC2086
-    apt-get -qq -y -o DPkg::Lock::Timeout=300 ${install#apt-get } >&2 || refuse "this failed: $install"
+    quietly apt-get -q -y -o DPkg::Lock::Timeout=300 ${install#apt-get } || refuse "this failed: $install"
     hash -r
 }
 
@@ -94,6 +94,12 @@ install_requirements() {
     "$hvfuse_python" -m pip install -qq --disable-pip-version-check --no-input --only-binary :all: \
         --require-hashes -r "$hvfuse_root/tools/$1" >&2 || refuse "pip could not install tools/$1 (see above)"
     cp "$hvfuse_root/tools/$1" "$hvfuse_venv/installing" && mv "$hvfuse_venv/installing" "$hvfuse_venv/installed-$1"
+}
+
+# Show what a command says only if it fails.
+quietly() {
+    local said
+    said=$("$@" 2>&1 </dev/null) || { printf '%s\n' "$said" >&2 && return 1; }
 }
 
 say() {
