@@ -66,7 +66,7 @@ def test_a_second_run_on_the_same_home_is_refused(installation: Installation) ->
 
 
 def test_a_mount_point_in_use_is_refused(installation: Installation, tmp_path: Path) -> None:
-    name, fmt = make_disk(installation.disks / "vm1", "raw")
+    make_disk(installation.disks / "vm1", "raw")
     target = installation.mnt / "vm1"
     target.mkdir(parents=True)
     (target / "precious").write_text("mine")

@@ -160,9 +160,9 @@ def test_fio_verifies_its_writes_while_cycles_ship(installation: Installation, t
     installation.wait_for_state("vm1")
     disk = installation.mnt / "vm1" / "data.raw"
     common = [
-        "--name=verify", f"--filename={disk}", "--size=128M", "--bsrange=512-256k", "--bs_unaligned=0", "--blockalign=512",
+        "--name=verify", f"--filename={disk}", "--size=128M", "--bsrange=512-256k", "--blockalign=512",
         "--verify=crc32c", "--verify_fatal=1", "--ioengine=libaio", "--direct=1", "--rw=randwrite", "--norandommap=0",
-        "--iodepth=8", "--randseed=20", "--time_based=0", "--io_size=256M", "--output-format=terse", "--verify_state_save=0",
+        "--iodepth=8", "--randseed=20", "--io_size=256M", "--output-format=terse", "--verify_state_save=0",
     ]  # fmt: skip
     run("fio", *common)
     installation.hvfuse("replicate", "vm1")
