@@ -31,7 +31,9 @@ Little-endian, packed. The file is the header followed by `entry_count` entries 
        176    4 disk_count: how many logs make up this cycle of the VM
        180    1 address_space: 0 offsets on the logical disk, 1 offsets in the image file
        181    1 flags: bit 0 "unclean": sealed by recovery, not by a rotation
-       182   42 zeroes
+       182    2 zeroes
+       184    8 stored_bytes: of payload in the log; holes and metadata do not count
+       192   32 zeroes
        224   16 xxh3-128 of all entries
        240   16 xxh3-128 of bytes 0 to 239
 
@@ -75,7 +77,7 @@ MAX_ENTRY_LENGTH = 1 << 31
 """Bytes; longer zeroes and trims are split, since [MS-HRL] lengths are 32 bits."""
 
 ENTRY = struct.Struct("<QQQQIIIB11xQ")
-_HEADER = struct.Struct("<8sIIQ16s16s16sQQQ16s16sQQQQqqIBB42x16s")
+_HEADER = struct.Struct("<8sIIQ16s16s16sQQQ16s16sQQQQqqIBB2xQ32x16s")
 assert _HEADER.size == HEADER_SIZE - 16
 assert ENTRY.size == ENTRY_SIZE
 
@@ -135,6 +137,7 @@ class CompanionHeader:
     disk_count: int
     address_space: AddressSpace
     flags: int
+    stored_bytes: int
     entries_digest: bytes
 
     def pack(self) -> bytes:
@@ -144,7 +147,7 @@ class CompanionHeader:
             self.generation, self.cycle, self.serial, self.first_seq, self.disk_id,
             self.previous_digest, self.previous_size, self.start_size, self.end_size, self.eol,
             self.opened_ns, self.sealed_ns, self.disk_count, self.address_space, self.flags,
-            self.entries_digest,
+            self.stored_bytes, self.entries_digest,
         )  # fmt: skip
         return body + xxhash.xxh3_128_digest(body)
 
@@ -170,7 +173,7 @@ def unpack_header(data: Buffer) -> CompanionHeader:
         raise CorruptError("companion header does not match its checksum")
     (_, version, entry_size, entry_count, unique_id, previous_unique_id, generation, cycle, serial,
      first_seq, disk_id, previous_digest, previous_size, start_size, end_size, eol, opened_ns,
-     sealed_ns, disk_count, address_space, flags, entries_digest) = _HEADER.unpack(
+     sealed_ns, disk_count, address_space, flags, stored_bytes, entries_digest) = _HEADER.unpack(
         head[: _HEADER.size])  # fmt: skip
     if version != VERSION or entry_size != ENTRY_SIZE:
         raise UnsupportedError(f"companion of version {version}; this hvfuse reads version {VERSION}")
@@ -183,7 +186,7 @@ def unpack_header(data: Buffer) -> CompanionHeader:
         generation=generation, cycle=cycle, serial=serial, first_seq=first_seq, disk_id=disk_id,
         previous_digest=previous_digest, previous_size=previous_size, start_size=start_size,
         end_size=end_size, eol=eol, opened_ns=opened_ns, sealed_ns=sealed_ns, disk_count=disk_count,
-        address_space=space, flags=flags, entries_digest=entries_digest,
+        address_space=space, flags=flags, stored_bytes=stored_bytes, entries_digest=entries_digest,
     )  # fmt: skip
 
 

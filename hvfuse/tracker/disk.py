@@ -1,17 +1,23 @@
 """One tracked disk: the write path, and its half of a rotation.
 
-The order of a write, under the VM's gate: the payload to the log, its entry to the index, then the
-payload to the image, then the answer. (A durable mark of the region comes first once regions are
-tracked.) The promise it keeps:
+The order of a write, under the VM's gate: a durable mark of its region, unless there is one; the payload
+to the log, its entry to the index; the payload to the image; the answer. The invariant it keeps, with the
+tests that attack each clause:
 
-    at every instant, each byte in which the disk may differ from the replica is covered by a log
-    record not yet acknowledged by the target; otherwise the state on disk says that a full
-    resynchronisation is required.
+    at every instant, each byte in which the disk may differ from the replica is covered
+      - by a durable log record not yet acknowledged by the target
+            (test_killed_at_every_labelled_call_the_logs_still_give_the_disk),
+      - or by a region marked in the durable region map
+            (test_whatever_a_power_cut_leaves_the_marked_regions_cover_every_difference,
+             test_every_unlogged_write_is_marked_durably_before_it_is_answered);
+    otherwise the state on disk says that a full resynchronisation is required
+            (test_a_map_that_cannot_be_written_asks_for_a_full_resynchronisation).
 
 So a log that cannot be written does not fail the guest's write: before that write is answered, the
-state says durably that a resynchronisation is required, and logging ends for the whole VM. And an
-image that cannot be written fails the guest's write, but the log must not claim what the image does
-not hold: what stands on the image is logged after it.
+state says durably that a resynchronisation is required and the regions in doubt are marked, and logging
+ends for the whole VM; from then on writes only mark their regions. And an image that cannot be written
+fails the guest's write, but the log must not claim what the image does not hold: what stands on the image
+is logged after it.
 """
 
 from __future__ import annotations
@@ -28,9 +34,12 @@ from hvfuse.formats.image import ImageFormat, ImageInfo
 from hvfuse.formats.tracking import IndexHead
 from hvfuse.tracker.index import IndexMap
 from hvfuse.tracker.log import MAX_LOG_SIZE, ReplicationLog, new_log_id
+from hvfuse.tracker.regions import DIRTY, HOT, RegionMap, region_size
 from hvfuse.tracker.state import TrackingState
 
 _PIECE = 1 << 20
+_BUDGET_STEP = 1 << 20
+"""Bytes of payload after which the logs' budget is looked at again."""
 _LOGICAL_FORMATS = (ImageFormat.RAW, ImageFormat.VHD_FIXED)
 
 
@@ -46,8 +55,11 @@ class Tracking(Protocol):
     """Held during every write and during the switch of all logs: no write completes between the
     first disk's switch and the last's."""
 
-    def degrade(self, reason: str) -> None:
-        """End logging, durably. Caller holds the gate."""
+    def degrade(self, reason: str, *, full: bool = False) -> None:
+        """End logging, durably; `full`: the region maps cannot be relied on. Caller holds the gate."""
+
+    def over_budget(self) -> str | None:
+        """Why the logs must not grow any more; None while they may. Caller holds the gate."""
 
     def rotate_for(self, disk: TrackedDisk, new_size: int | None) -> None:
         """Rotate all logs, resizing `disk` within the barrier. Caller does not hold the gate."""
@@ -59,13 +71,19 @@ class TrackedDisk:
     `log` is None while nothing is logged: not yet protected, or a resynchronisation is required.
     """
 
+    marks_only = False
+    """Whether writes mark their regions dirty instead of being logged."""
+
     def __init__(self, folder: str, info: ImageInfo, vm: Tracking, *, state: TrackingState | None) -> None:
         self.folder = folder
         self.name = os.path.basename(info.path)
         self.format = info.format
         self.space = address_space(info.format)
         self.state = state
+        self.regions = state.regions() if state is not None else None
+        self.capacity = max(info.virtual_size or 0, info.file_size)
         self.log: ReplicationLog | None = None
+        self._budget_check = 0
         self.open_handles = 0
         self._vm = vm
         self._gate = vm.gate
@@ -87,9 +105,14 @@ class TrackedDisk:
             log = self.log
             if log is not None:
                 try:
+                    self._cover(offset, len(data), HOT)
                     log.append_write(data, offset)
                 except OSError as error:
                     self._vm.degrade(f"the log of {self.name} could not be written: {error.strerror}")
+                if log.stored > self._budget_check:
+                    self._check_budget(log)
+            elif self.marks_only:
+                self._mark_unlogged(offset, len(data))
             try:
                 system.pwrite("disk:write", self.fd, data, offset)
             except OSError:
@@ -115,9 +138,12 @@ class TrackedDisk:
             log = self.log
             if log is not None:
                 try:
+                    self._cover(offset, length, HOT)
                     log.append_hole(kind, offset, length)
                 except OSError as error:
                     self._vm.degrade(f"the log of {self.name} could not be written: {error.strerror}")
+            elif self.marks_only:
+                self._mark_unlogged(offset, length)
             try:
                 self._clear_image(kind, offset, length)
             except OSError:
@@ -125,6 +151,39 @@ class TrackedDisk:
                 raise
         if log is not None and log.size > MAX_LOG_SIZE:
             self._vm.rotate_for(self, None)
+
+    def _cover(self, offset: int, length: int, mark: int) -> None:
+        """Mark the regions of a range durably. Caller holds the gate. Raises OSError."""
+        regions = self.regions
+        assert regions is not None, "only tracked disks are logged"
+        if offset + length > regions.reach:
+            regions = self._enlarge_regions(offset + length)
+        regions.cover(offset, length, mark)
+
+    def _enlarge_regions(self, size: int) -> RegionMap:
+        """The disk outgrew its map: take larger regions. A crash on the way finds every region marked."""
+        regions, state = self.regions, self._tracked_state()
+        assert regions is not None, "only tracked disks are logged"
+        marks = regions.marks
+        regions.blanket()
+        state.update(region_size=region_size(size))
+        self.regions = regions.coarser(region_size(size), marks)
+        self.regions.save()
+        return self.regions
+
+    def _mark_unlogged(self, offset: int, length: int) -> None:
+        """What is about to be written will be in no log. Caller holds the gate."""
+        try:
+            self._cover(offset, length, DIRTY)
+        except OSError as error:
+            self._vm.degrade(f"the region map of {self.name} could not be written: {error.strerror}", full=True)
+
+    def _check_budget(self, log: ReplicationLog) -> None:
+        """Caller holds the gate."""
+        reason = self._vm.over_budget()
+        if reason is not None:
+            self._vm.degrade(reason)
+        self._budget_check = log.stored + _BUDGET_STEP
 
     def _clear_image(self, kind: Kind, offset: int, length: int) -> None:
         if kind is Kind.ZERO:
@@ -260,6 +319,9 @@ class TrackedDisk:
         )
         self.retire()
         self.log, self._standby = self._standby, None
+        self._budget_check = _BUDGET_STEP
+        if self.regions is not None:
+            self.regions.switched()
 
     def retire(self) -> None:
         """Stop writing to the log, which is then to be sealed. Caller holds the gate."""

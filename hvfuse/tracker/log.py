@@ -16,6 +16,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -38,6 +39,10 @@ MAX_LOG_SIZE = 4 << 40
 _HOLE_XXH3 = xxhash.xxh3_64_intdigest(b"")
 
 
+Payload = tuple[Kind, int, bytes | int]
+"""(kind, offset, the bytes written or, for a hole, their number)."""
+
+
 class ReplicationLog:
     """An open log. The owner's gate guards everything but `sync` and `seal`, which run outside of it
     and exclude each other by `_durable`: a log is not closed while somebody syncs it."""
@@ -54,6 +59,8 @@ class ReplicationLog:
         self._end = FIRST_DATA
         self._next_seq = head.first_seq
         self._block = hrl.HEADER_SIZE
+        self.stored = 0
+        """Bytes of payload; holes do not count."""
         self._pending_from = 0
         self._pending = 0
         self._described = 0
@@ -97,6 +104,7 @@ class ReplicationLog:
             log._described = int(blocks[-1])
             log._pending_from = int(numbers[blocks[-1]])
         log._pending = len(payloads) - log._described
+        log.stored = int(payloads["length"][payloads["kind"] == Kind.WRITE].sum())
         return log
 
     @property
@@ -134,6 +142,7 @@ class ReplicationLog:
         system.pwrite("log:append", self._fd, data, location)
         byte_sum = ~stringzilla.bytesum(data) & 0xFFFFFFFF
         self._append(offset, location, xxhash.xxh3_64_intdigest(data), length, byte_sum, Kind.WRITE)
+        self.stored += length
 
     def append_hole(self, kind: Kind, offset: int, length: int) -> None:
         """Log that a range reads as zeroes from now on. Raises OSError."""
@@ -245,6 +254,7 @@ class ReplicationLog:
             disk_count=disk_count,
             address_space=space,
             flags=flags,
+            stored_bytes=self.stored,
             entries_digest=xxhash.xxh3_128_digest(entries.tobytes()),
         )
 
@@ -261,21 +271,36 @@ class ReplicationLog:
             total_metadata_entries=self._described,
         )
 
-    def last_payloads(self, count: int) -> list[tuple[Kind, int, bytes | int]]:
-        """The last `count` entries in log order: (kind, offset, payload, or length for holes)."""
-        found: list[tuple[Kind, int, bytes | int]] = []
-        for entry in self.index.entries(max(0, self.index.count - count)):
-            kind, offset, length = Kind(int(entry["kind"])), int(entry["offset"]), int(entry["length"])
-            if kind is Kind.WRITE:
-                payload = system.pread(self._fd, length, int(entry["location"]))
-                if xxhash.xxh3_64_intdigest(payload) != int(entry["xxh3"]):
-                    raise CorruptError(
-                        f"{self.path}: the payload at {int(entry['location'])} does not match its checksum"
-                    )
-                found.append((kind, offset, payload))
-            elif kind is not Kind.FLUSH:
-                found.append((kind, offset, length))
-        return found
+    def payloads(self, first: int, last: int) -> Iterator[Payload]:
+        """What the entries first <= number < last wrote, in log order, flush marks left out.
+
+        Raises CorruptError where a payload is not what it was.
+        """
+        for entry in self.index.entries(first)[: max(0, last - first)]:
+            payload = self._payload(entry)
+            if payload is not None:
+                yield payload
+
+    def proven_entries(self) -> int:
+        """How many entries, from the first, have the payload that they had: what a crash of the host left."""
+        for number, entry in enumerate(self.index.entries()):
+            try:
+                self._payload(entry)
+            except CorruptError:
+                return number
+        return self.index.count
+
+    def _payload(self, entry: np.void) -> Payload | None:
+        """What an entry wrote, verified; None for a flush mark. Raises CorruptError."""
+        kind, offset, length = Kind(int(entry["kind"])), int(entry["offset"]), int(entry["length"])
+        if kind is Kind.FLUSH:
+            return None
+        if kind is not Kind.WRITE:
+            return kind, offset, length
+        data = system.pread(self._fd, length, int(entry["location"]))
+        if xxhash.xxh3_64_intdigest(data) != int(entry["xxh3"]):
+            raise CorruptError(f"{self.path}: the payload at {int(entry['location'])} does not match its checksum")
+        return kind, offset, data
 
     def close(self) -> None:
         """Let go of the file without sealing it; the file stays."""

@@ -20,14 +20,17 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hvfuse import spool, system
-from hvfuse.errors import NotFoundError, ResyncRequiredError
+from hvfuse.errors import HvfuseError, NotFoundError, ResyncRequiredError, UsageError
 from hvfuse.formats.image import is_disk_name, probe_for_tracking
-from hvfuse.formats.tracking import NOT_TRACKED
-from hvfuse.tracker import recovery
+from hvfuse.formats.tracking import NOT_TRACKED, Scope
+from hvfuse.tracker import recovery, resync
 from hvfuse.tracker.disk import TrackedDisk, address_space
+from hvfuse.tracker.regions import HOT, greatest_size, region_size
 from hvfuse.tracker.state import TrackingState
 
 _BARRIERS_KEPT = 1024
+HARD_LIMIT = 0.5
+"""Part of the disks' size that logs may take before they are given up, as in Hyper-V Replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class TrackedVm:
         folder: str,
         *,
         exclude: frozenset[str] = frozenset(),
+        hard_limit: float = HARD_LIMIT,
         clock: system.Clock | None = None,
     ) -> None:
         self.name = name
@@ -58,6 +62,9 @@ class TrackedVm:
         self.recovered: str | None = None
         self.barriers_ns: deque[int] = deque(maxlen=_BARRIERS_KEPT)
         self._exclude = exclude
+        self._hard_limit = hard_limit
+        self._sealed_bytes = 0
+        self._lost: str | None = None
         self._clock: system.Clock = clock or system.SystemClock()
         self._rotation = threading.RLock()
         self._generation = NOT_TRACKED
@@ -91,19 +98,28 @@ class TrackedVm:
         info = probe_for_tracking(os.path.join(self.folder, name))
         state = None
         if name not in self._exclude:
-            state = TrackingState(self.folder, name, address_space=address_space(info.format))
+            state = TrackingState(
+                self.folder,
+                name,
+                address_space=address_space(info.format),
+                region_size=region_size(greatest_size(info)),
+            )
         return TrackedDisk(self.folder, info, self, state=state)
 
     def _resume(self) -> None:
         """Continue the generation if every disk allows it; else remember why not, durably."""
         disks = self._tracked()
-        reason, self.recovered = recovery.recover(disks, now_ns=self._clock.now_ns())
+        found = recovery.recover(disks, now_ns=self._clock.now_ns())
+        self.recovered = found.report
         boot = system.boot_id()
-        for _, state in disks:
-            state.update(detached_cleanly=False, boot_id=boot, resync_reason=reason)
+        for disk, state in disks:
+            wider = max(found.scope, state.record.scope)
+            state.update(detached_cleanly=False, boot_id=boot, resync_reason=found.reason, scope=wider)
+            disk.marks_only = found.reason is not None and wider is Scope.REGIONS
         if disks:
             self._generation, self._cycle = disks[0][1].record.generation, disks[0][1].record.cycle
-        if reason is None and self._generation != NOT_TRACKED:
+        self._count_sealed()
+        if found.reason is None and self._generation != NOT_TRACKED:
             with contextlib.suppress(ResyncRequiredError):  # the disks are served all the same
                 self._start_logs()
 
@@ -129,6 +145,8 @@ class TrackedVm:
             for disk, state in self._tracked():
                 disk.drop_logs()
                 system.fsync("detach:image", disk.fd)
+                if state.record.resync_reason is None:
+                    resync.regions_of(disk).clear(HOT)
                 stat = os.fstat(disk.fd)
                 state.update(
                     detached_cleanly=True,
@@ -155,13 +173,15 @@ class TrackedVm:
     def resync_reason(self) -> str | None:
         """Why a resynchronisation is required; None when it is not."""
         reasons = (state.record.resync_reason for _, state in self._tracked())
-        return next((reason for reason in reasons if reason is not None), None)
+        return next((reason for reason in reasons if reason is not None), self._lost)
 
-    def begin(self, generation: bytes) -> None:
+    def begin(self, generation: bytes, scope: Scope = Scope.FULL) -> None:
         """Begin a generation: from one instant on, all writes to all disks are logged, as cycle 1.
 
-        Idempotent for the generation in progress. Earlier logs are given up: a copy is to follow.
-        Raises OSError, ResyncRequiredError.
+        A copy of the given scope is to follow; `resynced` says that the target has it. Logs that the
+        target has not acknowledged are given up; for scope REGIONS what they hold is marked.
+        Idempotent for the generation in progress. Raises OSError, ResyncRequiredError (the scope is too
+        narrow).
         """
         with self._rotation:
             if self.is_logging and self._generation == generation:
@@ -170,28 +190,30 @@ class TrackedVm:
             if not disks:
                 raise NotFoundError(f"{self.name}: every disk is excluded from replication")
             # Until the new generation stands on disk for all disks, a death in here must not leave a
-            # state that looks continuous.
-            for _, state in disks:
-                state.update(resync_reason="a new generation was being begun")
+            # state that looks continuous: the reason stays until then.
             with self.gate:
-                for disk, _ in disks:
-                    disk.drop_logs()
+                self.degrade(self.resync_reason or "a new generation was being begun", full=scope is Scope.FULL)
+            if scope is Scope.REGIONS and resync.scope(disks) is not Scope.REGIONS:
+                raise ResyncRequiredError(f"{self.name}: the marked regions are not enough: {self.resync_reason}")
             for disk, _ in disks:
                 disk.drop_retired()
                 disk.drop_strays()
-            for _, state in disks:
-                state.update(
-                    generation=generation,
-                    cycle=0,
-                    digest=bytes(16),
-                    unique_id=bytes(16),
-                    disk_count=len(disks),
-                )
-            spool.clear(self.folder)
+            resync.begin(disks, generation, scope)
             self._generation, self._cycle = generation, 0
+            self._count_sealed()
             self._start_logs()
             for _, state in disks:
                 state.update(resync_reason=None)
+            self._lost = None
+
+    def resynced(self, generation: bytes) -> None:
+        """The target has the copy that began `generation`. Idempotent. Raises OSError, UsageError."""
+        with self._rotation:
+            if generation != self._generation:
+                raise UsageError(f"{self.name}: generation {generation.hex()} is not the one in progress")
+            with self.gate:
+                if any(state.record.resyncing for _, state in self._tracked()):
+                    resync.finish(self._tracked())
 
     def rotate(self) -> Rotation:
         """Seal the cycle in progress. When this returns, its logs are durable and in the spool.
@@ -252,21 +274,44 @@ class TrackedVm:
         except OSError as error:
             self._give_up(f"a log could not be sealed: {error.strerror}")
         self._cycle += 1
+        self._count_sealed()
+        with self.gate:
+            self._settle()
         if self.is_logging:
             with contextlib.suppress(OSError):  # tried again, in earnest, when the next rotation needs it
                 for disk, _ in disks:
                     disk.prepare(generation=self._generation, cycle=self._cycle + 2)
 
-    def degrade(self, reason: str) -> None:
-        """Stop logging for all disks, durably; the guest's writes go on. Caller holds the gate."""
-        for disk, state in self._tracked():
-            try:
-                state.update(resync_reason=reason)
-            except OSError:
-                # With neither log nor mark the disk would look whole at the next attach; without a
-                # state file it looks new, which means a full copy as well.
-                system.unlink("state:give-up", state.path, missing_ok=True)
-            disk.drop_logs()
+    def _settle(self) -> None:
+        """Log and image of all disks are durable up to the last switch. Caller holds the gate."""
+        try:
+            for disk, _ in self._tracked():
+                if disk.log is not None:
+                    resync.regions_of(disk).settle()
+        except OSError as error:
+            self.degrade(f"a region map could not be written: {error.strerror}")
+
+    def degrade(self, reason: str, *, full: bool = False) -> None:
+        """Stop logging for all disks, durably; the guest's writes go on, and mark their regions unless
+        a full resynchronisation is required anyhow. Caller holds the gate."""
+        self._lost = reason
+        scope = resync.lose_logs(self._tracked(), reason, full=full)
+        for disk, _ in self._tracked():
+            disk.marks_only = scope is Scope.REGIONS
+
+    def over_budget(self) -> str | None:
+        """Why the logs must not grow any more; None while they may. Caller holds the gate."""
+        disks = [disk for disk, _ in self._tracked()]
+        active = sum(disk.log.stored for disk in disks if disk.log is not None)
+        capacity = sum(max(disk.capacity, disk.size()) for disk in disks)
+        if self._sealed_bytes + active <= self._hard_limit * capacity:
+            return None
+        return f"the logs that the target has not taken have reached {self._hard_limit:.0%} of the disks' size"
+
+    def _count_sealed(self) -> None:
+        """Look at what waits in the spool. A log that cannot be read is the shipper's to complain of."""
+        with contextlib.suppress(HvfuseError):
+            self._sealed_bytes = sum(log.header.stored_bytes for log in spool.list_logs(self.folder))
 
     def _give_up(self, reason: str) -> NoReturn:
         with self.gate:
@@ -286,8 +331,24 @@ class TrackedVm:
     def release(self, generation: bytes, cycle: int) -> None:
         """Recycle the sealed logs of `generation` up to `cycle`, and those of all other generations."""
         with self._rotation:
+            if generation == self._generation:
+                resync.acknowledge(self._tracked(), cycle)
             cycles = spool.list_cycles(self.folder)
             spool.release([c for c in cycles if c.generation != generation or c.cycle <= cycle])
+            self._count_sealed()
+
+    def regions(self) -> dict[str, Any]:
+        """What has to be compared with the replica, for the control socket: offsets and lengths in bytes."""
+        with self.gate:
+            disks = self._tracked()
+            scope = resync.scope(disks)
+            return {
+                "scope": resync.status(disks)["resync_scope"],
+                "disks": [
+                    {"disk_id": state.record.disk_id.hex(), "extents": resync.extents(disk, scope)}
+                    for disk, state in disks
+                ],
+            }
 
     def _tracked(self) -> list[tuple[TrackedDisk, TrackingState]]:
         return [(disk, disk.state) for disk in self.disks.values() if disk.state is not None]
@@ -300,6 +361,7 @@ class TrackedVm:
             "generation": self._generation.hex() if self._generation != NOT_TRACKED else None,
             "cycle": self._cycle + 1,
             "resync_required": self.resync_reason,
+            **resync.status(self._tracked()),
             "recovered": self.recovered,
             "untracked": sorted(present - set(self.disks)),
             "excluded": sorted(name for name, disk in self.disks.items() if disk.state is None),
@@ -312,6 +374,7 @@ class TrackedVm:
                     "log_bytes": disk.log.size if disk.log is not None else 0,
                     "log_entries": disk.log.entry_count if disk.log is not None else 0,
                     "open_handles": disk.open_handles,
+                    "resync_bytes": sum(length for _, length in resync.extents(disk, resync.scope(self._tracked()))),
                 }
                 for disk, state in self._tracked()
             ],

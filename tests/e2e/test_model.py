@@ -135,7 +135,7 @@ class Machine(RuleBasedStateMachine):
         self.attach()
 
     def attach(self) -> None:
-        self.vm = TrackedVm("vm", self.folder, clock=self.clock)
+        self.vm = TrackedVm("vm", self.folder, hard_limit=1000, clock=self.clock)
         self.vm.attach()
         self.replica = LocalReplica(self.store, "vm")
         self.replication = Replication(

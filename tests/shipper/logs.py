@@ -91,7 +91,7 @@ class Disk:
             generation=generation, cycle=cycle, serial=self.serial, first_seq=first, disk_id=self.disk_id,
             previous_digest=self.digest, previous_size=self.previous_size, start_size=self.start_size,
             end_size=len(self.image), eol=len(payload), opened_ns=0, sealed_ns=sealed_ns,
-            disk_count=disk_count, address_space=AddressSpace.LOGICAL, flags=0,
+            disk_count=disk_count, address_space=AddressSpace.LOGICAL, flags=0, stored_bytes=0,
             entries_digest=xxhash.xxh3_128_digest(body),
         )  # fmt: skip
         with open(os.path.join(folder, spool.log_name(self.name, self.serial)), "wb") as file:
