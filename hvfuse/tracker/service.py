@@ -25,20 +25,24 @@ from hvfuse.errors import UsageError
 from hvfuse.formats.tracking import Scope
 from hvfuse.mountpoint import check_mountpoint, clear_dead_mount, stop, unmount
 from hvfuse.tracker.mount import serve
-from hvfuse.tracker.vm import TrackedVm
+from hvfuse.tracker.vm import HARD_LIMIT, TrackedVm
 
 SOCKET_NAME = "tracker.sock"
 
 
-def run_tracker(*, vm: str, folder: str, mountpoint: str, state_dir: str, exclude: frozenset[str]) -> None:
+def run_tracker(
+    *, vm: str, folder: str, mountpoint: str, state_dir: str, exclude: frozenset[str], hard_limit: float = HARD_LIMIT
+) -> None:
     """Serve one VM until it is unmounted or told to stop. Blocks; belongs in the main thread.
+
+    `hard_limit`: part of the disks' size that logs may take before they are given up.
 
     Raises NotFoundError, BusyError, CorruptError, UnsupportedError or PrerequisiteError before
     anything is mounted.
     """
     clear_dead_mount(mountpoint)
     check_mountpoint(mountpoint)
-    tracked = TrackedVm(vm, folder, exclude=exclude)
+    tracked = TrackedVm(vm, folder, exclude=exclude, hard_limit=hard_limit)
     tracked.attach()
     control = TrackerControl(tracked, mountpoint)
     listener: wire.Listener | None = None
