@@ -51,7 +51,8 @@ def digest_blocks(data: Buffer, seed: int) -> Digests:
 
 def differ(ours: Digests, theirs: Digests) -> NDArray[np.bool_]:
     """Which blocks are not the same; shape (n,)."""
-    return np.not_equal(ours, theirs).any(axis=1)
+    found: NDArray[np.bool_] = (ours != theirs).any(axis=1)
+    return found
 
 
 def touched_blocks(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -8,19 +8,24 @@ The first copy of a VM that has no recovery points goes straight into the replic
 frames count as held only once they are durable there. Meanwhile there is no position.
 
 A COPY that says no `previous` is whole: what its frames do not cover is zeroes, whatever an earlier copy
-had there. One that names the replica's position lies over what that has (differences only).
+had there. One that names the replica's position lies over what that has (differences only), and over zeroes
+for a disk that the replica does not know yet. While it is open, digests tell what it lies over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hvfuse.errors import BusyError, CorruptError, HvfuseError, ResyncRequiredError
+from hvfuse.extent import Extent
+from hvfuse.formats.digests import Digests
 from hvfuse.frames import Fill, Frame, unpack_header
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint
 from hvfuse.position import Position, PositionMismatchError
 from hvfuse.target import cycles, schema
 from hvfuse.target.admission import admit_frame, check_manifest, check_name
+from hvfuse.target.digests import HeldBlocks
 from hvfuse.target.environment import Txn
 from hvfuse.target.images import ReplicaImages
 from hvfuse.target.index import enter
@@ -63,6 +68,7 @@ class LocalReplica:
         self._vm = vm
         self._open: StagingRecord | None = None
         self._images: ReplicaImages | None = None
+        self._blocks: HeldBlocks | None = None
         # Frames of a direct copy that are in the images, but not yet durably, and what they stand for.
         self._pending: set[int] = set()
         self._pending_bytes = 0
@@ -75,6 +81,9 @@ class LocalReplica:
         if self._images is not None:
             self._images.close()
             self._images = None
+        if self._blocks is not None:
+            self._blocks.close()
+            self._blocks = None
 
     def position(self) -> Position | None:
         """Where the replica stands; None before its first copy was committed."""
@@ -107,6 +116,9 @@ class LocalReplica:
             if not held:
                 with self._images.lock():
                     self._images.blank(disk.name for disk in staging.disks)
+        if staging is not None and staging.kind is CycleKind.COPY and staging.previous is not None:
+            numbers = {disk.disk_id: disk.number for disk in staging.disks}
+            self._blocks = HeldBlocks(self._store, self._vm, numbers)
         return held
 
     def _begin(self, txn: Txn, manifest: CycleManifest) -> tuple[StagingRecord | None, frozenset[int]]:
@@ -138,11 +150,11 @@ class LocalReplica:
         """Note that a cycle is begun, and how: straight into the images if nobody can read them."""
         whole = manifest.previous is None
         direct = whole and not any(self._store.scan_points(txn, vm)) and not self._is_pinned(txn)
-        if whole:
-            numbers = {disk.disk_id: vm.next_disk + at for at, disk in enumerate(manifest.disks)}
-            vm = replace(vm, next_disk=vm.next_disk + len(numbers))
-        else:
-            numbers = self._known_disks(vm, manifest)
+        numbers = {} if whole else self._known_disks(vm, manifest)
+        for disk in manifest.disks:
+            if disk.disk_id not in numbers:
+                numbers[disk.disk_id] = vm.next_disk
+                vm = replace(vm, next_disk=vm.next_disk + 1)
         if direct:
             cycles.drop_frames(txn, self._env, vm, first=0, last=vm.head_seq)
             cycles.drop_records(txn, self._env, vm, before=vm.head_seq + 1)
@@ -164,14 +176,28 @@ class LocalReplica:
         return any(pin.vm == self._vm for pin in self._store.scan_pins(txn))
 
     def _known_disks(self, vm: VmRecord, manifest: CycleManifest) -> dict[bytes, int]:
-        """The numbers of the manifest's disks, which continue those of the replica."""
+        """The numbers of those of the manifest's disks that continue disks of the replica: all of a cycle's."""
         known = {(disk.disk_id, disk.name): disk.number for disk in vm.disks}
         for disk in manifest.disks:
-            if (disk.disk_id, disk.name) not in known:
+            if manifest.kind is CycleKind.DELTA and (disk.disk_id, disk.name) not in known:
                 raise ResyncRequiredError(
                     f"{self._vm}: the replica has no copy of disk {disk.name}; its log alone does not make one"
                 )
-        return {disk.disk_id: known[disk.disk_id, disk.name] for disk in manifest.disks}
+        found = ((disk.disk_id, known.get((disk.disk_id, disk.name))) for disk in manifest.disks)
+        return {disk_id: number for disk_id, number in found if number is not None}
+
+    def extent(self, disk_id: bytes) -> int:
+        """See `Replica`: of a disk of the open COPY."""
+        return self._held_blocks().extent(disk_id)
+
+    def digests(self, disk_id: bytes, extents: Sequence[Extent], seed: int) -> Digests:
+        """See `Replica`: of a disk of the open COPY. For any thread."""
+        return self._held_blocks().digests(disk_id, extents, seed)
+
+    def _held_blocks(self) -> HeldBlocks:
+        if self._blocks is None:
+            raise HvfuseError(f"{self._vm}: no copy of differences is open")
+        return self._blocks
 
     def put(self, frame: bytes) -> None:
         """Stage one encoded frame of the open cycle. Verified before it is kept.
