@@ -2,6 +2,7 @@
 
     DISK.0000000017.hrl    the log with serial 17: active, standby or sealed
     DISK.0000000017.hrc    its companion index; there only once the log is sealed
+    DISK.0000000017.c.hrl  a compacted log: what that log and some before it come to, newest write wins
     DISK.spare0.hrl        an acknowledged log that waits to be overwritten by a coming one
     DISK.hvt               the tracking state
     DISK.hvt0, DISK.hvt1   the index maps of the active log and of the one being sealed or standing by
@@ -11,6 +12,13 @@ These names are reserved: the mount neither shows nor accepts them.
 A cycle is whole when as many sealed logs carry its (generation, cycle) as each of them says that
 there are (`disk_count`). Releasing a log removes the companion first: a log without a companion that
 is not in use by the tracker is rubbish, never data.
+
+While the target is away, the shipper may replace whole cycles by one compacted log for each disk. The
+companion says which of the two logs of its serial it describes (its flag "compacted"); the other one is
+rubbish. Companions are replaced by renaming, disk by disk, and what they replaced is released only
+afterwards. So a death in between leaves cycles that overlap: one disk's log of a cycle may go back further
+than another's, and cycles that it stands for may still be there, wholly or in part. All of that can be
+shipped: a compacted log gives the same disk on any of the states that it went through.
 """
 
 from __future__ import annotations
@@ -30,14 +38,22 @@ SPARES_KEPT = 2
 SPARE_SIZE = 1 << 30
 """Bytes; what a longer spare is cut to."""
 
-_RESERVED = re.compile(rb"^.+\.(?:\d{10}\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)\Z", re.DOTALL)
+_RESERVED = re.compile(
+    rb"^.+\.(?:\d{10}(?:\.c)?\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)\Z", re.DOTALL
+)
 _COMPANION = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrc\Z", re.DOTALL | re.ASCII)
+_COMPACTED = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.c\.hrl\Z", re.DOTALL | re.ASCII)
 _LOG = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrl\Z", re.DOTALL | re.ASCII)
 
 
 def log_name(disk: str, serial: int) -> str:
     """Name of a log that is not a spare."""
     return f"{disk}.{serial:010d}.hrl"
+
+
+def compacted_name(disk: str, serial: int) -> str:
+    """Name of a log that stands for several, the last of which has the serial."""
+    return f"{disk}.{serial:010d}.c.hrl"
 
 
 def companion_name(disk: str, serial: int) -> str:
@@ -76,8 +92,9 @@ class SealedLog:
 
     @property
     def log_path(self) -> str:
-        """Path of the `.hrl`."""
-        return os.path.join(self.folder, log_name(self.disk, self.serial))
+        """Path of the `.hrl` that the companion describes."""
+        name = compacted_name if self.header.is_compacted else log_name
+        return os.path.join(self.folder, name(self.disk, self.serial))
 
     @property
     def companion_path(self) -> str:
@@ -111,9 +128,19 @@ class SealedCycle:
         return max(log.header.sealed_ns for log in self.logs)
 
     @property
+    def first_cycle(self) -> int:
+        """The first cycle that all logs stand for; `cycle` itself unless they were compacted."""
+        return max(log.header.first_cycle for log in self.logs)
+
+    @property
     def log_bytes(self) -> int:
         """Logical bytes of the logs."""
         return sum(log.header.eol for log in self.logs)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of payload in the logs."""
+        return sum(log.header.stored_bytes for log in self.logs)
 
 
 def read_companion(path: str) -> tuple[CompanionHeader, Entries]:
@@ -162,7 +189,9 @@ def release(cycles: Sequence[SealedCycle]) -> None:
     for cycle in cycles:
         for log in cycle.logs:
             system.unlink("spool:release", log.companion_path, missing_ok=True)
-            discard_log(log.folder, log.disk, log.log_path)
+            discard_logs(log.folder, log.disk, log.serial)
+    for folder in {log.folder for cycle in cycles for log in cycle.logs}:
+        _drop_stray_compacted(folder)
 
 
 def clear(folder: str) -> None:
@@ -171,7 +200,23 @@ def clear(folder: str) -> None:
         match = _COMPANION.match(name)
         if match is not None:
             system.unlink("spool:clear", os.path.join(folder, name), missing_ok=True)
-            discard_log(folder, match["disk"], os.path.join(folder, log_name(match["disk"], int(match["serial"]))))
+            discard_logs(folder, match["disk"], int(match["serial"]))
+    _drop_stray_compacted(folder)
+
+
+def _drop_stray_compacted(folder: str) -> None:
+    """Remove the compacted logs that a release or a compaction left behind when it died."""
+    names = set(os.listdir(folder))
+    for name in sorted(names):
+        match = _COMPACTED.match(name)
+        if match is not None and companion_name(match["disk"], int(match["serial"])) not in names:
+            system.unlink("spool:remove", os.path.join(folder, name), missing_ok=True)
+
+
+def discard_logs(folder: str, disk: str, serial: int) -> None:
+    """Recycle or remove the logs of a serial whose companion is gone."""
+    for name in (log_name(disk, serial), compacted_name(disk, serial)):
+        discard_log(folder, disk, os.path.join(folder, name))
 
 
 def discard_log(folder: str, disk: str, path: str) -> None:

@@ -107,10 +107,9 @@ class TrackerSource:
             path = os.path.join(self._folder, name)
             if not name.endswith(".hrc") or not spool.is_reserved(name) or _is_readable(path):
                 continue
-            log = name.removesuffix(".hrc")
             system.unlink("spool:discard", path, missing_ok=True)
-            disk = log.rpartition(".")[0]
-            spool.discard_log(self._folder, disk, os.path.join(self._folder, f"{log}.hrl"))
+            disk, serial = name.removesuffix(".hrc").rsplit(".", 1)
+            spool.discard_logs(self._folder, disk, int(serial))
             _log.warning("%s: damaged, discarded", path)
             discarded.append(path)
         return discarded

@@ -124,7 +124,7 @@ def _catch_up_with_companions(disk: TrackedDisk, state: TrackingState) -> None:
     for log in spool.list_logs(disk.folder):
         header = log.header
         if log.disk == disk.name and header.generation == state.record.generation and header.cycle > state.record.cycle:
-            log.entries()
+            header, _ = spool.read_companion(log.companion_path)  # verified; perhaps compacted since it was listed
             disk.note_sealed(header)
 
 

@@ -84,7 +84,12 @@ def _mark_lost(disks: list[Tracked]) -> None:
         regions.mark_hot_dirty()
         for log in spool.list_logs(disk.folder):
             if log.disk == disk.name and log.header.generation == state.record.generation:
-                regions.mark_entries(log.entries())
+                try:
+                    _, entries = spool.read_companion(log.companion_path)
+                except FileNotFoundError:
+                    # Compacted since it was listed: a later log, which is still to be read, holds it too.
+                    continue
+                regions.mark_entries(entries)
         regions.save()
 
 
