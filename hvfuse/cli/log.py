@@ -13,12 +13,13 @@ from typing import Any
 import click
 
 from hvfuse import spool
-from hvfuse.cli.output import bytes_text, emit_json, json_option, note, time_text
+from hvfuse.cli.output import emit_json, json_option, note, time_text
 from hvfuse.errors import HvfuseError, UnsupportedError, UsageError
 from hvfuse.formats import hrl
 from hvfuse.formats.companion import AddressSpace, CompanionHeader, Entries, Kind
 from hvfuse.formats.hrl_reader import LogEntry, LogReader, open_log, replay
 from hvfuse.formats.image import Image, ImageFormat, named, open_image, probe
+from hvfuse.words import bytes_text
 
 _FLAT_FORMATS = (ImageFormat.RAW, ImageFormat.VHD_FIXED)
 """Images in which the disk's byte n is the file's byte n."""

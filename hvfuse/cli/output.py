@@ -40,18 +40,6 @@ def is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
-def bytes_text(count: int) -> str:
-    """A size in words: "0 B", "512 B", "1.5 KiB", "20 GiB"."""
-    if count < 1024:
-        return f"{count} B"
-    size = float(count)
-    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        size /= 1024
-        if size < 1023.95 or unit == "PiB":
-            break
-    return f"{size:.1f} {unit}".replace(".0 ", " ")
-
-
 def duration_text(seconds: float) -> str:
     """A span of time in words: "0.4 s", "12 s", "3 min 5 s", "2 h 10 min", "3 d 4 h"."""
     if seconds < 9.95:

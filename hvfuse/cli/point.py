@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hvfuse.cli.output import bytes_text, emit_json, json_option, time_text
+from hvfuse.cli.output import emit_json, json_option, time_text
 from hvfuse.cli.store import store_path
+from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvfuse.cli.main import Session
-from hvfuse.cli.output import bytes_text, duration_text, emit_json, json_option, time_text
+from hvfuse.cli.output import duration_text, emit_json, json_option, time_text
 from hvfuse.cli.wiring import point_counter
 from hvfuse.control.records import Records, VmRecord
 from hvfuse.control.status import Health, VmStatus, vm_status
 from hvfuse.control.supervisor import find_vms
 from hvfuse.errors import NotFoundError
+from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hvfuse.cli.output import bytes_text, emit_json, json_option, note, time_text
+from hvfuse.cli.output import emit_json, json_option, note, time_text
 from hvfuse.errors import CorruptError
+from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
     from hvfuse.target.usage import StoreUsage, VmUsage

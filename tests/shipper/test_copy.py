@@ -5,8 +5,9 @@ import pytest
 from hvfuse import frames
 from hvfuse.errors import UnsupportedError
 from hvfuse.position import NO_DIGEST, Position
-from hvfuse.shipper import copy as copy_module
-from hvfuse.shipper.copy import GROUP, MAX_DISK, SLOT, SLOTS, copy
+from hvfuse.shipper import slots
+from hvfuse.shipper.copy import copy
+from hvfuse.shipper.slots import GROUP, MAX_DISK, SLOT, SLOTS
 from hvfuse.shipper.source import SourceDisk
 from hvfuse.system import SystemClock
 
@@ -74,8 +75,8 @@ def test_an_empty_disk_of_many_terabytes_takes_one_small_frame_for_each_group(tm
 
 
 def test_killed_at_every_put_and_resumed_no_number_is_sent_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(copy_module, "GROUP", 2 * SLOT)
-    monkeypatch.setattr(copy_module, "SLOTS", 2)
+    monkeypatch.setattr(slots, "GROUP", 2 * SLOT)
+    monkeypatch.setattr(slots, "SLOTS", 2)
     disks = [
         image(tmp_path, "a.raw", 5 * SLOT, (0, b"1"), (3 * SLOT, b"2"), (4 * SLOT, b"3")),
         image(tmp_path, "b.raw", 2 * SLOT, (SLOT, b"4")),
@@ -143,6 +144,6 @@ def test_progress_may_stop_the_copy_which_then_resumes(tmp_path):
 
 def test_disks_for_which_the_numbers_do_not_suffice_are_refused(tmp_path):
     disk = SourceDisk(name="a.raw", disk_id=bytes(16), format="raw", size=MAX_DISK + 1, log_bytes=0)
-    assert MAX_DISK > 127 << 40 and MAX_DISK // GROUP * (SLOTS + 1) <= copy_module.NUMBERS_PER_DISK
+    assert MAX_DISK > 127 << 40 and MAX_DISK // GROUP * (SLOTS + 1) <= slots.NUMBERS_PER_DISK
     with pytest.raises(UnsupportedError):
         run(tmp_path, [disk], MemoryReplica())

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from hvfuse.frames import unpack_header
-from hvfuse.shipper import copy as copy_module
+from hvfuse.shipper import slots
 from hvfuse.shipper.replication import ShippingPolicy
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import TrackerSource
@@ -118,8 +118,8 @@ def survives(host: StoredHost, *, seed: int) -> bool:
 
 
 def test_a_resync_leaves_the_older_points_as_they_were(host, monkeypatch):
-    monkeypatch.setattr(copy_module, "SLOT", 1 << 18)
-    monkeypatch.setattr(copy_module, "GROUP", copy_module.SLOTS << 18)
+    monkeypatch.setattr(slots, "SLOT", 1 << 18)
+    monkeypatch.setattr(slots, "GROUP", slots.SLOTS << 18)
     dice = random.Random(3)
     shipper = host.shipper()
     were = {}
