@@ -73,7 +73,9 @@ class CycleManifest:
 
     `previous` is the position that this cycle continues (None for a copy). `sealed_ns` is the
     barrier's instant, ns since 1970: the time of the recovery point. `first_seq`…: none; the order of
-    cycles is their number and nothing else.
+    cycles is their number and nothing else. `made_from`: 16 bytes that tell apart the same cycle's frames
+    when they are made from other logs than its own and those before it (compacted ones), and so are cut
+    differently: what is staged under one value is of no use under another. Zeroes otherwise.
     """
 
     vm: str
@@ -84,6 +86,7 @@ class CycleManifest:
     sealed_ns: int
     disks: tuple[DiskManifest, ...]
     consistency: Consistency = Consistency.CRASH
+    made_from: bytes = NO_DIGEST
 
     def position(self) -> Position:
         """Where a replica stands once it has this cycle."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from hvfuse.position import NO_DIGEST, Position
-from hvfuse.shipper.cycle import previous_position
+from hvfuse.shipper.cycle import continued_position
 from hvfuse.shipper.source import SourceStatus
 from hvfuse.spool import SealedCycle
 
@@ -34,11 +34,17 @@ class Decision:
 
 
 def pending(position: Position, cycles: Sequence[SealedCycle]) -> list[SealedCycle]:
-    """The whole sealed cycles that follow a position without a gap, oldest first."""
-    numbered = {c.cycle: c for c in cycles if c.generation == position.generation and c.is_whole}
+    """The whole sealed cycles that follow a position without a gap, oldest first.
+
+    Where cycles and the one that they were compacted into are both there, all of them.
+    """
+    whole = [c for c in cycles if c.generation == position.generation and c.is_whole]
     found: list[SealedCycle] = []
-    while (cycle := numbered.get(position.cycle + len(found) + 1)) is not None:
-        found.append(cycle)
+    reached = position.cycle
+    for cycle in sorted(whole, key=lambda cycle: cycle.cycle):
+        if cycle.first_cycle <= reached + 1 <= cycle.cycle:
+            found.append(cycle)
+            reached = cycle.cycle
     return found
 
 
@@ -65,9 +71,9 @@ def _gap(base: Position, found: Sequence[SealedCycle], *, sealed: int) -> str:
     """
     if base.cycle > sealed:
         return f"the replica is at cycle {base.cycle}, ahead of the disks, which are at {sealed}"
-    reached = base.cycle + len(found)
+    reached = found[-1].cycle if found else base.cycle
     if reached < sealed - 1:
         return f"the logs of cycle {reached + 1} are missing"
-    if found and previous_position(found[0]) != base:
+    if found and continued_position(found[0], base) != base:
         return f"the logs of cycle {base.cycle + 1} do not continue what the replica holds"
     return ""

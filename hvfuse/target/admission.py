@@ -40,7 +40,7 @@ def check_manifest(manifest: CycleManifest) -> None:
     if not 0 < len(manifest.disks) == len(ids) == len(names) <= MAX_DISKS:
         raise CorruptError(f"{manifest.vm}: a manifest without disks, with too many, or with one twice")
     is_copy = manifest.kind is CycleKind.COPY
-    if len(manifest.generation) != 16 or not 0 <= manifest.sealed_ns <= _MAX_U63:
+    if len(manifest.generation) != 16 or len(manifest.made_from) != 16 or not 0 <= manifest.sealed_ns <= _MAX_U63:
         raise CorruptError(f"{manifest.vm}: manifest is out of bounds")
     if (manifest.cycle == 0) != is_copy or not 0 <= manifest.cycle <= _MAX_U63:
         raise CorruptError(f"{manifest.vm}: cycle {manifest.cycle} cannot be a {manifest.kind.value}")

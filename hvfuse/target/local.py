@@ -167,6 +167,7 @@ class LocalReplica:
             generation=manifest.generation,
             cycle=manifest.cycle,
             previous=manifest.previous,
+            made_from=manifest.made_from,
             disks=tuple(DiskRecord.of(disk, numbers[disk.disk_id]) for disk in manifest.disks),
         )
         txn.put(schema.u32(vm.id), staging.pack(), db=self._env.db(schema.STAGING))
@@ -391,7 +392,7 @@ def _is_same(staging: StagingRecord, manifest: CycleManifest) -> bool:
     """Whether frames staged for one belong to the other: a COPY may give other sizes and another time."""
 
     def identity(cycle: StagingRecord | CycleManifest) -> tuple[object, ...]:
-        return (cycle.kind, cycle.generation, cycle.cycle, cycle.previous)
+        return (cycle.kind, cycle.generation, cycle.cycle, cycle.previous, cycle.made_from)
 
     is_copy = manifest.kind is CycleKind.COPY
     return identity(staging) == identity(manifest) and {

@@ -372,6 +372,7 @@ class StagingRecord:
     generation: bytes
     cycle: int
     previous: Position | None
+    made_from: bytes
     disks: tuple[DiskRecord, ...]
 
     def pack(self) -> bytes:
@@ -384,6 +385,7 @@ class StagingRecord:
                 "generation": self.generation.hex(),
                 "cycle": self.cycle,
                 "previous": _position_json(self.previous),
+                "made_from": self.made_from.hex(),
                 "disks": [_disk_json(disk) for disk in self.disks],
             }
         )
@@ -394,6 +396,7 @@ class StagingRecord:
         fields = _unpack_record(raw, "the record of an unfinished cycle")
         fields["kind"] = CycleKind(fields["kind"])
         fields["generation"] = bytes.fromhex(fields["generation"])
+        fields["made_from"] = bytes.fromhex(fields["made_from"])
         fields["previous"] = _position_of(fields["previous"])
         fields["disks"] = tuple(_disk_of(disk) for disk in fields["disks"])
         return cls(**fields)

@@ -91,7 +91,8 @@ class Disk:
             generation=generation, cycle=cycle, serial=self.serial, first_seq=first, disk_id=self.disk_id,
             previous_digest=self.digest, previous_size=self.previous_size, start_size=self.start_size,
             end_size=len(self.image), eol=len(payload), opened_ns=0, sealed_ns=sealed_ns,
-            disk_count=disk_count, address_space=AddressSpace.LOGICAL, flags=0, stored_bytes=0,
+            disk_count=disk_count, address_space=AddressSpace.LOGICAL, flags=0,
+            stored_bytes=sum(op.length for op in self.ops if op.kind is Kind.WRITE),
             entries_digest=xxhash.xxh3_128_digest(body),
         )  # fmt: skip
         with open(os.path.join(folder, spool.log_name(self.name, self.serial)), "wb") as file:
@@ -192,6 +193,7 @@ class MemoryReplica:
     images: dict[bytes, bytearray] = field(default_factory=dict)
     stands: Position | None = None
     staged_for: tuple[bytes, int] | None = None
+    made_from: bytes = NO_DIGEST
     staged: dict[int, bytes] = field(default_factory=dict)
     all_points: list[RecoveryPoint] = field(default_factory=list)
     puts: list[tuple[bytes, int, int]] = field(default_factory=list)
@@ -208,8 +210,8 @@ class MemoryReplica:
         if manifest.kind is CycleKind.DELTA and manifest.previous != self.stands:
             raise PositionMismatchError(f"the replica stands at {self.stands}", theirs=self.stands)
         key = manifest.generation, manifest.cycle
-        if self.staged_for != key:
-            self.staged_for, self.staged = key, {}
+        if (self.staged_for, self.made_from) != (key, manifest.made_from):
+            self.staged_for, self.made_from, self.staged = key, manifest.made_from, {}
         return frozenset(self.staged)
 
     def put(self, frame: bytes) -> None:
@@ -229,7 +231,7 @@ class MemoryReplica:
         position = manifest.position()
         if self.stands == position:
             return self.all_points[-1] if self.all_points else None
-        assert self.staged_for == (manifest.generation, manifest.cycle)
+        assert (self.staged_for, self.made_from) == ((manifest.generation, manifest.cycle), manifest.made_from)
         if len(self.staged) != frame_count:
             raise CorruptError(f"{len(self.staged)} frames are staged, {frame_count} were promised")
         for disk in manifest.disks:
