@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hvfuse import system
@@ -42,7 +42,8 @@ _RESERVED = re.compile(
     rb"^.+\.(?:\d{10}(?:\.c)?\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)\Z", re.DOTALL
 )
 _COMPANION = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrc\Z", re.DOTALL | re.ASCII)
-_COMPACTED = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.c\.hrl\Z", re.DOTALL | re.ASCII)
+_COMPACTED = re.compile(r"^.+\.\d{10}\.c\.hrl\Z", re.DOTALL | re.ASCII)
+_ANY_LOG = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})(?:\.c)?\.hrl\Z", re.DOTALL | re.ASCII)
 _LOG = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrl\Z", re.DOTALL | re.ASCII)
 
 
@@ -184,32 +185,38 @@ def list_cycles(folder: str) -> list[SealedCycle]:
 def release(cycles: Sequence[SealedCycle]) -> None:
     """Let acknowledged logs go: each becomes a spare, or is removed when there are enough.
 
-    Idempotent; a log that is gone already is no error.
+    Idempotent; a log that is gone already is no error. What an earlier release left half done is finished.
     """
     for cycle in cycles:
         for log in cycle.logs:
             system.unlink("spool:release", log.companion_path, missing_ok=True)
             discard_logs(log.folder, log.disk, log.serial)
     for folder in {log.folder for cycle in cycles for log in cycle.logs}:
-        _drop_stray_compacted(folder)
+        serials = sorted((log.disk, log.serial) for cycle in cycles for log in cycle.logs if log.folder == folder)
+        _drop_strays(folder, dict(serials))
+
+
+def _drop_strays(folder: str, released: Mapping[str, int]) -> None:
+    """Let logs without a companion go whose serial is not above the last released one of their disk. The
+    tracker seals in the order of the serials, so it is not at any of them."""
+    for name in sorted(os.listdir(folder)):
+        match = _ANY_LOG.match(name)
+        if match is not None and int(match["serial"]) <= released.get(match["disk"], -1):
+            companion_path = os.path.join(folder, companion_name(match["disk"], int(match["serial"])))
+            if not os.path.exists(companion_path):
+                discard_log(folder, match["disk"], os.path.join(folder, name))
 
 
 def clear(folder: str) -> None:
     """Let all sealed logs go, whatever they hold, damaged ones too: a whole copy is to follow."""
-    for name in sorted(os.listdir(folder)):
+    names = sorted(os.listdir(folder))
+    for name in names:
         match = _COMPANION.match(name)
         if match is not None:
             system.unlink("spool:clear", os.path.join(folder, name), missing_ok=True)
             discard_logs(folder, match["disk"], int(match["serial"]))
-    _drop_stray_compacted(folder)
-
-
-def _drop_stray_compacted(folder: str) -> None:
-    """Remove the compacted logs that a release or a compaction left behind when it died."""
-    names = set(os.listdir(folder))
-    for name in sorted(names):
-        match = _COMPACTED.match(name)
-        if match is not None and companion_name(match["disk"], int(match["serial"])) not in names:
+    for name in names:
+        if _COMPACTED.match(name) is not None:
             system.unlink("spool:remove", os.path.join(folder, name), missing_ok=True)
 
 

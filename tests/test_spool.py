@@ -168,6 +168,20 @@ def test_a_release_that_died_between_its_steps_leaves_rubbish_and_never_half_a_l
     assert names(tmp_path) == ["a.spare0.hrl"]
 
 
+def test_the_next_release_finishes_one_that_died_and_leaves_younger_logs_alone(tmp_path: Path) -> None:
+    put(tmp_path, "a", 1)
+    put(tmp_path, "a", 2, cycle=2)
+    put(tmp_path, "a", 3, cycle=3)
+    (tmp_path / spool.companion_name("a", 1)).unlink()
+    (tmp_path / spool.log_name("a", 4)).write_bytes(b"active")
+    (tmp_path / spool.log_name("b", 1)).write_bytes(b"active")
+    spool.release(spool.list_cycles(str(tmp_path))[:1])
+    assert names(tmp_path) == [
+        "a.0000000003.hrc", "a.0000000003.hrl", "a.0000000004.hrl", "a.spare0.hrl", "a.spare1.hrl",
+        "b.0000000001.hrl",
+    ]  # fmt: skip
+
+
 def test_a_long_spare_is_cut_and_the_source_of_it_never_counts(tmp_path: Path) -> None:
     put(tmp_path, "a", 1)
     os.truncate(tmp_path / spool.log_name("a", 1), spool.SPARE_SIZE + 4096)
