@@ -28,6 +28,7 @@ import lmdb
 
 from hvfuse.errors import CorruptError, HvfuseError, NoSpaceError, UnsupportedError
 from hvfuse.manifest import ReplicationState
+from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 
 VERSION = 1
@@ -46,7 +47,8 @@ class VmRecord:
     about it. `generation`: hex.
     `cycle`, `point`: the last one that the target has (0 and None: none yet).
     `last_replication_time_ns`: instant of that cycle's barrier, ns since 1970. `progress`: of the copy
-    under way, 0 to 1. `resync_reason`: why one is required.
+    under way, 0 to 1. `resync_reason`: why one is required. `last_copy`: what the last copy or
+    resynchronisation took, as `CopyReport` tells it; "text" says it in words.
     """
 
     state: ReplicationState = ReplicationState.DISABLED
@@ -61,6 +63,7 @@ class VmRecord:
     last_replication_time_ns: int | None = None
     progress: float | None = None
     resync_reason: str | None = None
+    last_copy: dict[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +217,10 @@ class VmRecords:
                 seconds=report.seconds,
             ),
         )
+
+    def copied(self, report: CopyReport) -> None:
+        """Keep the statistics of a committed copy; durable."""
+        self.records.update(self.vm, last_copy=report.as_json())
 
 
 def _vm_key(vm: str) -> bytes:

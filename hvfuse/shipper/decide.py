@@ -1,7 +1,9 @@
 """What has to happen so that logs can continue the replica. Pure.
 
 Logs continue the replica when every cycle after its position, up to the active one, is there, and
-the first of them names the replica's own digest as its predecessor's.
+the first of them names the replica's own digest as its predecessor's. Where they do not, a copy begins a new
+generation: of the regions that the source has marked if that is enough for a replica that stands there, of
+everything otherwise. Either way only differences travel to a replica that has a position.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from enum import Enum
 
 from hvfuse.position import NO_DIGEST, Position
 from hvfuse.shipper.cycle import continued_position
-from hvfuse.shipper.source import SourceStatus
+from hvfuse.shipper.source import ResyncScope, SourceStatus
 from hvfuse.spool import SealedCycle
 
 
@@ -21,16 +23,19 @@ class Action(Enum):
 
     START_COPY = "begin a generation and copy the disks"
     RESUME_COPY = "copy the disks, going on where an earlier copy of this generation ended"
+    ACKNOWLEDGE_COPY = "tell the source that the replica has the copy"
+    SHIP_REST = "bring what was sealed before a resynchronisation became necessary to the replica"
     SHIP = "bring the sealed cycles to the replica"
     NOTHING = "wait for the next cycle"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`reason`: why, in words for an administrator; empty for SHIP and NOTHING."""
+    """`reason`: why there has to be a copy, in words for an administrator. `scope`: what it has to look at."""
 
     action: Action
     reason: str = ""
+    scope: ResyncScope = ResyncScope.FULL
 
 
 def pending(position: Position, cycles: Sequence[SealedCycle]) -> list[SealedCycle]:
@@ -54,13 +59,45 @@ def decide(status: SourceStatus, position: Position | None, cycles: Sequence[Sea
         return Decision(Action.START_COPY, "the disks were never copied")
     joins = position is not None and position.generation == status.generation
     base = position if position is not None and joins else Position(status.generation, 0, NO_DIGEST)
+    if joins and status.resyncing:
+        return Decision(Action.ACKNOWLEDGE_COPY)
     found = pending(base, cycles)
-    broken = status.resync_required or _gap(base, found, sealed=status.cycle - 1)
+    if status.resync_required:
+        return _resync(status, position, found)
+    broken = _gap(base, found, sealed=status.cycle - 1)
+    if broken and joins and base.cycle < status.acknowledged:
+        broken = f"the replica is at cycle {base.cycle} and has had cycle {status.acknowledged}: {_ROLLED_BACK}"
     if broken:
         return Decision(Action.START_COPY, broken)
     if not joins:
-        return Decision(Action.RESUME_COPY, "the copy is not complete")
+        return _not_joined(status, position)
     return Decision(Action.SHIP if found else Action.NOTHING)
+
+
+_ROLLED_BACK = "the store was rolled back to an older copy, or is another one"
+
+
+def _resync(status: SourceStatus, position: Position | None, found: Sequence[SealedCycle]) -> Decision:
+    """The source asks for a resynchronisation. `found`: the cycles that follow `position`."""
+    reason = status.resync_required or ""
+    if position is not None and position.cycle and found and continued_position(found[0], position) == position:
+        return Decision(Action.SHIP_REST, reason)
+    scope = status.scope_for(position)
+    if status.resync_scope is ResyncScope.REGIONS and scope is ResyncScope.FULL:
+        reason += f"; to the replica, at {position or 'no position'}, the marked regions do not apply"
+    return Decision(Action.START_COPY, reason, scope)
+
+
+def _not_joined(status: SourceStatus, position: Position | None) -> Decision:
+    """The replica does not stand in the generation in progress, the logs of which are all there."""
+    where = f"the replica is at {position}" if position else "the replica has no copy of the disks"
+    if not status.resyncing:
+        assert status.generation is not None
+        had = Position(status.generation, status.acknowledged, NO_DIGEST)
+        return Decision(Action.START_COPY, f"{where} and has had {had}: {_ROLLED_BACK}")
+    if status.resync_scope is ResyncScope.REGIONS and status.scope_for(position) is ResyncScope.FULL:
+        return Decision(Action.START_COPY, f"{where}, to which the marked regions do not apply: {_ROLLED_BACK}")
+    return Decision(Action.RESUME_COPY, "the copy is not complete", status.resync_scope or ResyncScope.FULL)
 
 
 def _gap(base: Position, found: Sequence[SealedCycle], *, sealed: int) -> str:

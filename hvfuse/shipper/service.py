@@ -16,6 +16,7 @@ from hvfuse import errors, wire
 from hvfuse.errors import HvfuseError, NoSpaceError, ResyncRequiredError, UnreachableError, UsageError
 from hvfuse.manifest import ReplicationState
 from hvfuse.position import PositionMismatchError
+from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.replication import RESYNC_ERRORS, Records, Replication, ShippingPolicy
@@ -65,6 +66,10 @@ class _Shown:
 
     def cycle(self, report: CycleReport) -> None:
         self._records.cycle(report)
+
+    def copied(self, report: CopyReport) -> None:
+        self.fields = {**self.fields, "last_copy": report.as_json()}
+        self._records.copied(report)
 
 
 class Shipper:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from hvfuse import spool, system, wire
 from hvfuse.errors import CorruptError, HvfuseError, UnreachableError
+from hvfuse.extent import Extent
 from hvfuse.formats import companion
+from hvfuse.position import Position
 from hvfuse.shipper.coalesce import DamagedLogError
 from hvfuse.spool import SealedCycle
 
@@ -21,6 +24,17 @@ ROTATE_TIMEOUT = 600.0
 """Seconds: sealing waits for the disks to sync their logs."""
 
 _log = logging.getLogger(__name__)
+
+
+Regions = Mapping[bytes, Sequence[Extent]]
+"""Disk id to what of the disk has to be compared, ascending and apart."""
+
+
+class ResyncScope(StrEnum):
+    """What has to be compared with the replica before logs can continue it."""
+
+    REGIONS = "regions"
+    FULL = "full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +53,10 @@ class SourceStatus:
     """The tracker's word. `generation`: None before the first one began; `cycle`: of the active logs.
 
     `resync_required`: why the logs cannot tell the difference between disk and replica any more.
+    `resyncing`: the copy that began the generation is not acknowledged (`Source.resynced`). `resync_scope`:
+    of the resynchronisation required or under way, None when there is neither. `resync_bases`: (generation,
+    least cycle) of the replicas for which REGIONS is enough. `acknowledged`: the last cycle of the generation
+    that the target is known to have.
     """
 
     vm: str
@@ -46,6 +64,18 @@ class SourceStatus:
     cycle: int
     resync_required: str | None
     disks: tuple[SourceDisk, ...]
+    resync_scope: ResyncScope | None = None
+    resyncing: bool = False
+    resync_bases: tuple[tuple[bytes, int], ...] = ()
+    acknowledged: int = 0
+
+    def scope_for(self, position: Position | None) -> ResyncScope:
+        """What has to be compared with a replica that stands at `position`."""
+        if self.resync_scope is not ResyncScope.REGIONS or position is None:
+            return ResyncScope.FULL
+        is_ahead = position.generation == self.generation and position.cycle >= self.cycle
+        is_base = any(position.generation == base and position.cycle >= least for base, least in self.resync_bases)
+        return ResyncScope.REGIONS if is_base and not is_ahead else ResyncScope.FULL
 
 
 class Source(Protocol):
@@ -54,8 +84,18 @@ class Source(Protocol):
     def status(self) -> SourceStatus:
         """How the VM's disks stand. Raises UnreachableError when the tracker does not run."""
 
-    def begin(self, generation: bytes) -> SourceStatus:
-        """Begin a generation at one instant for all disks; cycle 1 is active. As `status` otherwise."""
+    def begin(self, generation: bytes, scope: ResyncScope) -> SourceStatus:
+        """Begin a generation at one instant for all disks; cycle 1 is active. A copy of `scope` is to follow.
+
+        Raises ResyncRequiredError when that scope is too narrow. As `status` otherwise.
+        """
+
+    def regions(self) -> Regions:
+        """What has to be compared now. From `begin` to `resynced` it stays the same. As `status` otherwise."""
+
+    def resynced(self, generation: bytes) -> None:
+        """The target has the copy that began the generation, which is the one in progress. Idempotent.
+        As `status` otherwise."""
 
     def rotate(self) -> int:
         """Seal the active cycle and return its number. It, and every one before it, is now durable and
@@ -81,9 +121,22 @@ class TrackerSource:
     def status(self) -> SourceStatus:
         return _status(wire.request(self._socket, "status"))
 
-    def begin(self, generation: bytes) -> SourceStatus:
-        answer = wire.request(self._socket, "begin", timeout=ROTATE_TIMEOUT, generation=generation.hex())
-        return _status(answer)
+    def begin(self, generation: bytes, scope: ResyncScope) -> SourceStatus:
+        asked = {"generation": generation.hex(), "scope": scope.value}
+        return _status(wire.request(self._socket, "begin", timeout=ROTATE_TIMEOUT, **asked))
+
+    def regions(self) -> Regions:
+        answer = wire.request(self._socket, "regions")
+        try:
+            return {
+                bytes.fromhex(disk["disk_id"]): [Extent(int(offset), int(length)) for offset, length in disk["extents"]]
+                for disk in answer["disks"]
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise _nonsense(error) from None
+
+    def resynced(self, generation: bytes) -> None:
+        wire.request(self._socket, "resynced", timeout=ROTATE_TIMEOUT, generation=generation.hex())
 
     def rotate(self) -> int:
         return int(wire.request(self._socket, "rotate", timeout=ROTATE_TIMEOUT)["cycle"])
@@ -128,12 +181,16 @@ def _is_readable(path: str) -> bool:
 
 def _status(answer: wire.Message) -> SourceStatus:
     try:
-        generation = answer["generation"]
+        generation, scope = answer["generation"], answer["resync_scope"]
         return SourceStatus(
             vm=answer["vm"],
             generation=None if generation is None else bytes.fromhex(generation),
             cycle=int(answer["cycle"]),
             resync_required=answer["resync_required"],
+            resync_scope=None if scope is None else ResyncScope(scope),
+            resyncing=bool(answer["resyncing"]),
+            resync_bases=tuple((bytes.fromhex(base), int(least)) for base, least in answer["resync_bases"]),
+            acknowledged=int(answer["acknowledged"]),
             disks=tuple(
                 SourceDisk(
                     name=disk["name"],
@@ -146,4 +203,8 @@ def _status(answer: wire.Message) -> SourceStatus:
             ),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UnreachableError(f"the tracker's answer makes no sense: {error!r}") from None
+        raise _nonsense(error) from None
+
+
+def _nonsense(error: Exception) -> UnreachableError:
+    return UnreachableError(f"the tracker's answer makes no sense: {error!r}")

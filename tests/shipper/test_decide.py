@@ -56,6 +56,7 @@ def test_what_happens_follows_from_where_both_sides_stand(source, position, kept
         position = Position(b"O" * 16, 7, b"d" * 16)
     elif position is not None:
         position = at(source, position)
+    source.resyncing = position is None or position.generation != GENERATION
     assert decide(source.status(), position, cycles).action is expected
 
 

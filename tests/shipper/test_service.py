@@ -15,6 +15,7 @@ from hvfuse.errors import (
     UsageError,
 )
 from hvfuse.manifest import ReplicationState
+from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.replication import ShippingPolicy
 from hvfuse.shipper.service import Shipper, StoppedError
@@ -47,6 +48,7 @@ class Kept:
     fields: dict = field(default_factory=dict)
     states: list = field(default_factory=list)
     reports: list[CycleReport] = field(default_factory=list)
+    copies: list[CopyReport] = field(default_factory=list)
 
     def update(self, **fields: object) -> None:
         self.fields.update(fields)
@@ -56,6 +58,9 @@ class Kept:
 
     def cycle(self, report: CycleReport) -> None:
         self.reports.append(report)
+
+    def copied(self, report: CopyReport) -> None:
+        self.copies.append(report)
 
 
 @dataclass
