@@ -64,10 +64,11 @@ class Differences:
         progress: Progress,
     ) -> None:
         # What was cut off a disk is compared, too: it would be seen again if the disk grew.
-        self.ends = [round_up(max(disk.size, replica.extent(disk.disk_id)), BLOCK) for disk in disks]
+        held = [max(disk.size, replica.extent(disk.disk_id)) for disk in disks]
+        self.ends = [round_up(end, BLOCK) for end in held]
         self._extents = {
             disk.disk_id: _to_compare(disk, None if regions is None else regions.get(disk.disk_id, ()), end)
-            for disk, end in zip(disks, self.ends, strict=True)
+            for disk, end in zip(disks, held, strict=True)
         }
         self._total = sum(_length(self._extents[disk.disk_id], disk.size) for disk in disks)
         self._replica = replica
@@ -90,13 +91,10 @@ class Differences:
 
     def copy_group(self, group: Group) -> None:
         """Compare what is wanted of a group and not held, send what differs, and close the group."""
-        wanted = {
-            slot: extents
-            for slot, extents in _by_slot(self._extents[group.disk.disk_id], group).items()
-            if group.first + slot not in self._outlet.held
-        }
-        if not wanted:
+        by_slot = _by_slot(self._extents[group.disk.disk_id], group)
+        if not by_slot:
             return
+        wanted = {slot: runs for slot, runs in by_slot.items() if group.first + slot not in self._outlet.held}
         with contextlib.closing(self._pool.make(self._jobs(group, wanted))) as all_made:
             for made in all_made:
                 if made.frame:
@@ -191,7 +189,8 @@ class Differences:
 
 
 def _to_compare(disk: SourceDisk, regions: Sequence[Extent] | None, end: int) -> list[Extent]:
-    """The blocks to be compared, ascending; `regions` None: all of them before `end`."""
+    """The blocks to be compared, ascending; `regions` None: all of them. `end`: of the disk, or of what the
+    replica has of it if that is more."""
     if regions is None:
         return aligned([Extent(0, end)], end=end)
     inside = [
@@ -199,7 +198,7 @@ def _to_compare(disk: SourceDisk, regions: Sequence[Extent] | None, end: int) ->
         for region in regions
         if region.offset < disk.size
     ]
-    return aligned([*inside, Extent(disk.size, max(0, end - disk.size))], end=end)
+    return aligned([*inside, Extent(disk.size, end - disk.size)], end=end)
 
 
 def _by_slot(extents: Sequence[Extent], group: Group) -> Wanted:
