@@ -39,6 +39,8 @@ def replicate(session: Session, vm: str, as_json: bool) -> None:
     if as_json:
         emit_json({name: report[name] for name in _FIELDS})
         return
+    for told in report.get("notes", ()):
+        click.echo(f"{vm}: {told}")
     click.echo(
         f"{vm}: recovery point {report['point']}, cycle {report['cycle']}: "
         f"{bytes_text(report['bytes_logged'])} logged, {bytes_text(report['bytes_coalesced'])} after coalescing, "

@@ -77,7 +77,7 @@ class VmStatus:
     """What there is to say of a VM now.
 
     `rpo_seconds`: age of what the target has, None when unknown. `pending_bytes`: what the logs hold
-    that the target lacks. `points`: recovery points in the store. `tracker`, `shipper`: whether they answer.
+    that the target lacks, and what has to be compared with it. `points`: recovery points in the store. `tracker`, `shipper`: whether they answer.
     """
 
     name: str
@@ -138,6 +138,7 @@ def vm_status(
     sealed = _sealed_bytes(folder)
     disks = _disks(folder, tracker, sealed, policy.exclude)
     active = sum(max(0, disk["log_bytes"] - _EMPTY_LOG) for disk in tracker["disks"]) if tracker else 0
+    in_doubt = sum(disk.get("resync_bytes", 0) for disk in tracker["disks"]) if tracker else 0
     return VmStatus(
         name=vm,
         state=_state(facts),
@@ -145,7 +146,7 @@ def vm_status(
         last_cycle=record.cycle,
         last_replication_time_ns=last,
         rpo_seconds=age,
-        pending_bytes=active + sum(sealed.values()),
+        pending_bytes=active + sum(sealed.values()) + in_doubt,
         points=points(vm),
         latest_point=record.point,
         progress=record.progress,
@@ -204,6 +205,8 @@ def _state(facts: _Facts) -> ReplicationState:
         return ReplicationState.ERROR
     if facts.record.state is ReplicationState.DISABLED and facts.shipper:
         return ReplicationState.READY_FOR_INITIAL_REPLICATION
+    if facts.record.state is ReplicationState.REPLICATING and facts.tracker and facts.tracker["resync_required"]:
+        return ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
     return facts.record.state
 
 

@@ -33,6 +33,7 @@ class CycleReport:
     left of it after newest-write-wins. `bytes_zero`: bytes that the frames sent in this run told as
     zeroes. `bytes_sent`, `frames_sent`: encoded frames, this run. `frames_held`: frames that the
     replica had from an earlier run. `seconds`: from begin to commit. `sealed_ns`: the point's time.
+    `notes`: what else had to be done first, in plain words.
     """
 
     vm: str
@@ -47,6 +48,7 @@ class CycleReport:
     frames_sent: int
     frames_held: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """The fields, as they are answered over the control socket."""

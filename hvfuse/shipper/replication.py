@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hvfuse.errors import HvfuseError, ResyncRequiredError, UnreachableError
@@ -83,6 +83,7 @@ class Replication:
         self._between = between
         self._formats: dict[str, str] = {}
         self._recorded_at = clock.monotonic()
+        self._notes: list[str] = []
 
     def cycle_now(self) -> CycleReport:
         """Seal what was written until now and bring it, and all that waits, to the replica.
@@ -90,9 +91,10 @@ class Replication:
         Copies first where logs alone cannot do it. Returns the last cycle's report with sums over all
         that went over. Raises UnreachableError when the tracker does not run and nothing waits.
         """
+        self._notes.clear()
         report = self._cycle_or_copy()
         self._keep_house()
-        return report
+        return replace(report, notes=tuple(self._notes))
 
     def _cycle_or_copy(self) -> CycleReport:
         """A cycle, after a new copy if source and replica turn out not to be joined any more."""
@@ -216,12 +218,16 @@ class Replication:
 
     def _wait_for_resync(self, reason: str) -> None:
         _log.info("%s: resynchronising: %s", self._vm, reason)
+        if reason not in self._notes:
+            self._notes.append(reason)
         self._records.update(state=ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, resync_reason=reason)
 
     def _start_copy(self, reason: str, scope: ResyncScope = ResyncScope.FULL) -> None:
         """Begin a generation and copy. What the old generation's logs hold comes with the copy."""
         if self._replica.position() is not None:
             self._wait_for_resync(reason)
+        else:
+            _log.info("%s: copying: %s", self._vm, reason)
         if scope is ResyncScope.FULL:
             self._source.discard_damaged()  # for REGIONS the tracker has yet to mark what is in the logs
         status = self._source.begin(os.urandom(16), scope)
@@ -249,6 +255,7 @@ class Replication:
             progress=self._progress,
         )
         _log.info("%s: %s", self._vm, report.text)
+        self._notes.append(report.text)
         self._records.copied(report)
         self._source.resynced(status.generation)
         self._records.update(progress=1.0)

@@ -34,7 +34,7 @@ from hvfuse.formats.image import ImageFormat, ImageInfo
 from hvfuse.formats.tracking import IndexHead
 from hvfuse.tracker.index import IndexMap
 from hvfuse.tracker.log import MAX_LOG_SIZE, ReplicationLog, new_log_id
-from hvfuse.tracker.regions import DIRTY, HOT, RegionMap, region_size
+from hvfuse.tracker.regions import DIRTY, HOT, MAX_REGIONS, RegionMap, region_size
 from hvfuse.tracker.state import TrackingState
 
 _PIECE = 1 << 20
@@ -80,8 +80,10 @@ class TrackedDisk:
         self.format = info.format
         self.space = address_space(info.format)
         self.state = state
-        self.regions = state.regions() if state is not None else None
         self.capacity = max(info.virtual_size or 0, info.file_size)
+        self.regions = state.regions() if state is not None else None
+        if self.regions is not None:
+            self.regions.used = min(-(-info.file_size // self.regions.size) + 1, MAX_REGIONS)
         self.log: ReplicationLog | None = None
         self._budget_check = 0
         self.open_handles = 0

@@ -12,9 +12,10 @@ Two marks, one byte a region on disk (`hvfuse.formats.tracking`):
 - DIRTY: differs from the replica with no log that says how. Set when logging ended; cleared only when
   the target has acknowledged a resynchronisation of the region.
 
-Marking costs a sync, so it is done ahead: the first miss of a cycle marks one region, the next four, then
-sixteen, from the missed one upward and around. A writer over a whole disk, sequential or random, pays
-eight syncs at the most; what is marked stays within four times what was touched.
+Marking costs a sync, so it is done ahead for a writer in a hurry: a miss that comes soon after another marks
+four times as many regions as that did, from the missed one upward and around. A writer over a whole
+disk, sequential or random, pays a handful of syncs; one that writes here and there now and then, whose
+regions a crash would have to compare, marks just these.
 
 The map in memory is never behind the one on disk: a byte is set in memory first, then written and synced,
 and only then may the write go on. Clearing is written without a sync: what a crash brings back is a mark
@@ -23,6 +24,7 @@ too many.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -40,6 +42,8 @@ HOT = 1
 DIRTY = 2
 
 _MARK_AHEAD = 4
+_SOON = 0.1
+"""Seconds."""
 
 
 def region_size(disk_size: int) -> int:
@@ -62,18 +66,20 @@ def greatest_size(info: ImageInfo) -> int:
 class RegionMap:
     """The map of one disk. `store` puts the map's bytes on disk; `sync` then makes them durable.
 
-    `size`: bytes of a region; `reach`: bytes of disk that the map can tell of. The VM's gate guards all
-    that changes a map; both callables raise OSError.
+    `size`: bytes of a region; `reach`: bytes of disk that the map can tell of; `used`: regions that the disk
+    has. The VM's gate guards all that changes a map; both callables raise OSError.
     """
 
     def __init__(self, marks: bytes, *, size: int, store: Callable[[bytes], None], sync: Callable[[], None]) -> None:
         self.size = size
         self.reach = size * MAX_REGIONS
+        self.used = MAX_REGIONS
         self._shift = size.bit_length() - 1
         self._marks = bytearray(marks)
         self._store = store
         self._sync = sync
-        self._misses = 0
+        self._ahead = 1
+        self._missed_at = 0.0
         self._now = bytearray(MAX_REGIONS)
         self._before = bytearray(MAX_REGIONS)
 
@@ -95,10 +101,11 @@ class RegionMap:
     def _mark(self, first: int, last: int, mark: int) -> None:
         marks = self._array()
         marks[first : last + 1] |= mark
-        ahead = min(_MARK_AHEAD**self._misses, MAX_REGIONS) - 1
-        if mark == HOT and ahead:
-            marks[np.arange(last + 1, last + 1 + ahead) % MAX_REGIONS] |= mark
-        self._misses += 1
+        now = time.monotonic()
+        self._ahead = min(self._ahead * _MARK_AHEAD, MAX_REGIONS) if now - self._missed_at < _SOON else 1
+        self._missed_at = now
+        if mark == HOT:
+            marks[np.arange(last, last + self._ahead) % max(self.used, last + 1)] |= mark
         self.save()
 
     def save(self) -> None:
@@ -117,7 +124,6 @@ class RegionMap:
     def switched(self) -> None:
         """A cycle begins: what is touched from now on counts for it."""
         self._before, self._now = self._now, bytearray(MAX_REGIONS)
-        self._misses = 0
 
     def settle(self) -> None:
         """Log and image of all the VM's disks are synced up to the last switch: let the regions go cold
