@@ -34,6 +34,8 @@ from hvfuse.spool import SealedCycle, SealedLog
 WORTHWHILE = 0.75
 """A compaction that would leave more than this part of the payload is not made: it would cost recovery
 points and a lot of writing for little room."""
+GROWTH = 0.1
+"""Part by which logs have to grow before it is looked again whether compacting them is of any use."""
 HEADROOM = 16 << 20
 """Bytes that have to be free beyond what the compacted logs take: the guest's own writes need some."""
 
@@ -58,18 +60,40 @@ class _Compacted:
     entries: Entries
 
 
-def relieve(
-    cycles: Sequence[SealedCycle], *, soft_limit: float, between: Callable[[], None] = lambda: None
-) -> Compaction | None:
-    """Compact the newest generation's whole cycles if they hold more than `soft_limit` (a fraction) of the
-    disks' size, and if that is worth while. `cycles`: all that are sealed, oldest first.
+class Compactor:
+    """Compacts one VM's logs when they hold more than `soft_limit`, a fraction of the disks' size.
 
-    `between` is called now and then and may raise to end it. Raises DamagedLogError naming the log,
-    NoSpaceError, HvfuseError, OSError: nothing has happened then that shipping would notice.
+    `between` is called now and then and may raise to end it.
     """
-    run = _compactable(_drop_superseded(cycles))
-    if len(run) < 2 or _stored(run) <= soft_limit * sum(log.header.end_size for log in run[-1].logs):
-        return None
+
+    def __init__(self, *, soft_limit: float, between: Callable[[], None] = lambda: None) -> None:
+        self._soft_limit = soft_limit
+        self._between = between
+        self._futile = 0  # what the logs held when a compaction was last of no use
+
+    def relieve(self, cycles: Sequence[SealedCycle]) -> Compaction | None:
+        """Compact the newest generation's whole cycles if they hold too much, and if that is worth while.
+
+        `cycles`: all that are sealed, oldest first. Raises DamagedLogError naming the log, NoSpaceError,
+        HvfuseError, OSError: shipping goes on then as if nothing had happened. What was of no use is tried
+        again once the logs have grown by a part `GROWTH`.
+        """
+        run = _compactable(_drop_superseded(cycles))
+        stored = _stored(run)
+        if stored < self._futile:
+            self._futile = 0
+        limit = self._soft_limit * sum(log.header.end_size for log in run[-1].logs) if run else 0
+        if len(run) < 2 or stored <= max(limit, self._futile * (1 + GROWTH)):
+            return None
+        self._futile = stored
+        done = _compact(run, self._between)
+        if done is not None:
+            self._futile = 0
+        return done
+
+
+def _compact(run: Sequence[SealedCycle], between: Callable[[], None]) -> Compaction | None:
+    """Make one of several cycles; None if that would not be worth while."""
     # An interrupted compaction may have come as far as some of the disks.
     done = [log.header for log in run[-1].logs if log.header.is_compacted]
     if any(header.first_cycle > run[0].first_cycle for header in done):
@@ -148,8 +172,7 @@ def _replace(plans: Sequence[DiskPlan], between: Callable[[], None]) -> None:
 
 def _write(planned: DiskPlan, between: Callable[[], None]) -> _Compacted:
     """Write one disk's compacted log, durably."""
-    last = planned.logs[-1].header
-    first = min((log.header for log in planned.logs), key=lambda header: header.first_cycle)
+    first, last = planned.logs[0].header, planned.logs[-1].header
     path = _new_path(planned.logs[-1])
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:

@@ -19,8 +19,8 @@ from hvfuse.formats.companion import Kind
 from hvfuse.formats.hrl_reader import open_log
 from hvfuse.position import NO_DIGEST, Position, PositionMismatchError
 from hvfuse.shipper import compact
-from hvfuse.shipper.coalesce import DamagedLogError
-from hvfuse.shipper.compact import Compaction, relieve
+from hvfuse.shipper.coalesce import DamagedLogError, plan
+from hvfuse.shipper.compact import Compaction, Compactor
 from hvfuse.shipper.cycle import ship
 from hvfuse.shipper.decide import Action, decide, pending
 from hvfuse.spool import SealedCycle
@@ -30,6 +30,7 @@ from tests import independent_hrl
 from .logs import Killed, MemoryReplica, Op, Tracked, random_bytes, tracked, write
 
 KIB = 1024
+MIB = 1 << 20
 SIZE = 64 * KIB
 FORMATS = {"disk0.raw": "raw", "disk1.raw": "raw"}
 
@@ -69,6 +70,12 @@ def copied(source: Tracked) -> MemoryReplica:
     return MemoryReplica(images=images, stands=Position(source.generation, 0, NO_DIGEST))
 
 
+def copied_empty(source: Tracked) -> MemoryReplica:
+    """A replica of disks that were all zeroes when the generation began."""
+    source.barriers[source.generation, 0] = [bytes(len(disk.image)) for disk in source.disks]
+    return copied(source)
+
+
 def ship_one(replica: MemoryReplica, cycle: SealedCycle) -> None:
     ship([cycle], vm="vm1", formats=FORMATS, replica=replica, level=1, clock=SystemClock())
 
@@ -89,8 +96,8 @@ def assert_right(source: Tracked, replica: MemoryReplica) -> None:
     assert [bytes(replica.images[disk.disk_id]) for disk in source.disks] == wanted
 
 
-def relieved(source: Tracked) -> Compaction | None:
-    return relieve(source.cycles(), soft_limit=0)
+def relieved(source: Tracked, *, soft_limit: float = 0, **options) -> Compaction | None:
+    return Compactor(soft_limit=soft_limit, **options).relieve(source.cycles())
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +164,10 @@ def test_a_compacted_log_is_a_log_for_every_reader(tmp_path):
         first, last = old[0].logs[number].header, old[-1].logs[number].header
         assert independent_hrl.ids(log.log_path) == (last.unique_id, first.previous_unique_id)
         assert log.header.digest() == last.digest()
+        for field in ("previous_digest", "previous_size", "start_size", "opened_ns"):
+            assert getattr(log.header, field) == getattr(first, field)
+        for field in ("serial", "end_size", "sealed_ns", "generation", "disk_id"):
+            assert getattr(log.header, field) == getattr(last, field)
         assert log.header.first_seq + log.header.entry_count >= last.first_seq + last.entry_count
 
 
@@ -191,8 +202,14 @@ def test_a_compacted_cycle_is_refused_where_it_does_not_begin(tmp_path):
 
 @pytest.mark.parametrize("first", [1, 4])
 def test_frames_staged_before_a_compaction_do_not_count_after_it(tmp_path, first):
-    source = outage(tmp_path, seed=3, cycles=4)
-    replica = copied(source)
+    source = tracked(str(tmp_path), [2 * MIB])
+    for seed in range(4):
+        # Compacted, the first half takes no room any more, and the frames are cut elsewhere.
+        source.disks[0].do(write(0, random_bytes(seed, MIB)))
+        source.disks[0].do(write(0, bytes(MIB)))
+        source.disks[0].do(write(MIB, random_bytes(seed, MIB)))
+        source.rotate()
+    replica = copied_empty(source)
     for cycle in source.cycles()[: first - 1]:
         ship_one(replica, cycle)
     run = source.cycles()[first - 1 :]
@@ -329,7 +346,7 @@ def test_told_to_stop_it_leaves_everything_as_it_was(tmp_path):
         raise Killed
 
     with pytest.raises(Killed):
-        relieve(source.cycles(), soft_limit=0, between=stop)
+        relieved(source, between=stop)
     assert sorted(os.listdir(tmp_path)) == before
     assert ship_all(source, copied(source)) == [1, 2, 3, 4]
 
@@ -401,14 +418,14 @@ def test_logs_that_are_given_up_meanwhile_do_not_come_back(tmp_path, give_up: Ca
 def test_it_waits_until_the_logs_hold_more_than_the_soft_limit(tmp_path):
     source = tracked(str(tmp_path), [SIZE, SIZE])
     for seed in range(4):
-        assert relieve(source.cycles(), soft_limit=0.25) is None
+        assert relieved(source, soft_limit=0.25) is None
         source.disks[0].do(write(0, random_bytes(seed, 8 * KIB)))
         source.disks[0].do(Op(Kind.ZERO, 0, SIZE))  # holes take no room
         source.disks[0].do(write(0, random_bytes(seed, 1 * KIB)))
         source.rotate()
-    done = relieve(source.cycles(), soft_limit=0.25)
+    done = relieved(source, soft_limit=0.25)
     assert (done.bytes_before, done.bytes_after) == (36 * KIB, 1 * KIB)
-    assert relieve(source.cycles(), soft_limit=0.25) is None
+    assert relieved(source, soft_limit=0.25) is None
 
 
 def test_points_are_not_given_up_for_little_room(tmp_path, monkeypatch):
@@ -423,6 +440,27 @@ def test_points_are_not_given_up_for_little_room(tmp_path, monkeypatch):
     assert relieved(source).bytes_after == 32 * KIB
 
 
+def test_what_was_of_no_use_is_not_looked_at_again_before_the_logs_have_grown(tmp_path, monkeypatch):
+    monkeypatch.setattr(compact, "WORTHWHILE", 0.75)
+    source = tracked(str(tmp_path), [SIZE])
+    looks: list[int] = []
+    monkeypatch.setattr(compact, "plan", lambda logs: looks.append(len(logs)) or plan(logs))
+    compactor = Compactor(soft_limit=0.1)
+    lengths = [4096, 4096, 100, 4096, 100]
+    for number, length in enumerate(lengths):
+        source.disks[0].do(write(number * 4096, random_bytes(number, length)))
+        source.rotate()
+        assert compactor.relieve(source.cycles()) is None
+    assert looks == [2, 4]
+    ship_all(source, copied_empty(source), most=2)
+    assert compactor.relieve(source.cycles()) is None
+    assert looks == [2, 4], "below the limit"
+    source.disks[0].do(write(0, random_bytes(1, 4096)))
+    source.rotate()
+    assert compactor.relieve(source.cycles()) is None
+    assert looks == [2, 4, 4]
+
+
 def test_a_cycle_that_is_being_sealed_and_those_before_a_gap_are_left_alone(tmp_path):
     source = outage(tmp_path, cycles=6)
     cycles = source.cycles()
@@ -431,4 +469,4 @@ def test_a_cycle_that_is_being_sealed_and_those_before_a_gap_are_left_alone(tmp_
     done = relieved(source)
     assert (done.first, done.last) == (3, 5)
     assert [(c.cycle, c.is_whole) for c in source.cycles()] == [(1, True), (2, False), (5, True), (6, False)]
-    assert relieve([], soft_limit=0) is None
+    assert Compactor(soft_limit=0).relieve([]) is None
