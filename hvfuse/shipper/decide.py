@@ -64,17 +64,31 @@ def decide(status: SourceStatus, position: Position | None, cycles: Sequence[Sea
     found = pending(base, cycles)
     if status.resync_required:
         return _resync(status, position, found)
-    broken = _gap(base, found, sealed=status.cycle - 1)
-    if broken and joins and base.cycle < status.acknowledged:
-        broken = f"the replica is at cycle {base.cycle} and has had cycle {status.acknowledged}: {_ROLLED_BACK}"
+    broken = _broken(status, base, found) if joins or status.resyncing else _exchanged(status, position)
     if broken:
         return Decision(Action.START_COPY, broken)
     if not joins:
-        return _not_joined(status, position)
+        return _resume(status, position)
     return Decision(Action.SHIP if found else Action.NOTHING)
 
 
 _ROLLED_BACK = "the store was rolled back to an older copy, or is another one"
+
+
+def _broken(status: SourceStatus, base: Position, found: Sequence[SealedCycle]) -> str:
+    """Why the logs do not continue `base`, a position in the generation in progress; empty if they do."""
+    broken = _gap(base, found, sealed=status.cycle - 1)
+    if broken and base.cycle < status.acknowledged:
+        return f"the replica is at cycle {base.cycle} and has had cycle {status.acknowledged}: {_ROLLED_BACK}"
+    return broken
+
+
+def _exchanged(status: SourceStatus, position: Position | None) -> str:
+    """Why a replica that had a position in the generation in progress is not in it any more."""
+    assert status.generation is not None
+    where = f"is at {position}" if position else "has no copy of the disks"
+    had = Position(status.generation, status.acknowledged, NO_DIGEST)
+    return f"the replica {where} and has had {had}: {_ROLLED_BACK}"
 
 
 def _resync(status: SourceStatus, position: Position | None, found: Sequence[SealedCycle]) -> Decision:
@@ -84,20 +98,20 @@ def _resync(status: SourceStatus, position: Position | None, found: Sequence[Sea
         return Decision(Action.SHIP_REST, reason)
     scope = status.scope_for(position)
     if status.resync_scope is ResyncScope.REGIONS and scope is ResyncScope.FULL:
-        reason += f"; to the replica, at {position or 'no position'}, the marked regions do not apply"
+        reason += f"; {_unmarked(position)}"
     return Decision(Action.START_COPY, reason, scope)
 
 
-def _not_joined(status: SourceStatus, position: Position | None) -> Decision:
-    """The replica does not stand in the generation in progress, the logs of which are all there."""
-    where = f"the replica is at {position}" if position else "the replica has no copy of the disks"
-    if not status.resyncing:
-        assert status.generation is not None
-        had = Position(status.generation, status.acknowledged, NO_DIGEST)
-        return Decision(Action.START_COPY, f"{where} and has had {had}: {_ROLLED_BACK}")
+def _resume(status: SourceStatus, position: Position | None) -> Decision:
+    """A copy is under way; of marked regions only if they still apply."""
     if status.resync_scope is ResyncScope.REGIONS and status.scope_for(position) is ResyncScope.FULL:
-        return Decision(Action.START_COPY, f"{where}, to which the marked regions do not apply: {_ROLLED_BACK}")
+        return Decision(Action.START_COPY, _unmarked(position))
     return Decision(Action.RESUME_COPY, "the copy is not complete", status.resync_scope or ResyncScope.FULL)
+
+
+def _unmarked(position: Position | None) -> str:
+    where = f"the replica is at {position}" if position else "the replica has no copy of the disks"
+    return f"{where}, which is not what regions were marked against: {_ROLLED_BACK}"
 
 
 def _gap(base: Position, found: Sequence[SealedCycle], *, sealed: int) -> str:
