@@ -49,9 +49,11 @@ class Kept:
     states: list = field(default_factory=list)
     reports: list[CycleReport] = field(default_factory=list)
     copies: list[CopyReport] = field(default_factory=list)
+    reasons: list[object] = field(default_factory=list)
 
     def update(self, **fields: object) -> None:
         self.fields.update(fields)
+        self.reasons += [fields["resync_reason"]] if fields.get("resync_reason") else []
         state = fields.get("state")
         if state is not None and self.states[-1:] != [state]:
             self.states.append(state)
