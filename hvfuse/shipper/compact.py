@@ -30,6 +30,7 @@ from hvfuse.frames import Fill
 from hvfuse.shipper.coalesce import DiskPlan, close_logs, open_logs, plan
 from hvfuse.shipper.cycle import check_chain
 from hvfuse.spool import SealedCycle, SealedLog
+from hvfuse.words import bytes_text
 
 WORTHWHILE = 0.75
 """A compaction that would leave more than this part of the payload is not made: it would cost recovery
@@ -49,6 +50,14 @@ class Compaction:
     last: int
     bytes_before: int
     bytes_after: int
+
+    @property
+    def text(self) -> str:
+        """In words for an administrator."""
+        return (
+            f"cycles {self.first} to {self.last} were compacted, {bytes_text(self.bytes_before)} of logs to "
+            f"{bytes_text(self.bytes_after)}: the recovery points before the last of them are given up"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +160,7 @@ def _require_room(folder: str, needed: int) -> None:
     free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
     if free < needed + HEADROOM:
         raise NoSpaceError(
-            f"{folder}: {free >> 20} MiB free, compacting the logs takes {(needed + HEADROOM) >> 20} MiB"
+            f"{folder}: {bytes_text(free)} free, compacting the logs takes {bytes_text(needed + HEADROOM)}"
         )
 
 

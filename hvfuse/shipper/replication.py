@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from hvfuse.errors import HvfuseError, ResyncRequiredError, UnreachableError
 from hvfuse.manifest import ReplicationState
 from hvfuse.position import Position, PositionMismatchError
 from hvfuse.shipper.coalesce import DamagedLogError
+from hvfuse.shipper.compact import Compactor
 from hvfuse.shipper.copy import CopyReport, Over, copy
 from hvfuse.shipper.cycle import CycleReport, manifest, ship, total
 from hvfuse.shipper.decide import Action, Decision, decide, pending
@@ -46,10 +48,12 @@ class Records(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShippingPolicy:
-    """`frequency_seconds`: from one cycle's begin to the next's. `level`: zstd level, 0 for none."""
+    """`frequency_seconds`: from one cycle's begin to the next's. `level`: zstd level, 0 for none.
+    `soft_limit`: part of the disks' size; what sealed logs may hold before those of an outage are compacted."""
 
     frequency_seconds: float = 30.0
     level: int = 1
+    soft_limit: float = 0.25
 
 
 class Replication:
@@ -84,6 +88,8 @@ class Replication:
         self._formats: dict[str, str] = {}
         self._recorded_at = clock.monotonic()
         self._notes: list[str] = []
+        self._rotated_at = -math.inf
+        self._compactor = Compactor(soft_limit=policy.soft_limit, between=between)
 
     def cycle_now(self) -> CycleReport:
         """Seal what was written until now and bring it, and all that waits, to the replica.
@@ -165,8 +171,27 @@ class Replication:
             return [self._ship(run)]
         return []
 
+    def hold_out(self) -> None:
+        """While the target cannot be reached, to be called again and again: seal cycles at the policy's
+        frequency, so that there are points of that time too, and compact them when they take up too much.
+
+        Raises HvfuseError, OSError; nothing depends on it.
+        """
+        now = self._clock.monotonic()
+        if now - self._rotated_at < self._policy.frequency_seconds:
+            return
+        self._rotated_at = now
+        status = self._source.status()
+        if status.cycle > 1 and not status.resync_required and not status.resyncing:
+            self._source.rotate()
+        done = self._compactor.relieve(self._source.cycles())
+        if done is not None:
+            _log.info("%s: %s", self._vm, done.text)
+            self._source.release(done.generation, 0)  # has the tracker count again what waits
+
     def _rotate_to(self, position: Position) -> None:
         """Seal the active cycle. Raises ResyncRequiredError if logs since `position` are missing."""
+        self._rotated_at = self._clock.monotonic()
         sealed = self._source.rotate()
         waiting = pending(position, self._source.cycles())
         if not waiting or waiting[-1].cycle < sealed:

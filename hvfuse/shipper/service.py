@@ -107,6 +107,8 @@ class Shipper:
         self._clock = clock
         self._due = clock.monotonic()
         self._failing_since: float | None = None
+        self._holds_out = False
+        self._complaint = ""
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._guard = threading.Lock()  # of the two fields below: no request may slip in after the last turn
@@ -146,9 +148,24 @@ class Shipper:
             outcome = self._attempt(started)
             for request in requests:
                 request.answer(outcome)
+        if self._holds_out:
+            self._hold_out()
         return max(0.0, self._due - self._clock.monotonic())
 
+    def _hold_out(self) -> None:
+        """The target is away, but will be back. What keeps failing here is told once, not twice a minute."""
+        try:
+            self._replication.hold_out()
+            self._complaint = ""
+        except UnreachableError:
+            pass  # told to stop; or it is the tracker that is away, and then nothing grows
+        except (HvfuseError, OSError) as error:
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                _log.warning("%s: while the target is away: %s", self._vm, error)
+
     def _attempt(self, started: float) -> CycleReport | HvfuseError:
+        self._holds_out = False
         try:
             report = self.cycle_now()
         except StoppedError as error:
@@ -175,6 +192,7 @@ class Shipper:
         elif not error.recoverable:
             self._shown.update(state=ReplicationState.ERROR)
         self._shown.update(error=str(error), hint=error.hint)
+        self._holds_out = error.recoverable and not lost
         if lost or error.recoverable:
             elapsed = self._clock.monotonic() - self._failing_since
             self._due = self._failing_since + next_attempt(elapsed)
