@@ -40,8 +40,8 @@ from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.slots import Group, Outlet, Progress
 from hvfuse.shipper.source import SourceDisk
 
-BATCH = 16
-"""Slots whose digests are asked for at once: 64 MiB of disk, 16 KiB of digests."""
+BATCH = 32
+"""Slots whose digests are asked for at once: 128 MiB of disk, 32 KiB of digests."""
 
 Wanted = dict[int, list[Extent]]
 """Slot of a group to the aligned extents on it that are to be compared; ascending."""
@@ -136,7 +136,7 @@ class Differences:
         try:
             for first in range(0, len(order), BATCH):
                 batch = order[first : first + BATCH]
-                extents = [extent for slot in batch for extent in wanted[slot]]
+                extents = aligned((extent for slot in batch for extent in wanted[slot]), end=group.end)
                 future = self._asker.submit(self._replica.digests, group.disk.disk_id, extents, self._seed)
                 asked.append((batch, future))
                 if len(asked) == 2:

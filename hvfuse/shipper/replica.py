@@ -45,7 +45,7 @@ class Replica(Protocol):
         at the `previous` of the open COPY: frames put for it are not seen.
 
         May be called in another thread than the one that puts, at the same time. Asked for at most
-        some 100 MiB of the disk at once.
+        128 MiB of the disk at once.
         """
 
     def put(self, frame: bytes) -> None:
