@@ -43,7 +43,9 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
                 source=TrackerSource(home.tracker_socket(vm), home.folder(vm)),
                 replica=replica,
                 records=records.of(vm),
-                policy=ShippingPolicy(frequency_seconds=policy.frequency, level=policy.compression),
+                policy=ShippingPolicy(
+                    frequency_seconds=policy.frequency, level=policy.compression, soft_limit=policy.soft_limit / 100
+                ),
                 clock=clock,
                 housekeep=keep_house,
             )
