@@ -1,7 +1,7 @@
 import math
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -116,7 +116,8 @@ def test_a_new_vm_is_copied_and_has_a_point_after_its_first_cycle(site):
         "progress": None, "generation": None, "cycle": 1, "point": report.point,
         "last_replication_time_ns": report.sealed_ns,
     }  # fmt: skip
-    assert site.records.reports == [report]
+    assert site.records.reports == [replace(report, notes=())]
+    assert report.notes == (site.records.copies[0].text,)
     assert site.housekept == 1
     assert site.source.cycles() == []
 
