@@ -1,10 +1,11 @@
 """Where sealed logs come from: the tracker, asked over its socket, and the folder that it fills.
 
-The tracker need not run: logs that it sealed before it ended are shipped and released all the same.
+The tracker need not run: logs that it sealed before it ended are shipped all the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from hvfuse.position import Position
 from hvfuse.shipper.coalesce import DamagedLogError
 from hvfuse.spool import SealedCycle
 
-ROTATE_TIMEOUT = 600.0
+PATIENCE = 600.0
 """Seconds: sealing waits for the disks to sync their logs."""
 
 _log = logging.getLogger(__name__)
@@ -118,15 +119,18 @@ class TrackerSource:
         self._socket = socket_path
         self._folder = os.path.abspath(folder)
 
+    def ask(self, op: str, **fields: object) -> wire.Message:
+        """One request to the tracker. Raises UnreachableError, and what the tracker raised."""
+        return wire.request(self._socket, op, timeout=PATIENCE, **fields)
+
     def status(self) -> SourceStatus:
-        return _status(wire.request(self._socket, "status"))
+        return _status(self.ask("status"))
 
     def begin(self, generation: bytes, scope: ResyncScope) -> SourceStatus:
-        asked = {"generation": generation.hex(), "scope": scope.value}
-        return _status(wire.request(self._socket, "begin", timeout=ROTATE_TIMEOUT, **asked))
+        return _status(self.ask("begin", generation=generation.hex(), scope=scope.value))
 
     def regions(self) -> Regions:
-        answer = wire.request(self._socket, "regions")
+        answer = self.ask("regions")
         try:
             return {
                 bytes.fromhex(disk["disk_id"]): [Extent(int(offset), int(length)) for offset, length in disk["extents"]]
@@ -136,10 +140,10 @@ class TrackerSource:
             raise _nonsense(error) from None
 
     def resynced(self, generation: bytes) -> None:
-        wire.request(self._socket, "resynced", timeout=ROTATE_TIMEOUT, generation=generation.hex())
+        self.ask("resynced", generation=generation.hex())
 
     def rotate(self) -> int:
-        return int(wire.request(self._socket, "rotate", timeout=ROTATE_TIMEOUT)["cycle"])
+        return int(self.ask("rotate")["cycle"])
 
     def cycles(self) -> list[SealedCycle]:
         try:
@@ -148,11 +152,10 @@ class TrackerSource:
             raise DamagedLogError(str(error)) from None
 
     def release(self, generation: bytes, cycle: int) -> None:
-        try:
-            wire.request(self._socket, "release", generation=generation.hex(), cycle=cycle)
-        except UnreachableError:
-            # Nobody else will. Should the tracker start at this moment: releasing twice is harmless.
-            spool.release([c for c in self.cycles() if c.generation != generation or c.cycle <= cycle])
+        # Without the tracker they stay: it notes what was acknowledged before any log goes, and makes
+        # no new ones meanwhile. The next release lets them go too.
+        with contextlib.suppress(UnreachableError):
+            self.ask("release", generation=generation.hex(), cycle=cycle)
 
     def discard_damaged(self) -> list[str]:
         discarded = []

@@ -43,6 +43,8 @@ class Records:
 
     def cycle(self, report: object) -> None: ...
 
+    def copied(self, report: object) -> None: ...
+
 
 def test_no_point_ever_shows_one_disk_ahead_of_the_one_before_it(installation: Installation) -> None:
     assert mmap.PAGESIZE == 4096

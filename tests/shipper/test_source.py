@@ -81,7 +81,7 @@ def test_the_trackers_word_arrives_whole_and_disks_are_in_order(tmp_path, source
         listener.close()
 
 
-def test_without_a_tracker_logs_are_listed_and_released_all_the_same(source, ours):
+def test_without_a_tracker_logs_are_listed_and_stay_until_it_can_note_the_release(source, ours):
     source.begin(b"O" * 16, ResyncScope.FULL)
     source.rotate()
     source.begin(b"N" * 16, ResyncScope.FULL)
@@ -91,7 +91,7 @@ def test_without_a_tracker_logs_are_listed_and_released_all_the_same(source, our
         ours.status()
     assert len(ours.cycles()) == 4
     ours.release(b"N" * 16, 2)
-    assert [(cycle.generation, cycle.cycle) for cycle in ours.cycles()] == [(b"N" * 16, 3)]
+    assert len(ours.cycles()) == 4
 
 
 def test_the_trackers_errors_arrive_as_they_are(tmp_path, ours):
