@@ -171,6 +171,17 @@ def test_a_signal_ends_a_busy_mount_after_writing_back_what_was_mapped(started: 
     assert "in use by" in started.errors()
 
 
+def test_a_signal_ends_a_mount_that_lives_on_in_another_namespace(started: Mounted) -> None:
+    assert started.process is not None
+    command = ["unshare", "--mount", "--propagation", "private", "cat", str(started.mnt / "plain"), "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as elsewhere:
+        assert elsewhere.stdout is not None
+        assert elsewhere.stdout.read(1 << 20) == bytes(1 << 20)
+        started.process.send_signal(signal.SIGTERM)
+        started.expect("ended")
+        assert started.process.wait() == 0
+
+
 def test_a_second_signal_changes_nothing(started: Mounted) -> None:
     assert started.process is not None
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
