@@ -25,7 +25,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. `vm`: the VM concerned."""
+    """One thing that is wrong. `vm`: the VM concerned, or "pins"."""
 
     vm: str
     what: str
@@ -246,15 +246,20 @@ def _image_fault(store: Store, vm: str, disk: DiskRecord, kind: CycleKind) -> st
 
 def _check_pins(store: Store, run: _Run) -> None:
     """Every pin holds a recovery point that is there."""
-    with store.env.read() as txn:
-        for pin in store.scan_pins(txn):
-            try:
+    try:
+        pins = store.pins()
+    except HvfuseError as error:
+        run.found("pins", str(error))
+        return
+    for pin in pins:
+        try:
+            with store.env.read() as txn:
                 held = store.load_point(txn, store.load_vm(txn, pin.vm), pin.point_id)
-            except HvfuseError as error:
-                run.found(pin.vm, f"pin {pin.id}: {error}")
-                continue
-            if held.seq != pin.seq:
-                run.found(pin.vm, f"pin {pin.id} holds another point than it says")
+        except HvfuseError as error:
+            run.found(pin.vm, f"pin {pin.id}: {error}")
+            continue
+        if held.seq != pin.seq:
+            run.found(pin.vm, f"pin {pin.id} holds another point than it says")
 
 
 def _name(record: PointRecord) -> str:
