@@ -69,8 +69,9 @@ class Interrupts:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Count SIGINT, SIGTERM and SIGHUP meanwhile."""
-        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        """Count SIGINT, SIGTERM and SIGHUP meanwhile; under nohup, SIGHUP stays ignored."""
+        ignored = signal.SIGHUP if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else None
+        before = {number: signal.signal(number, self._note) for number in _SIGNALS if number is not ignored}
         try:
             yield
         finally:
