@@ -135,6 +135,7 @@ class StoreAgainstBytearrays(RuleBasedStateMachine):
         self.replica.housekeep(NEVER, self.source.now_ns)
         for name, data in expected.items():
             assert reader.pread(name, offset, length) == data[offset : offset + length]
+            assert reader.pread(name, 0, len(data)) == data
             rest = bytearray(data)
             for low, high in reader.extents(name, 0, len(data)):
                 rest[low:high] = bytes(high - low)
@@ -169,7 +170,7 @@ def test_every_point_equals_the_model_whatever_happens(monkeypatch):
     run_state_machine_as_test(
         StoreAgainstBytearrays,
         settings=settings(
-            max_examples=40,
+            max_examples=80,
             stateful_step_count=30,
             deadline=None,
             print_blob=True,

@@ -10,6 +10,7 @@ import pytest
 
 from hvfuse import system
 from hvfuse.errors import NotFoundError
+from hvfuse.target import index, journal, merge
 from hvfuse.target.check import check
 from hvfuse.target.journal import PointReader
 from hvfuse.target.local import LocalReplica
@@ -145,3 +146,23 @@ def test_pinned_in_the_middle_of_thinning_a_point_stays_whole(story):
     assert pinned
     assert store.points("vm")[0].id == second
     check_points(store, source)
+
+
+def test_what_a_reader_knows_of_long_zeroes_does_not_hide_what_was_merged_since(tmp_path, monkeypatch):
+    for module in (index, journal, merge):
+        monkeypatch.setattr(module, "REGION", 4096)
+    source = Source("vm", {"a.raw": 40_000})
+    source.write("a.raw", 0, source.random.randbytes(40_000))
+    with Store(str(tmp_path / "store")) as store:
+        replica = LocalReplica(store, "vm")
+        source.copy_to(replica)
+        source.zero("a.raw", 0, 39_000)
+        source.ship_to(replica)
+        source.write("a.raw", 20_000, b"newer")
+        point = source.ship_to(replica)
+        reader = PointReader(store, "vm", point)
+        assert reader.pread("a.raw", 0, 10) == bytes(10)
+        replica.housekeep(LATEST_ONLY, source.now_ns)
+        assert reader.pread("a.raw", 20_000, 5) == b"newer"
+        assert reader.pread("a.raw", 0, 40_000) == source.disks["a.raw"]
+        reader.close()
