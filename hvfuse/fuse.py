@@ -49,6 +49,8 @@ except OSError as error:
 if mfusepy.fuse_version_major != 3:
     raise PrerequisiteError(f"libfuse {mfusepy.fuse_version_major} was loaded, 3 is needed", hint=_HINT)
 
+_libfuse = mfusepy._libfuse
+
 logger = logging.getLogger(__name__)
 
 MAX_REQUEST = 1 << 20
@@ -136,7 +138,10 @@ def _errno_of(name: str, error: Exception) -> int:
 class _Binding(mfusepy.FUSE):  # type: ignore[misc]
     """One method for each operation of libfuse; those named `…_fuse_3` differ from libfuse 2 in their arguments."""
 
-    def __init__(self, filesystem: Filesystem, on_init: Callable[[], None], mountpoint: str, **options: Any) -> None:
+    def __init__(
+        self, filesystem: Filesystem, on_init: Callable[[Callable[[], None]], None], mountpoint: str, **options: Any
+    ) -> None:
+        """`on_init` gets what makes the loop end."""
         self._fs = filesystem
         self._on_init = on_init
         self._files: dict[int, OpenFile] = {}
@@ -166,14 +171,14 @@ class _Binding(mfusepy.FUSE):  # type: ignore[misc]
         conf.entry_timeout = _ENTRY_TIMEOUT
         conf.attr_timeout = 0.0
         conf.negative_timeout = 0.0
-        self._answer_first(conn)
-        self._on_init()
+        _libfuse.fuse_get_session.restype = ctypes.c_void_p
+        fuse = ctypes.c_void_p(_libfuse.fuse_get_context().contents.fuse)
+        session = ctypes.c_void_p(_libfuse.fuse_get_session(fuse))
+        self._answer_first(conn, _libfuse.fuse_session_fd(session))
+        self._on_init(lambda: _libfuse.fuse_session_exit(session))
 
-    def _answer_first(self, conn: Any) -> None:
+    def _answer_first(self, conn: Any, device: int) -> None:
         """Answer FUSE_INIT before libfuse does; `hvfuse.handshake` says why."""
-        libfuse = mfusepy._libfuse
-        libfuse.fuse_get_session.restype = ctypes.c_void_p
-        session = libfuse.fuse_get_session(ctypes.c_void_p(libfuse.fuse_get_context().contents.fuse))
         reply = handshake.init_reply(
             flags=conn.want | handshake.BIG_WRITES | handshake.MAX_PAGES | handshake.HANDLE_KILLPRIV_V2,
             max_write=MAX_REQUEST,
@@ -181,7 +186,7 @@ class _Binding(mfusepy.FUSE):  # type: ignore[misc]
             max_background=_MAX_BACKGROUND,
         )
         try:
-            os.write(libfuse.fuse_session_fd(ctypes.c_void_p(session)), reply)
+            os.write(device, reply)
         except OSError as error:
             logger.warning("the kernel did not take our own FUSE_INIT reply: %s", error.strerror)
 
@@ -348,13 +353,13 @@ def mount(
     failure: list[BaseException] = []
     with stopped_by_signals(mountpoint) as arm:
 
-        def ready() -> None:
+        def ready(leave: Callable[[], None]) -> None:
             try:
-                arm()
+                arm(leave)
                 on_ready()
             except BaseException as error:
                 failure.append(error)
-                mfusepy.fuse_exit()
+                leave()
 
         try:
             _Binding(filesystem, ready, mountpoint, ro=read_only, **options)

@@ -23,6 +23,9 @@ _UMOUNT_NOFOLLOW = 8
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+_LOOK_AGAIN = 0.2
+"""Seconds after which a loop that should have ended is told again."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -162,8 +165,12 @@ def _command(pid: int) -> str:
         return "?"
 
 
+Arm = Callable[[Callable[[], None]], None]
+"""Takes what makes the serving loop end as soon as it looks up from its work."""
+
+
 @contextlib.contextmanager
-def stopped_by_signals(mountpoint: str) -> Iterator[Callable[[], None]]:
+def stopped_by_signals(mountpoint: str) -> Iterator[Arm]:
     """Let SIGTERM, SIGINT and SIGHUP unmount `mountpoint` while the main thread is busy serving it.
 
     Yields the function that installs the handlers, to be called in the main thread once mounted. A thread
@@ -173,48 +180,68 @@ def stopped_by_signals(mountpoint: str) -> Iterator[Callable[[], None]]:
     back. In another than the main thread nothing is installed.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
+        yield lambda leave: None
         return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    watcher = _Watcher(mountpoint)
     before = {number: signal.getsignal(number) for number in _SIGNALS}
-    wakeup = -1
-    told = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(reader, mountpoint, told), name="unmounter", daemon=True)
+    try:
+        yield watcher.begin
+    finally:
+        watcher.end()
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_IGN if watcher.told.is_set() else handler)
 
-    def arm() -> None:
-        nonlocal wakeup
+
+class _Watcher:
+    """The thread that unmounts. All methods but `_watch` belong to the main thread."""
+
+    def __init__(self, mountpoint: str) -> None:
+        self.told = threading.Event()
+        self._mountpoint = mountpoint
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._pipe: tuple[int, int] = (-1, -1)
+        self._wakeup_before = -1
+
+    def begin(self, leave: Callable[[], None]) -> None:
+        self._pipe = os.pipe()
+        os.set_blocking(self._pipe[1], False)
         # Python's handlers run only between bytecodes, and the main thread sits in libfuse; the descriptor
         # is written by the C handler at once.
-        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         for number in _SIGNALS:
             signal.signal(number, _noted)
-        watcher.start()
+        self._thread = threading.Thread(target=self._watch, args=(leave,), name="unmounter", daemon=True)
+        self._thread.start()
 
-    try:
-        yield arm
-    finally:
-        if watcher.ident is not None:
-            signal.set_wakeup_fd(wakeup)
-            os.write(writer, b"\0")
-            watcher.join()
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if told.is_set() else handler)
-        os.close(reader)
-        os.close(writer)
+    def end(self) -> None:
+        if self._thread is None:
+            return
+        signal.set_wakeup_fd(self._wakeup_before)
+        self._ended.set()
+        os.write(self._pipe[1], b"\0")
+        self._thread.join()
+        for fd in self._pipe:
+            os.close(fd)
+
+    def _watch(self, leave: Callable[[], None]) -> None:
+        """Stop the mount at the first signal that stops; a zero says that there is nothing left to stop."""
+        number = -1
+        while number not in (0, *_SIGNALS):
+            number = os.read(self._pipe[0], 1)[0]
+        if number == 0:
+            return
+        self.told.set()
+        stop(self._mountpoint)
+        # The mount may live on in another mount namespace. The loop looks up when a signal interrupts its
+        # read, and may just have looked, hence again.
+        while not self._ended.wait(_LOOK_AGAIN):
+            leave()
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGHUP)
 
 
 def _noted(_number: int, _frame: object) -> None:
     """The wake-up descriptor has told the watcher already."""
-
-
-def _watch(reader: int, mountpoint: str, told: threading.Event) -> None:
-    """Stop the mount at the first signal that stops; a zero says that there is nothing left to stop."""
-    while number := os.read(reader, 1)[0]:
-        if number in _SIGNALS:
-            told.set()
-            stop(mountpoint)
-            return
 
 
 def stop(mountpoint: str) -> None:

@@ -17,6 +17,7 @@ from hvfuse.control.records import Records
 from hvfuse.control.status import VmStatus
 from hvfuse.control.supervisor import TICK_SECONDS, Supervisor, only_supervisor, require_mountable
 from hvfuse.errors import HvfuseError
+from hvfuse.manifest import ReplicationState
 from hvfuse.system import SystemClock
 
 SHOW_SECONDS = 1.0
@@ -68,8 +69,9 @@ class Interrupts:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Count SIGINT, SIGTERM and SIGHUP meanwhile."""
-        before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        """Count SIGINT, SIGTERM and SIGHUP meanwhile; under nohup, SIGHUP stays ignored."""
+        ignored = signal.SIGHUP if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else None
+        before = {number: signal.signal(number, self._note) for number in _SIGNALS if number is not ignored}
         try:
             yield
         finally:
@@ -96,7 +98,7 @@ def run(session: Session) -> None:
             if sample is not None:
                 display.say(f"there was no VM yet: made {home.folder(sample)}")
             display.say(f"disks in {home.disks}; let the guests use them in {home.mnt}; Ctrl-C ends")
-            _keep(supervisor, interrupts, lambda: display.show(ask()), display.say)
+            _keep(supervisor, interrupts, lambda: display.show(_begun(ask())), display.say)
             display.say("ending: shippers first, then the mounts")
             supervisor.stop(asked=lambda: interrupts.count, tell=display.say)
         click.echo("ended cleanly")
@@ -117,6 +119,11 @@ def _keep(supervisor: Supervisor, interrupts: Interrupts, show: Callable[[], Non
             if str(error) != trouble:
                 say(f"trouble: {error}")
             trouble = str(error)
+
+
+def _begun(found: Sequence[VmStatus]) -> list[VmStatus]:
+    """Without the VMs that the supervisor has not taken up yet."""
+    return [one for one in found if one.state is not ReplicationState.DISABLED]
 
 
 @contextmanager

@@ -3,9 +3,9 @@
 Nothing is remembered here; a process that does not answer is reported as such. Health, by the worst
 reason (thresholds are the constants below):
 
-    Critical   the tracker cannot start; the tracker or the shipper does not run, or the folder is gone,
-               although the VM is protected; state Error or WaitingForStartResynchronize; replication
-               fails and is two intervals late
+    Critical   the logs or the store cannot be read; the tracker cannot start; the tracker or the shipper
+               does not run, or the folder is gone, although the VM is protected; state Error or
+               WaitingForStartResynchronize; replication fails and is two intervals late
     Warning    initial replication is not complete; replication fails; the last cycle is older than an
                hour, or than two intervals if that is more; a disk in the folder is not tracked
     Normal     none of these
@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from hvfuse import spool, wire
 from hvfuse.control.config import VmPolicy
@@ -32,6 +32,8 @@ STALE_SECONDS = 3600.0
 STALE_INTERVALS = 2
 _EMPTY_LOG = hrl.HEADER_SIZE + hrl.METADATA_SIZE
 """Bytes of a log in which nothing was written."""
+
+_Answer = TypeVar("_Answer")
 
 _COPYING = (
     ReplicationState.READY_FOR_INITIAL_REPLICATION,
@@ -120,12 +122,16 @@ class _Facts:
 def vm_status(
     home: Home, vm: str, *, record: VmRecord, policy: VmPolicy, points: Callable[[str], int], now_ns: int
 ) -> VmStatus:
-    """Ask everybody how `vm` is doing. `points`: how many the store has. Raises CorruptError, OSError."""
-    tracker = _ask(home.tracker_socket(vm))
-    shipper = _ask(home.shipper_socket(vm)) is not None
-    last = record.last_replication_time_ns
-    age = None if last is None else max(0.0, (now_ns - last) / 1e9)
+    """Ask everybody how `vm` is doing. `points`: how many the store has. What cannot be had because it is
+    damaged becomes a reason; raises OSError alone."""
     folder = home.folder(vm)
+    troubles: list[Reason] = []
+    tracker = _tried(troubles, "tracker-damaged", lambda: _ask(home.tracker_socket(vm)), None)
+    shipper = _tried(troubles, "shipper-damaged", lambda: _ask(home.shipper_socket(vm)), None) is not None
+    nothing: dict[str, int] = {}
+    sealed = _tried(troubles, "logs-damaged", lambda: _sealed_bytes(folder), nothing)
+    count = _tried(troubles, "store-damaged", lambda: points(vm), 0)
+    last = record.last_replication_time_ns
     facts = _Facts(
         vm=vm,
         record=record,
@@ -133,27 +139,34 @@ def vm_status(
         tracker=tracker,
         shipper=shipper,
         has_folder=os.path.isdir(folder),
-        age=age,
+        age=None if last is None else max(0.0, (now_ns - last) / 1e9),
     )
-    sealed = _sealed_bytes(folder)
-    disks = _disks(folder, tracker, sealed, policy.exclude)
     active = sum(max(0, disk["log_bytes"] - _EMPTY_LOG) for disk in tracker["disks"]) if tracker else 0
     in_doubt = sum(disk.get("resync_bytes", 0) for disk in tracker["disks"]) if tracker else 0
     return VmStatus(
         name=vm,
         state=_state(facts),
-        reasons=tuple(_reasons(facts)),
+        reasons=(*troubles, *_reasons(facts)),
         last_cycle=record.cycle,
         last_replication_time_ns=last,
-        rpo_seconds=age,
+        rpo_seconds=facts.age,
         pending_bytes=active + sum(sealed.values()) + in_doubt,
-        points=points(vm),
+        points=count,
         latest_point=record.point,
         progress=record.progress,
-        disks=disks,
+        disks=_disks(folder, tracker, sealed, policy.exclude),
         tracker=tracker is not None,
         shipper=shipper,
     )
+
+
+def _tried(troubles: list[Reason], reason_id: str, ask: Callable[[], _Answer], otherwise: _Answer) -> _Answer:
+    """The answer; or, if what is asked is damaged, a Critical reason in `troubles` and `otherwise`."""
+    try:
+        return ask()
+    except HvfuseError as error:
+        troubles.append(Reason(id=reason_id, health=Health.CRITICAL, text=str(error), next_command=error.hint))
+        return otherwise
 
 
 def _ask(socket_path: str) -> Mapping[str, Any] | None:

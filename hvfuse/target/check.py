@@ -25,7 +25,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong. `vm`: the VM concerned."""
+    """One thing that is wrong. `vm`: the VM concerned, or "pins"."""
 
     vm: str
     what: str
@@ -126,12 +126,12 @@ class _VmCheck:
     def _check_names(self) -> None:
         """The listed points, and only they, are found by their names."""
         vm = self._vm
-        listed = {record.id: record.seq for record in self._records if record.is_point}
+        listed = {record.id: (record.seq, record.time_ns) for record in self._records if record.is_point}
         self._run.points += len(listed)
-        if any(seq < vm.floor_seq for seq in listed.values()):
+        if any(seq < vm.floor_seq for seq, _ in listed.values()):
             self._found("a recovery point is listed that was merged already")
         named = scan(self._txn, self._env, schema.POINT_IDS, schema.u32(vm.id), schema.u32(vm.id + 1))
-        if {os.fsdecode(key[4:]): schema.number_of(seq) for key, seq in named} != listed:
+        if {os.fsdecode(key[4:]): schema.unpack_listing(raw) for key, raw in named} != listed:
             self._found("the names of its recovery points are not those of its cycles")
 
     def _check_placements(self) -> None:
@@ -246,15 +246,20 @@ def _image_fault(store: Store, vm: str, disk: DiskRecord, kind: CycleKind) -> st
 
 def _check_pins(store: Store, run: _Run) -> None:
     """Every pin holds a recovery point that is there."""
-    with store.env.read() as txn:
-        for pin in store.scan_pins(txn):
-            try:
+    try:
+        pins = store.pins()
+    except HvfuseError as error:
+        run.found("pins", str(error))
+        return
+    for pin in pins:
+        try:
+            with store.env.read() as txn:
                 held = store.load_point(txn, store.load_vm(txn, pin.vm), pin.point_id)
-            except HvfuseError as error:
-                run.found(pin.vm, f"pin {pin.id}: {error}")
-                continue
-            if held.seq != pin.seq:
-                run.found(pin.vm, f"pin {pin.id} holds another point than it says")
+        except HvfuseError as error:
+            run.found(pin.vm, f"pin {pin.id}: {error}")
+            continue
+        if held.seq != pin.seq:
+            run.found(pin.vm, f"pin {pin.id} holds another point than it says")
 
 
 def _name(record: PointRecord) -> str:

@@ -9,7 +9,7 @@ from hvfuse.frames import Frame
 from hvfuse.target import schema
 from hvfuse.target.environment import Environment, Txn
 from hvfuse.target.index import Entered, scan
-from hvfuse.target.schema import Placement, VmRecord
+from hvfuse.target.schema import Placement, PointRecord, VmRecord
 
 _BATCH = 1024
 """Frames looked at before they are deleted: bounds memory, whatever the size of a cycle."""
@@ -70,10 +70,9 @@ def drop_records(txn: Txn, env: Environment, vm: VmRecord, *, before: int) -> No
     start, stop = schema.point_key(vm.id, 0), schema.point_key(vm.id, before)
     points, ids = env.db(schema.POINTS), env.db(schema.POINT_IDS)
     for key, value in list(scan(txn, env, schema.POINTS, start, stop)):
-        seq = int.from_bytes(key[-8:], "big")
-        name = schema.point_id_key(vm.id, schema.PointRecord.unpack(value, seq).id)
-        if schema.number_of(txn.get(name, db=ids)) == seq:
-            txn.delete(name, db=ids)
+        record = PointRecord.unpack(value, int.from_bytes(key[-8:], "big"))
+        if record.is_point:
+            txn.delete(schema.point_id_key(vm.id, record.id), db=ids)
         txn.delete(key, db=points)
 
 

@@ -80,8 +80,16 @@ class Environment:
                 f"{self.path}: a store of format {version}; this hvfuse knows format {schema.FORMAT}",
                 hint="use the hvfuse that wrote it, or a newer one",
             )
-        # Not within a read transaction: a handle that is opened in one dies with it.
-        return {name: self._lmdb.open_db(name, create=False) for name in schema.DATABASES}
+        return self._handles()
+
+    def _handles(self) -> dict[bytes, lmdb._Database]:
+        """Handles of all databases. Not opened within a read transaction: they would die with it."""
+        while True:
+            try:
+                with self._faults(), self._inside():
+                    return {name: self._lmdb.open_db(name, create=False) for name in schema.DATABASES}
+            except lmdb.MapResizedError:
+                self._resize(self._adopt)
 
     def _format(self) -> int:
         """The store's format; 0 if nothing was ever written. Writes nothing."""

@@ -149,7 +149,7 @@ class LocalReplica:
     def _stage(self, txn: Txn, vm: VmRecord, manifest: CycleManifest) -> StagingRecord:
         """Note that a cycle is begun, and how: straight into the images if nobody can read them."""
         whole = manifest.previous is None
-        direct = whole and not any(self._store.scan_points(txn, vm)) and not self._is_pinned(txn)
+        direct = whole and not self._store.listed(txn, vm) and not self._is_pinned(txn)
         numbers = {} if whole else self._known_disks(vm, manifest)
         for disk in manifest.disks:
             if disk.disk_id not in numbers:
@@ -379,13 +379,13 @@ class LocalReplica:
     def _thin(self, txn: Txn, policy: RetentionPolicy, now_ns: int) -> tuple[int, int | None]:
         """Take points off the list. Returns how many, and the seq of the oldest that stays."""
         vm = self._store.load_vm(txn, self._vm)
-        listed = list(self._store.scan_points(txn, vm))
-        keep = retain([(point.seq, point.time_ns) for point in listed], policy, now_ns)
+        listed = self._store.listed(txn, vm)
+        keep = retain(listed, policy, now_ns)
         keep |= {pin.seq for pin in self._store.scan_pins(txn) if pin.vm == self._vm}
-        gone = [point for point in listed if point.seq not in keep]
-        for point in gone:
-            self._store.save_cycle(txn, vm, point.unlisted())
-        return len(gone), min((point.seq for point in listed if point.seq in keep), default=None)
+        gone = {seq for seq, _ in listed} - keep
+        for seq in gone:
+            self._store.save_cycle(txn, vm, self._store.load_cycle(txn, vm, seq).unlisted())
+        return len(gone), min((seq for seq, _ in listed if seq in keep), default=None)
 
 
 def _is_same(staging: StagingRecord, manifest: CycleManifest) -> bool:

@@ -75,7 +75,7 @@ def _announce(store: Store, vm_name: str, upto_seq: int, txn: Txn) -> _Step | No
     vm = store.load_vm(txn, vm_name)
     if vm.position is None:
         return None
-    held = [point.seq for point in store.scan_points(txn, vm)]
+    held = [seq for seq, _ in store.listed(txn, vm)]
     held += [pin.seq for pin in store.scan_pins(txn) if pin.vm == vm_name]
     limit = max(vm.floor_seq, min([upto_seq, *held]) if held else vm.floor_seq)
     if limit <= vm.base_seq:

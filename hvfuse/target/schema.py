@@ -2,7 +2,8 @@
 
 Integers in keys are big-endian, so that keys sort by number. Every VM counts its committed cycles in
 `seq`, over all generations, from 1; seq and nothing else orders them. A *record* is a JSON object
-behind the xxh3-64 (8 bytes, little-endian) of its text: LMDB itself checks nothing.
+behind the xxh3-64 (8 bytes, little-endian) of its text: LMDB itself checks nothing. A listing is the
+point's u64 seq and u64 time (ns since 1970), and entries are an array, each behind an xxh3-64 too.
 
     database    key                              value
     meta        "format"                         u32: FORMAT
@@ -10,7 +11,7 @@ behind the xxh3-64 (8 bytes, little-endian) of its text: LMDB itself checks noth
                 "next-vm", "next-pin"            u64: the next number to give out
     vms         name of the VM, bytes            VmRecord
     points      vm u32, seq u64                  PointRecord, of every cycle from the base on
-    point-ids   vm u32, id of the point          u64 seq, of the listed points alone
+    point-ids   vm u32, id of the point          listing: of the recovery points alone
     frames      vm u32, seq u64, number u32      the frame as it came (`hvfuse.frames`)
     placements  vm u32, seq u64, number u32      Placement: where in the index the frame is entered
     index       vm u32, disk u32, region u32,    entries of the frame's extents that touch the region,
@@ -39,8 +40,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ _VM_SEQ_NUMBER = struct.Struct(">IQI")
 _VM_NUMBER = struct.Struct(">II")
 _INDEX_KEY = struct.Struct(">IIIQI")
 _WIDE_KEY = struct.Struct(">IIQI")
+_LISTING = struct.Struct(">QQ")
 _PLACEMENT = struct.Struct("<IIQQ16s")
 
 ENTRY_DTYPE = np.dtype([("offset", "<u8"), ("length", "<u8"), ("position", "<u4"), ("kind", "<u4")])
@@ -169,15 +171,70 @@ def _opened(raw: Buffer, what: str) -> memoryview:
     return body
 
 
-def _pack_record(fields: Mapping[str, Any]) -> bytes:
-    return _sealed(json.dumps(fields, separators=(",", ":")).encode())
+def _pack_record(record: Any, *, without: str = "") -> bytes:
+    """A record's fields, but for the one that its key holds."""
+    names = [field.name for field in fields(record) if field.name != without]
+    text = json.dumps({name: _plain(getattr(record, name)) for name in names}, separators=(",", ":"))
+    return _sealed(text.encode())
 
 
 def _unpack_record(raw: Buffer, what: str) -> dict[str, Any]:
-    fields = json.loads(bytes(_opened(raw, what)))
-    if not isinstance(fields, dict):
-        raise CorruptError(f"{what} is not a record")
-    return fields
+    """The fields by name. Raises CorruptError naming `what`."""
+    values = json.loads(bytes(_opened(raw, what)))
+    for name in values.keys() & _PARSERS.keys():
+        values[name] = _PARSERS[name](values[name])
+    return dict(values)
+
+
+def _plain(value: Any) -> Any:
+    """A field's value as JSON."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Position | DiskRecord):
+        return [_plain(getattr(value, field.name)) for field in fields(value)]
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _position(values: list[Any] | None) -> Position | None:
+    if values is None:
+        return None
+    generation, cycle, digest = values
+    return Position(bytes.fromhex(generation), cycle, bytes.fromhex(digest))
+
+
+def _disks(values: list[list[Any]]) -> tuple[DiskRecord, ...]:
+    return tuple(
+        DiskRecord(
+            number=number, disk_id=bytes.fromhex(disk_id), name=name, format=image_format, size=size,
+            digest=bytes.fromhex(digest),
+        )
+        for number, disk_id, name, image_format, size, digest in values
+    )  # fmt: skip
+
+
+_PARSERS: Mapping[str, Callable[[Any], Any]] = {
+    "position": _position,
+    "previous": _position,
+    "disks": _disks,
+    "kind": CycleKind,
+    "consistency": Consistency,
+    "generation": bytes.fromhex,
+    "made_from": bytes.fromhex,
+}
+"""How fields that are no plain JSON are read back, in whichever record they are."""
+
+
+def pack_listing(seq: int, time_ns: int) -> bytes:
+    """A value of `point-ids`."""
+    return _sealed(_LISTING.pack(seq, time_ns))
+
+
+def unpack_listing(raw: Buffer) -> tuple[int, int]:
+    """Seq and time in ns. Raises CorruptError."""
+    seq, time_ns = _LISTING.unpack(_opened(raw, "the listing of a recovery point"))
+    return seq, time_ns
 
 
 def pack_entries(entries: Entries) -> bytes:
@@ -271,27 +328,12 @@ class VmRecord:
 
     def pack(self) -> bytes:
         """The value in `vms`."""
-        return _pack_record(
-            {
-                "id": self.id,
-                "name": self.name,
-                "state": self.state,
-                "position": _position_json(self.position),
-                "head_seq": self.head_seq,
-                "base_seq": self.base_seq,
-                "floor_seq": self.floor_seq,
-                "next_disk": self.next_disk,
-                "disks": [_disk_json(disk) for disk in self.disks],
-            }
-        )
+        return _pack_record(self)
 
     @classmethod
     def unpack(cls, raw: Buffer) -> VmRecord:
         """Raises CorruptError."""
-        fields = _unpack_record(raw, "the record of a VM")
-        fields["position"] = _position_of(fields["position"])
-        fields["disks"] = tuple(_disk_of(disk) for disk in fields["disks"])
-        return cls(**fields)
+        return cls(**_unpack_record(raw, "the record of a VM"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -336,30 +378,12 @@ class PointRecord:
 
     def pack(self) -> bytes:
         """The value in `points`."""
-        return _pack_record(
-            {
-                "kind": self.kind.value,
-                "position": _position_json(self.position),
-                "previous": _position_json(self.previous),
-                "time_ns": self.time_ns,
-                "consistency": self.consistency.value,
-                "is_point": self.is_point,
-                "frame_count": self.frame_count,
-                "stored_bytes": self.stored_bytes,
-                "disks": [_disk_json(disk) for disk in self.disks],
-            }
-        )
+        return _pack_record(self, without="seq")
 
     @classmethod
     def unpack(cls, raw: Buffer, seq: int) -> PointRecord:
         """Raises CorruptError."""
-        fields = _unpack_record(raw, f"the record of cycle {seq}")
-        fields["kind"] = CycleKind(fields["kind"])
-        fields["position"] = _position_of(fields["position"])
-        fields["previous"] = _position_of(fields["previous"])
-        fields["consistency"] = Consistency(fields["consistency"])
-        fields["disks"] = tuple(_disk_of(disk) for disk in fields["disks"])
-        return cls(seq=seq, **fields)
+        return cls(seq=seq, **_unpack_record(raw, f"the record of cycle {seq}"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -377,29 +401,12 @@ class StagingRecord:
 
     def pack(self) -> bytes:
         """The value in `staging`."""
-        return _pack_record(
-            {
-                "seq": self.seq,
-                "direct": self.direct,
-                "kind": self.kind.value,
-                "generation": self.generation.hex(),
-                "cycle": self.cycle,
-                "previous": _position_json(self.previous),
-                "made_from": self.made_from.hex(),
-                "disks": [_disk_json(disk) for disk in self.disks],
-            }
-        )
+        return _pack_record(self)
 
     @classmethod
     def unpack(cls, raw: Buffer) -> StagingRecord:
         """Raises CorruptError."""
-        fields = _unpack_record(raw, "the record of an unfinished cycle")
-        fields["kind"] = CycleKind(fields["kind"])
-        fields["generation"] = bytes.fromhex(fields["generation"])
-        fields["made_from"] = bytes.fromhex(fields["made_from"])
-        fields["previous"] = _position_of(fields["previous"])
-        fields["disks"] = tuple(_disk_of(disk) for disk in fields["disks"])
-        return cls(**fields)
+        return cls(**_unpack_record(raw, "the record of an unfinished cycle"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -420,41 +427,9 @@ class Pin:
 
     def pack(self) -> bytes:
         """The value in `pins`."""
-        return _pack_record(
-            {
-                "vm": self.vm,
-                "point_id": self.point_id,
-                "seq": self.seq,
-                "created_ns": self.created_ns,
-                "owner": dict(self.owner),
-            }
-        )
+        return _pack_record(self, without="id")
 
     @classmethod
     def unpack(cls, raw: Buffer, pin: int) -> Pin:
         """Raises CorruptError."""
         return cls(id=pin, **_unpack_record(raw, f"the record of pin {pin}"))
-
-
-def _position_json(position: Position | None) -> list[Any] | None:
-    if position is None:
-        return None
-    return [position.generation.hex(), position.cycle, position.digest.hex()]
-
-
-def _position_of(fields: list[Any] | None) -> Position | None:
-    if fields is None:
-        return None
-    return Position(bytes.fromhex(fields[0]), fields[1], bytes.fromhex(fields[2]))
-
-
-def _disk_json(disk: DiskRecord) -> list[Any]:
-    return [disk.number, disk.disk_id.hex(), disk.name, disk.format, disk.size, disk.digest.hex()]
-
-
-def _disk_of(fields: list[Any]) -> DiskRecord:
-    number, disk_id, name, image_format, size, digest = fields
-    return DiskRecord(
-        number=number, disk_id=bytes.fromhex(disk_id), name=name, format=image_format, size=size,
-        digest=bytes.fromhex(digest),
-    )  # fmt: skip

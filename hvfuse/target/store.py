@@ -148,7 +148,7 @@ class Store:
         raw = txn.get(schema.point_id_key(vm.id, point_id), db=self.env.db(schema.POINT_IDS))
         if raw is None:
             raise NotFoundError(f"{vm.name} has no recovery point {point_id!r}", hint=f"hvfuse point list {vm.name}")
-        return self.load_cycle(txn, vm, schema.number_of(raw))
+        return self.load_cycle(txn, vm, schema.unpack_listing(raw)[0])
 
     def load_cycle(self, txn: Txn, vm: VmRecord, seq: int) -> PointRecord:
         """The committed cycle with that seq. Raises NotFoundError."""
@@ -182,9 +182,20 @@ class Store:
         txn.put(schema.point_key(vm.id, cycle.seq), cycle.pack(), db=self.env.db(schema.POINTS))
         key, ids = schema.point_id_key(vm.id, cycle.id), self.env.db(schema.POINT_IDS)
         if cycle.is_point:
-            txn.put(key, schema.u64(cycle.seq), db=ids)
-        elif schema.number_of(txn.get(key, db=ids)) == cycle.seq:
+            txn.put(key, schema.pack_listing(cycle.seq, cycle.time_ns), db=ids)
+        else:
             txn.delete(key, db=ids)
+
+    def listed(self, txn: Txn, vm: VmRecord) -> list[tuple[int, int]]:
+        """Seq and time (ns since 1970) of each recovery point, in no order; far faster than their records."""
+        start, stop = schema.u32(vm.id), schema.u32(vm.id + 1)
+        found = scan(txn, self.env, schema.POINT_IDS, start, stop)
+        return [schema.unpack_listing(raw) for _, raw in found]
+
+    def point_count(self, vm: str) -> int:
+        """How many recovery points there are. Raises NotFoundError."""
+        with self.env.read() as txn:
+            return len(self.listed(txn, self.load_vm(txn, vm)))
 
     def load_staging(self, txn: Txn, vm: VmRecord) -> StagingRecord | None:
         """The VM's unfinished cycle, if there is one."""

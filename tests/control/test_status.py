@@ -142,6 +142,15 @@ def test_a_tracker_that_cannot_start_is_an_error_with_its_cause(ask: Ask) -> Non
     assert (reason.text, reason.next_command) == ("os.vhd: not a VHD", "rename it")
 
 
+def test_damage_is_a_reason_and_the_rest_is_still_told(ask: Ask, home: Home) -> None:
+    Path(home.folder("vm"), "os.raw.0000000003.hrc").write_bytes(b"rubbish")
+    status = ask()
+    (reason,) = status.reasons
+    assert (reason.id, reason.health) == ("logs-damaged", Health.CRITICAL)
+    assert "os.raw.0000000003.hrc" in reason.text
+    assert (status.state, status.points, status.pending_bytes) == (ReplicationState.REPLICATING, 3, 700)
+
+
 def test_a_vm_whose_folder_is_gone_points_to_the_store(ask: Ask, home: Home) -> None:
     status = ask(vm="other")
     assert reasons(status)[0] == "folder-gone"

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 from hvfuse import fuse, handshake, mountpoint
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, PrerequisiteError, UsageError
 from hvfuse.filesystem import Filesystem
+from hvfuse.tracker.folder import Folder
 from tests.mount.conftest import REPOSITORY, Mounted
 
 pytestmark = pytest.mark.mount
@@ -171,6 +173,17 @@ def test_a_signal_ends_a_busy_mount_after_writing_back_what_was_mapped(started: 
     assert "in use by" in started.errors()
 
 
+def test_a_signal_ends_a_mount_that_lives_on_in_another_namespace(started: Mounted) -> None:
+    assert started.process is not None
+    command = ["unshare", "--mount", "--propagation", "private", "cat", str(started.mnt / "plain"), "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as elsewhere:
+        assert elsewhere.stdout is not None
+        assert elsewhere.stdout.read(1 << 20) == bytes(1 << 20)
+        started.process.send_signal(signal.SIGTERM)
+        started.expect("ended")
+        assert started.process.wait() == 0
+
+
 def test_a_second_signal_changes_nothing(started: Mounted) -> None:
     assert started.process is not None
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
@@ -228,6 +241,30 @@ def test_a_symlink_swapped_in_beneath_is_not_followed(unmounted: Mounted) -> Non
         (unmounted.mnt / "sub" / "new").touch()
     assert os.listdir(unmounted.root / "outside") == ["secret"]
     assert (unmounted.root / "outside" / "secret").read_text() == "secret"
+
+
+def test_the_server_itself_follows_no_symlink(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("secret")
+    (tmp_path / "folder" / "sub").symlink_to("../outside")
+    (tmp_path / "folder" / "file").symlink_to("../outside/secret")
+    fd = os.open(tmp_path / "folder", os.O_RDONLY)
+    folder = Folder(fd)
+    for path in ("/sub/secret", "/file"):
+        for action in (
+            lambda path: folder.open(path, os.O_RDWR),
+            lambda path: folder.truncate(path, 0),
+            lambda path: folder.chmod(path, 0o777),
+            folder.open_directory,
+        ):
+            with pytest.raises(OSError):
+                action(path)
+    with pytest.raises(OSError):
+        folder.mkdir("/sub/new", 0o755, uid=0, gid=0)
+    assert stat.S_ISLNK(folder.stat("/file").st_mode)
+    assert (tmp_path / "outside" / "secret").read_text() == "secret"
+    os.close(fd)
 
 
 def test_the_mount_is_shown_as_what_it_is(started: Mounted) -> None:
