@@ -150,8 +150,9 @@ def test_a_compacted_cycle_is_compacted_again(tmp_path):
 
 
 def test_a_compacted_log_is_a_log_for_every_reader(tmp_path):
-    source = outage(tmp_path, seed=7, cycles=5)
+    source = outage(tmp_path, seed=7, cycles=5, resize=True)
     old = source.cycles()
+    assert len({log.header.start_size for cycle in old for log in cycle.logs}) > 5
     relieved(source)
     for number, log in enumerate(source.cycles()[0].logs):
         with open_log(log.log_path) as reader:
@@ -160,6 +161,7 @@ def test_a_compacted_log_is_a_log_for_every_reader(tmp_path):
             assert not verified.unverified
         (tmp_path / "image").write_bytes(source.barriers[source.generation, 0][number])
         independent_hrl.replay(log.log_path, str(tmp_path / "image"))
+        os.truncate(tmp_path / "image", log.header.end_size)
         assert (tmp_path / "image").read_bytes() == source.barriers[source.generation, 5][number]
         first, last = old[0].logs[number].header, old[-1].logs[number].header
         assert independent_hrl.ids(log.log_path) == (last.unique_id, first.previous_unique_id)

@@ -118,3 +118,19 @@ def test_logs_that_are_lost_during_a_compaction_are_marked_and_nothing_more_is(h
     host.scribble(random.Random(6), 10)
     report = host.shipper().cycle_now()
     assert host.at(report.point) == host.images()
+
+
+def test_logs_that_are_compacted_while_the_tracker_marks_what_they_hold_are_marked_all_the_same(host, monkeypatch):
+    listed = spool.list_logs
+
+    def list_and_compact(folder: str) -> list[spool.SealedLog]:
+        found = listed(folder)
+        monkeypatch.setattr(spool, "list_logs", listed)
+        assert compacted(host)
+        return found
+
+    monkeypatch.setattr(spool, "list_logs", list_and_compact)
+    host.lose_logs()
+    assert host.vm.status()["resync_scope"] == "regions"
+    report = host.shipper().cycle_now()
+    assert host.at(report.point) == host.images()
