@@ -79,7 +79,8 @@ class VmStatus:
     """What there is to say of a VM now.
 
     `rpo_seconds`: age of what the target has, None when unknown. `pending_bytes`: what the logs hold
-    that the target lacks, and what has to be compared with it. `points`: recovery points in the store. `tracker`, `shipper`: whether they answer.
+    that the target lacks, and what has to be compared with it. `points`: recovery points in the store.
+    `tracker`, `shipper`: whether they answer.
     """
 
     name: str

@@ -202,9 +202,19 @@ class TrackedVm:
             self._generation, self._cycle = generation, 0
             self._count_sealed()
             self._start_logs()
+            self._sync_images()
             for _, state in disks:
                 state.update(resync_reason=None)
             self._lost = None
+
+    def _sync_images(self) -> None:
+        """What was written before the logs began is in no hot region, and the copy that follows takes it
+        from the page cache: it must not be lost here once the replica has it. Raises ResyncRequiredError."""
+        try:
+            for disk, _ in self._tracked():
+                system.fdatasync("begin:image", disk.fd)
+        except OSError as error:
+            self._give_up(f"an image could not be synced: {error.strerror}")
 
     def resynced(self, generation: bytes) -> None:
         """The target has the copy that began `generation`. Idempotent. Raises OSError, UsageError."""

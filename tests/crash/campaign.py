@@ -61,8 +61,7 @@ class Expectation(Enum):
 
 AFTER_POWER_LOSS = Expectation.HOT_REGIONS
 SHIPS_WITHOUT_TRACKER = True
-"""Whether the shipper goes on between a tracker's death and its restart. Off: it releases logs that the
-tracker's recovery needs, so the disks are copied anew (`test_campaign.py` has the case)."""
+"""Whether the shipper goes on between a tracker's death and its restart."""
 
 
 class Violation(AssertionError):
@@ -78,6 +77,8 @@ class Tally:
     labels: Counter[str] = field(default_factory=Counter)
     points: int = 0
     copies: int = 0
+    resyncs: int = 0
+    bytes_in_doubt: int = 0
     bytes_compared: int = 0
 
     def add(self, other: Tally) -> None:
@@ -121,6 +122,7 @@ class World:
         self._unreleased: set[tuple[bytes, int]] = set()
         self._logged: dict[str, tuple[bytes, int]] = {}
         self._may_copy = True
+        self._in_doubt = False
 
     # Rounds -----------------------------------------------------------------------------------
 
@@ -220,9 +222,13 @@ class World:
         if barrier is not None:
             self._note_barrier(barrier)
         if request == "begin":
-            if not self._may_copy:
+            if fields["scope"] == "regions":
+                self.tally.resyncs += 1
+                self.tally.bytes_in_doubt += sum(disk["resync_bytes"] for disk in vm.status()["disks"])
+            elif self._may_copy:
+                self.tally.copies += 1
+            else:
                 raise Violation(f"the disks are copied anew: {vm.resync_reason or 'logs are missing'}")
-            self.tally.copies += 1
             self._unreleased.clear()
             self._logged.clear()
         if request == "release":
@@ -237,6 +243,8 @@ class World:
     def _answered(self, request: str) -> None:
         if request == "rotate":
             self._sealed()
+        if request == "resynced":
+            self._in_doubt = False
 
     def _sealed(self) -> None:
         """A rotation was answered: its logs and the images are durable."""
@@ -260,7 +268,7 @@ class World:
             with contextlib.suppress(UnreachableError):
                 self.host.replication.cycle_now()  # what was sealed goes over all the same
         self._attach(Fault.TRACKER)
-        if self._vm.resync_reason is not None and not self._may_copy:
+        if self._vm.resync_reason is not None and not (self._may_copy or self._in_doubt):
             raise Violation(f"no process's death costs a copy: {self._vm.resync_reason}")
         found = self._check_disks(floors)
         for name, disk in self._disks.items():
@@ -302,6 +310,7 @@ class World:
         self.host.open_target()
         if AFTER_POWER_LOSS is Expectation.FULL_COPY:
             self._may_copy = True
+        self._in_doubt = True
         self._attach(Fault.POWER)
         self._restart_shipper()  # the folder is another one after each cut
         found = self._check_disks({name: disk.synced for name, disk in self._disks.items()})
