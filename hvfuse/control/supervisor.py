@@ -17,6 +17,7 @@ from functools import partial
 from typing import Literal
 
 from hvfuse import system, wire
+from hvfuse.control.arrivals import Arrivals
 from hvfuse.control.daemon import Daemon, command, serving_pid
 from hvfuse.control.home import Home, name_fault
 from hvfuse.control.records import Records
@@ -187,7 +188,10 @@ class Supervisor:
         self._tracker = tracker
         self._shipper = shipper
         self._keepers: dict[str, Keeper] = {}
-        self._scan_due = clock.monotonic()
+        self._arrivals = Arrivals(home, clock=clock)
+        self._sample: str | None = None
+        self._scan_due: float | None = None
+        """When to look for new folders; None before the first time."""
 
     @property
     def vms(self) -> Mapping[str, Keeper]:
@@ -196,7 +200,8 @@ class Supervisor:
 
     def prepare(self) -> str | None:
         """Make the sample VM if there is none at all; returns its name if so."""
-        return make_sample(self._home.disks) if not find_vms(self._home) else None
+        self._sample = make_sample(self._home.disks) if not find_vms(self._home) else None
+        return self._sample
 
     def tick(self) -> None:
         """Notice new VMs, keep every process alive.
@@ -205,17 +210,23 @@ class Supervisor:
         such error is raised at the end.
         """
         failures: list[Exception] = []
-        if self._clock.monotonic() >= self._scan_due:
+        at_start = self._scan_due is None
+        if self._scan_due is None or self._clock.monotonic() >= self._scan_due:
             self._scan_due = self._clock.monotonic() + SCAN_SECONDS
             for vm in find_vms(self._home):
-                if vm not in self._keepers:
-                    with _collected(failures):
+                with _collected(failures):
+                    if vm not in self._keepers and self._may_take(vm, at_start=at_start):
                         self._keepers[vm] = self._keep(vm)
         for keeper in self._keepers.values():
             with _collected(failures):
                 keeper.tick()
         if failures:
             raise failures[0]
+
+    def _may_take(self, vm: str, *, at_start: bool) -> bool:
+        """Whether the folder is one that was taken up before, or our own, or a new one that is complete."""
+        known = vm == self._sample or self._records.read(vm).state is not ReplicationState.DISABLED
+        return known or self._arrivals.is_settled(vm, at_start=at_start)
 
     def _keep(self, vm: str) -> Keeper:
         self._home.make_vm(vm)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hvfuse.control.arrivals import STILL_SECONDS
 from hvfuse.control.config import Config
 from hvfuse.control.daemon import Daemon
 from hvfuse.control.home import Home
@@ -19,6 +20,7 @@ from hvfuse.control.sample import make_sample
 from hvfuse.control.supervisor import SCAN_SECONDS, Supervisor, find_vms, only_supervisor, require_no_supervisor
 from hvfuse.errors import BusyError
 from hvfuse.formats.image import ImageFormat, probe
+from hvfuse.manifest import ReplicationState
 from hvfuse.system import Clock
 from tests.control.children import REFUSER, HandClock, server, until
 
@@ -45,6 +47,7 @@ def add_vm(home: Home, vm: str, disk: str = "os.raw") -> None:
     folder = Path(home.folder(vm))
     folder.mkdir(exist_ok=True)
     (folder / disk).write_bytes(bytes(512))
+    os.utime(folder / disk, (0, 0))  # long ago, also by the clock of the tests
 
 
 def story(home: Home) -> Path:
@@ -142,8 +145,54 @@ def test_every_vm_gets_a_tracker_and_then_a_shipper_and_new_ones_are_noticed(
     add_vm(home, "b")
     supervisor.tick()
     assert list(supervisor.vms) == ["a"]
-    clock.at += SCAN_SECONDS
+    for _ in range(3):
+        clock.at += SCAN_SECONDS
+        supervisor.tick()
     until(lambda: all_ready(supervisor, "a", "b"))
+    supervisor.stop(asked=lambda: 1, tell=print)
+
+
+def test_a_disk_that_is_still_being_copied_in_is_left_alone_until_it_stands_still(
+    home: Home, clock: HandClock, make: Callable[[], Supervisor]
+) -> None:
+    supervisor = make()
+    supervisor.tick()
+    for size in range(1, 6):
+        add_vm(home, "late")
+        os.truncate(Path(home.folder("late")) / "os.raw", 512 * size)
+        os.utime(Path(home.folder("late")) / "os.raw", (size, size))
+        clock.at += SCAN_SECONDS
+        supervisor.tick()
+        assert not supervisor.vms
+    add_vm(home, "late", "data.raw")
+    clock.at += SCAN_SECONDS
+    supervisor.tick()
+    assert not supervisor.vms
+    clock.at += STILL_SECONDS
+    supervisor.tick()
+    assert list(supervisor.vms) == ["late"]
+    supervisor.stop(asked=lambda: 1, tell=print)
+
+
+def test_at_start_only_a_folder_that_was_written_to_just_now_has_to_wait(
+    home: Home, records: Records, clock: HandClock, make: Callable[[], Supervisor]
+) -> None:
+    for vm in ("old", "fresh", "known"):
+        add_vm(home, vm)
+    for vm in ("fresh", "known"):
+        os.utime(Path(home.folder(vm)) / "os.raw", (clock.at - 1, clock.at - 1))
+    records.update("known", state=ReplicationState.REPLICATING)
+    supervisor = make()
+    supervisor.tick()
+    assert list(supervisor.vms) == ["known", "old"]
+    supervisor.stop(asked=lambda: 1, tell=print)
+
+
+def test_the_sample_is_taken_up_at_once(make: Callable[[], Supervisor]) -> None:
+    supervisor = make()
+    supervisor.prepare()
+    supervisor.tick()
+    assert list(supervisor.vms) == ["sample"]
     supervisor.stop(asked=lambda: 1, tell=print)
 
 
