@@ -43,6 +43,7 @@ _RESERVED = re.compile(
 )
 _COMPANION = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrc\Z", re.DOTALL | re.ASCII)
 _COMPACTED = re.compile(r"^.+\.\d{10}\.c\.hrl\Z", re.DOTALL | re.ASCII)
+_SPARE = re.compile(r"^.+\.spare\d+\.hrl\Z", re.DOTALL | re.ASCII)
 _ANY_LOG = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})(?:\.c)?\.hrl\Z", re.DOTALL | re.ASCII)
 _LOG = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrl\Z", re.DOTALL | re.ASCII)
 
@@ -178,7 +179,10 @@ def list_cycles(folder: str) -> list[SealedCycle]:
     cycles: dict[tuple[bytes, int], list[SealedLog]] = {}
     for log in list_logs(folder):
         cycles.setdefault((log.header.generation, log.header.cycle), []).append(log)
-    grouped = [SealedCycle(generation, cycle, tuple(logs)) for (generation, cycle), logs in cycles.items()]
+    grouped = [
+        SealedCycle(generation, cycle, tuple(sorted(logs, key=lambda log: log.disk)))
+        for (generation, cycle), logs in cycles.items()
+    ]
     return sorted(grouped, key=lambda cycle: max(log.serial for log in cycle.logs))
 
 
@@ -208,16 +212,29 @@ def _drop_strays(folder: str, released: Mapping[str, int]) -> None:
 
 
 def clear(folder: str) -> None:
-    """Let all sealed logs go, whatever they hold, damaged ones too: a whole copy is to follow."""
-    names = sorted(os.listdir(folder))
-    for name in names:
-        match = _COMPANION.match(name)
-        if match is not None:
+    """Remove all sealed logs, whatever they hold, damaged ones too, and all spares: what they held has to be
+    compared, and their space may be wanted. Raises OSError, after having tried them all."""
+    failed: OSError | None = None
+    names = os.listdir(folder)
+    sealed = {match["disk"] + "." + match["serial"] for match in map(_COMPANION.match, names) if match is not None}
+    # A companion goes before its log: a log without one is rubbish, a companion without its log a puzzle.
+    for name in sorted(names, key=lambda name: _COMPANION.match(name) is None):
+        log = _LOG.match(name)
+        is_sealed_log = log is not None and f"{log['disk']}.{log['serial']}" in sealed
+        if not (is_sealed_log or any(kind.match(name) for kind in (_COMPANION, _COMPACTED, _SPARE))):
+            continue
+        try:
             system.unlink("spool:clear", os.path.join(folder, name), missing_ok=True)
-            discard_logs(folder, match["disk"], int(match["serial"]))
-    for name in names:
-        if _COMPACTED.match(name) is not None:
-            system.unlink("spool:remove", os.path.join(folder, name), missing_ok=True)
+        except OSError as error:
+            failed = error
+    if failed is not None:
+        raise failed
+
+
+def greatest_serial(folder: str, disk: str) -> int:
+    """The greatest serial that any file of the disk carries; 0 if none does."""
+    found = [match for name in os.listdir(folder) for match in (_LOG.match(name), _COMPANION.match(name))]
+    return max((int(match["serial"]) for match in found if match is not None and match["disk"] == disk), default=0)
 
 
 def discard_logs(folder: str, disk: str, serial: int) -> None:

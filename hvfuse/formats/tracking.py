@@ -142,7 +142,7 @@ class TrackingRecord:
         """One copy of the record, 4,096 bytes."""
         flags = _CLEAN * self.detached_cleanly | _RESYNCING * self.resyncing
         flags |= _RESYNC * (self.resync_reason is not None)
-        reason = (self.resync_reason or "").encode()[:MAX_REASON]
+        reason = (self.resync_reason or "").encode(errors="backslashreplace")[:MAX_REASON]
         body = _RECORD.pack(
             _RECORD_MAGIC, _VERSION, flags, self.write_number, self.disk_id, self.generation,
             self.cycle, self.acknowledged, self.serial, self.next_seq, self.digest, self.unique_id,

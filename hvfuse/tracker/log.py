@@ -61,6 +61,8 @@ class ReplicationLog:
         self._block = hrl.HEADER_SIZE
         self.stored = 0
         """Bytes of payload; holes do not count."""
+        self.budget_check = 0
+        """What `stored` may come to before the VM's budget is looked at again."""
         self._pending_from = 0
         self._pending = 0
         self._described = 0
@@ -72,13 +74,18 @@ class ReplicationLog:
     def prepare(cls, folder: str, disk: str, head: IndexHead, index: IndexMap) -> ReplicationLog:
         """Make a log that stands by, over a spare if there is one. Raises OSError."""
         spool.take_spare(folder, disk, os.path.join(folder, spool.log_name(disk, head.serial)))
-        log = cls(folder, disk, head, index)
+        try:
+            log = cls(folder, disk, head, index)
+        except OSError:
+            spool.discard_log(folder, disk, os.path.join(folder, spool.log_name(disk, head.serial)))
+            raise
         try:
             index.begin(head)
             empty = hrl.pack_metadata_block(np.empty(0, companion.ENTRY_DTYPE), 0)
             system.pwrite("log:prepare", log._fd, log._header(eol=0).pack() + empty, 0)
         except OSError:
             log.close()
+            spool.discard_log(folder, disk, log.path)
             raise
         return log
 
@@ -157,7 +164,7 @@ class ReplicationLog:
     def _append(  # noqa: PLR0917 - hot path
         self, offset: int, location: int, xxh3: int, length: int, byte_sum: int, kind: Kind
     ) -> None:
-        timestamp = int(time.time()) - hrl.EPOCH
+        timestamp = hrl.hrl_time(time.time_ns())
         self.index.append(self._next_seq, offset, location, xxh3, length, byte_sum, timestamp, kind)
         self._next_seq += 1
         self._end = location + length
@@ -182,7 +189,7 @@ class ReplicationLog:
         """Note that everything before is durable, on the log and on the image."""
         if self._marked == self.index.count:
             return
-        timestamp = int(time.time()) - hrl.EPOCH
+        timestamp = hrl.hrl_time(time.time_ns())
         self.index.append(self._next_seq, 0, self._end, _HOLE_XXH3, 0, hrl.ZERO_CHECKSUM, timestamp, Kind.FLUSH)
         self._next_seq += 1
         self._marked = self.index.count

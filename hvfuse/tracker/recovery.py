@@ -47,11 +47,13 @@ class Finding:
 def recover(disks: list[Tracked], *, now_ns: int) -> Finding:
     """Bring the disks to a state from which their generation continues, or say what is required."""
     known = next((state.record.resync_reason for _, state in disks if state.record.resync_reason), None)
-    if known is not None or not any(state.record.is_tracked for _, state in disks):
-        return Finding(reason=known, scope=max((state.record.scope for _, state in disks), default=Scope.NONE))
+    if not any(state.record.is_tracked for _, state in disks):
+        return Finding(reason=known, scope=Scope.FULL if known else Scope.NONE)
+    # Marks know as little as logs of what happened behind the mount: this comes before anything recorded.
     changed = _membership_changed(disks) or _changed_offline(disks)
-    if changed is not None:
-        return Finding(reason=changed, scope=Scope.FULL)
+    if changed is not None or known is not None:
+        recorded = max(state.record.scope for _, state in disks)
+        return Finding(reason=changed or known, scope=recorded if changed is None else Scope.FULL)
     if all(state.record.detached_cleanly for _, state in disks):
         return Finding()
     boot = system.boot_id()
@@ -180,6 +182,7 @@ def _give_up_partial_cycles(disks: list[Tracked]) -> None:
     for disk, _ in disks:
         for log in (log for cycle in partial for log in cycle.logs if log.disk == disk.name):
             regions_of(disk).mark_entries(log.entries())
+            regions_of(disk).mark_cut(log.header.previous_size, log.header.start_size)
         regions_of(disk).save()
     spool.release(partial)
 

@@ -104,7 +104,7 @@ class RegionMap:
         now = time.monotonic()
         self._ahead = min(self._ahead * _MARK_AHEAD, MAX_REGIONS) if now - self._missed_at < _SOON else 1
         self._missed_at = now
-        if mark == HOT:
+        if self._ahead > 1:
             marks[np.arange(last, last + self._ahead) % max(self.used, last + 1)] |= mark
         self.save()
 
@@ -144,6 +144,11 @@ class RegionMap:
         np.add.at(edges, np.minimum(first, MAX_REGIONS - 1), 1)
         np.add.at(edges, np.minimum(last + 1, MAX_REGIONS), -1)
         self._array()[np.cumsum(edges)[:-1] > 0] |= DIRTY
+
+    def mark_cut(self, before: int, after: int) -> None:
+        """Mark dirty, in memory, what a resize cut off: it reads as zeroes should the disk grow again."""
+        if after < before:
+            self._array()[after >> self._shift : ((before - 1) >> self._shift) + 1] |= DIRTY
 
     def mark_hot_dirty(self) -> None:
         """Make dirty, in memory, whatever is hot: no log will tell what happened there."""

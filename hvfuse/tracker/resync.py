@@ -17,8 +17,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from hvfuse import spool, system
-from hvfuse.errors import HvfuseError
+from hvfuse import spool
+from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.formats.tracking import NOT_TRACKED, Scope
 from hvfuse.tracker.disk import TrackedDisk
 from hvfuse.tracker.regions import DIRTY, RegionMap
@@ -52,6 +52,8 @@ def lose_logs(disks: list[Tracked], reason: str, *, full: bool) -> Scope:
     found = Scope.FULL if full or any(_needs_all(state) for _, state in disks) else Scope.REGIONS
     if found is Scope.REGIONS:
         try:
+            if not any(state.record.resync_reason for _, state in disks):
+                _check_all_there(disks)
             _mark_lost(disks)
         except (OSError, HvfuseError):
             found = Scope.FULL
@@ -61,8 +63,7 @@ def lose_logs(disks: list[Tracked], reason: str, *, full: bool) -> Scope:
         except OSError:
             # With neither log nor mark the disk would look whole at the next attach; without a
             # state file it looks new, which means a full copy as well.
-            with contextlib.suppress(OSError):
-                system.unlink("state:give-up", state.path, missing_ok=True)
+            state.give_up()
             found = Scope.FULL
         disk.drop_logs()
     for disk, _ in disks[:1]:
@@ -77,6 +78,23 @@ def _needs_all(state: TrackingState) -> bool:
     return not record.is_tracked or record.scope is Scope.FULL
 
 
+def _check_all_there(disks: list[Tracked]) -> None:
+    """Raises CorruptError if a sealed log that the target has not acknowledged is gone: nobody knows what it held."""
+    cycles = spool.list_cycles(disks[0][0].folder)
+    for disk, state in disks:
+        record = state.record
+        have = {
+            cycle
+            for each in cycles
+            for log in each.logs
+            if log.disk == disk.name and log.header.generation == record.generation
+            for cycle in range(log.header.first_cycle, log.header.cycle + 1)
+        }
+        missing = set(range(record.acknowledged + 1, record.cycle + 1)) - have
+        if missing:
+            raise CorruptError(f"{disk.name}: the log of cycle {min(missing)} is missing")
+
+
 def _mark_lost(disks: list[Tracked]) -> None:
     """Raises OSError, CorruptError."""
     for disk, state in disks:
@@ -85,11 +103,12 @@ def _mark_lost(disks: list[Tracked]) -> None:
         for log in spool.list_logs(disk.folder):
             if log.disk == disk.name and log.header.generation == state.record.generation:
                 try:
-                    _, entries = spool.read_companion(log.companion_path)
+                    header, entries = spool.read_companion(log.companion_path)
                 except FileNotFoundError:
                     # Compacted since it was listed: a later log, which is still to be read, holds it too.
                     continue
                 regions.mark_entries(entries)
+                regions.mark_cut(header.previous_size, header.start_size)
         regions.save()
 
 

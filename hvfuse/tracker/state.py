@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -73,6 +74,12 @@ class TrackingState:
             system.pwrite("state:write", self._fd, record.pack(), record.write_number % 2 * RECORD_SIZE)
             system.fdatasync("state:sync", self._fd)
             self.record = record
+
+    def give_up(self) -> None:
+        """The record cannot be written: without a file the disk is a new one, here as at the next attach."""
+        with contextlib.suppress(OSError):
+            system.unlink("state:give-up", self.path, missing_ok=True)
+        self.record = replace(self.record, generation=tracking.NOT_TRACKED)
 
     def regions(self) -> RegionMap:
         """The disk's region map, as it is on disk."""

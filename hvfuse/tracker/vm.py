@@ -4,23 +4,32 @@ Locks, always taken in this order:
 
 - `_rotation` serialises what changes logs: begin, rotate, resize, release, detach. Whoever seals holds
   it, so a log is sealed before the next switch needs its index map.
-- `gate` is held by every write and by the switch. It forbids that a write lands between the switch
-  of one disk and that of the next, and that a payload goes to a log while it is switched away.
-  Nothing is synced or sealed under it, so the barrier lasts microseconds, not disk time.
+- `gate` is held by every write, by the switch, and by whatever changes marks or ends logging. It forbids that
+  a write lands between the switch of one disk and that of the next, and that a payload goes to a log while
+  it is switched away. Logs are sealed and images synced outside of it, so the barrier itself lasts
+  microseconds; it waits for a write that is marking a cold region, which takes a sync.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hvfuse import spool, system
-from hvfuse.errors import HvfuseError, NotFoundError, ResyncRequiredError, UsageError
+from hvfuse.errors import (
+    BusyError,
+    HvfuseError,
+    NotFoundError,
+    ResyncRequiredError,
+    UnsupportedError,
+    UsageError,
+)
 from hvfuse.formats.image import is_disk_name, probe_for_tracking
 from hvfuse.formats.tracking import NOT_TRACKED, Scope
 from hvfuse.tracker import recovery, resync
@@ -28,7 +37,6 @@ from hvfuse.tracker.disk import TrackedDisk, address_space
 from hvfuse.tracker.regions import HOT, greatest_size, region_size
 from hvfuse.tracker.state import TrackingState
 
-_BARRIERS_KEPT = 1024
 HARD_LIMIT = 0.5
 """Part of the disks' size that logs may take before they are given up, as in Hyper-V Replica."""
 
@@ -41,6 +49,10 @@ class Rotation:
     cycle: int
     sealed_ns: int
     barrier_ns: int
+
+
+LEAST_LIMIT = 8 << 20
+"""Bytes that the logs may always take, however small the disks."""
 
 
 class TrackedVm:
@@ -60,7 +72,6 @@ class TrackedVm:
         self.gate = threading.Lock()
         self.disks: dict[str, TrackedDisk] = {}
         self.recovered: str | None = None
-        self.barriers_ns: deque[int] = deque(maxlen=_BARRIERS_KEPT)
         self._exclude = exclude
         self._hard_limit = hard_limit
         self._sealed_bytes = 0
@@ -95,7 +106,9 @@ class TrackedVm:
             raise
 
     def _open(self, name: str) -> TrackedDisk:
-        info = probe_for_tracking(os.path.join(self.folder, name))
+        path = os.path.join(self.folder, name)
+        _refuse_other_ways_in(path)
+        info = probe_for_tracking(path)
         state = None
         if name not in self._exclude:
             state = TrackingState(
@@ -189,6 +202,8 @@ class TrackedVm:
             disks = self._tracked()
             if not disks:
                 raise NotFoundError(f"{self.name}: every disk is excluded from replication")
+            if scope is Scope.REGIONS and resync.scope(disks) is Scope.FULL:
+                raise ResyncRequiredError(f"{self.name}: marked regions are not enough: {self.resync_reason}")
             # Until the new generation stands on disk for all disks, a death in here must not leave a
             # state that looks continuous: the reason stays until then.
             with self.gate:
@@ -236,11 +251,16 @@ class TrackedVm:
     def rotate_for(self, disk: TrackedDisk, new_size: int | None) -> None:
         """Rotate, and resize `disk` within the barrier: the new size belongs to the next cycle."""
         with self._rotation:
+            if new_size is not None:
+                with self.gate:
+                    disk.about_to_shrink(new_size)
             if disk.log is not None:
                 # Where logging ends, durably noted, the guest's operation goes on without it.
                 with contextlib.suppress(ResyncRequiredError):
                     self._rotate(resized=disk if new_size is not None else None, new_size=new_size or 0)
             if new_size is not None and disk.size() != new_size:
+                with self.gate:
+                    disk.about_to_shrink(new_size)
                 system.truncate("disk:truncate", disk.fd, new_size)
 
     def _rotate(self, *, resized: TrackedDisk | None = None, new_size: int = 0) -> Rotation:
@@ -253,11 +273,11 @@ class TrackedVm:
             now = self._clock.now_ns()
             for disk in disks:
                 disk.switch(now_ns=now, start_size=new_size if disk is resized else None)
-            if resized is not None:
-                self._resize_image(resized, new_size)
+            refused = self._resize_image(resized, new_size) if resized is not None else None
             barrier = time.perf_counter_ns() - started
-        self.barriers_ns.append(barrier)
         self._seal(now)
+        if refused is not None:
+            raise refused
         return Rotation(self._generation, self._cycle, now, barrier)
 
     def _prepare(self, cycle: int) -> None:
@@ -267,13 +287,14 @@ class TrackedVm:
         except OSError as error:
             self._give_up(f"no log could be made: {error.strerror}")
 
-    def _resize_image(self, disk: TrackedDisk, new_size: int) -> None:
-        """Caller holds the gate; the new log already says `new_size`, so a failure must not keep it."""
+    def _resize_image(self, disk: TrackedDisk, new_size: int) -> OSError | None:
+        """Returns what refused the size, which the new log then does not claim. Caller holds the gate."""
         try:
             system.truncate("disk:truncate", disk.fd, new_size)
         except OSError as error:
-            self.degrade(f"{disk.name} could not be resized: {error.strerror}")
-            raise
+            disk.resize_refused()
+            return error
+        return None
 
     def _seal(self, sealed_ns: int) -> None:
         """Seal all logs that were switched away from, then have the next ones stand by."""
@@ -314,13 +335,13 @@ class TrackedVm:
         disks = [disk for disk, _ in self._tracked()]
         active = sum(disk.log.stored for disk in disks if disk.log is not None)
         capacity = sum(max(disk.capacity, disk.size()) for disk in disks)
-        if self._sealed_bytes + active <= self._hard_limit * capacity:
+        if self._sealed_bytes + active <= max(self._hard_limit * capacity, LEAST_LIMIT):
             return None
         return f"the logs that the target has not taken have reached {self._hard_limit:.0%} of the disks' size"
 
     def _count_sealed(self) -> None:
         """Look at what waits in the spool. A log that cannot be read is the shipper's to complain of."""
-        with contextlib.suppress(HvfuseError):
+        with contextlib.suppress(HvfuseError, OSError):
             self._sealed_bytes = sum(log.header.stored_bytes for log in spool.list_logs(self.folder))
 
     def _give_up(self, reason: str) -> NoReturn:
@@ -339,10 +360,12 @@ class TrackedVm:
             )
 
     def release(self, generation: bytes, cycle: int) -> None:
-        """Recycle the sealed logs of `generation` up to `cycle`, and those of all other generations."""
+        """Recycle the sealed logs of `generation`, the one in progress, up to `cycle`, and those of all
+        others. Raises UsageError, OSError."""
         with self._rotation:
-            if generation == self._generation:
-                resync.acknowledge(self._tracked(), cycle)
+            if generation != self._generation or not self.disks:
+                raise UsageError(f"{self.name}: generation {generation.hex()} is not the one in progress")
+            resync.acknowledge(self._tracked(), cycle)
             cycles = spool.list_cycles(self.folder)
             spool.release([c for c in cycles if c.generation != generation or c.cycle <= cycle])
             self._count_sealed()
@@ -389,3 +412,29 @@ class TrackedVm:
                 for disk, state in self._tracked()
             ],
         }
+
+
+def _refuse_other_ways_in(path: str) -> None:
+    """A disk must have no name but its own, and nobody may be writing to it: that would bypass the log.
+
+    Raises BusyError, UnsupportedError, OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if os.fstat(fd).st_nlink > 1:
+            raise UnsupportedError(
+                f"{path}: has a hard link; what is written through the other name would not be logged",
+                hint="remove the other name, or make it a copy",
+            )
+        # The kernel grants a read lease only where no descriptor is open for writing.
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except BlockingIOError:
+        raise BusyError(
+            f"{path}: another program has it open for writing", hint="it can be mounted once that has ended"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise  # those: a file system without leases
+    finally:
+        os.close(fd)

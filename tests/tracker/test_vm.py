@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hvfuse import spool, system
-from hvfuse.errors import BusyError, ResyncRequiredError
+from hvfuse.errors import BusyError, ResyncRequiredError, UnsupportedError
 from hvfuse.formats.companion import Kind
 from hvfuse.formats.tracking import Scope
 from hvfuse.tracker.vm import TrackedVm
@@ -370,11 +370,11 @@ def test_a_write_past_the_end_that_failed_is_not_in_the_log_once_the_image_grows
     folder = make_folder(tmp_path, a=MIB)
     vm = attached(folder)
     disk = vm.disks["a.raw"]
-    full = OSError(errno.ENOSPC, "no space")
+    broken = OSError(errno.EIO, "broken")
 
     def fail(seen: str, _call: str, _size: int) -> None:
         if seen == "disk:write":
-            raise full
+            raise broken
 
     system.install(fail)
     with pytest.raises(OSError):
@@ -521,6 +521,120 @@ def test_logs_that_reach_the_hard_limit_are_given_up_and_the_guest_goes_on(tmp_p
     assert "50%" in str(vm.resync_reason)
     assert spool.list_cycles(folder) == []
     assert is_within(marked(vm, "a.raw"), 0, 14 * MIB)
+    vm.detach()
+
+
+def test_where_image_and_logs_fill_the_disk_the_logs_go_before_the_guests_write_does(
+    tmp_path: Path, injector: None
+) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    vm.resynced(GENERATION)
+    disk = vm.disks["a.raw"]
+    disk.write(b"1" * 5000, 0)
+    vm.rotate()
+
+    def fail(seen: str, _call: str, _size: int) -> None:
+        if seen == "disk:write" and any(name.endswith(".hrl") for name in os.listdir(folder)):
+            raise OSError(errno.ENOSPC, "no space")
+
+    system.install(fail)
+    disk.write(b"2" * 5000, 200_000)
+    system.install(None)
+    assert contents(folder, "a.raw")[200_000:205_000] == b"2" * 5000
+    assert is_within(marked(vm, "a.raw"), 0, 5000)
+    assert is_within(marked(vm, "a.raw"), 200_000, 5000)
+    vm.detach()
+
+
+def test_a_failed_sync_is_told_to_everybody_who_asks_from_then_on(tmp_path: Path, injector: None) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    vm.disks["a.raw"].write(b"1" * 512, 0)
+
+    def fail(seen: str, _call: str, _size: int) -> None:
+        if seen == "seal:image":
+            raise OSError(errno.EIO, "broken")
+
+    system.install(fail)
+    with pytest.raises(ResyncRequiredError):
+        vm.rotate()
+    system.install(None)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            vm.disks["a.raw"].sync(datasync=True)
+    kill(vm)
+
+
+def test_a_disk_with_another_name_or_another_writer_is_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    path = os.path.join(folder, "a.raw")
+    os.link(path, tmp_path / "other")
+    with pytest.raises(UnsupportedError, match="hard link"):
+        attached(folder)
+    os.unlink(tmp_path / "other")
+    with open(path, "r+b"), pytest.raises(BusyError, match="open for writing"):
+        attached(folder)
+    attached(folder).detach()
+
+
+@pytest.mark.parametrize("lost", ["active", "sealed", "before"])
+def test_what_a_shrink_cut_off_is_marked_when_its_log_is_lost(tmp_path: Path, lost: str) -> None:
+    folder = make_folder(tmp_path, a=64 * MIB)
+    vm = attached(folder)
+    vm.resynced(GENERATION)
+    disk = vm.disks["a.raw"]
+    disk.write(b"old data" * 1000, 50 * MIB)
+    vm.release(GENERATION, vm.rotate().cycle)
+    for _ in range(3):
+        vm.release(GENERATION, vm.rotate().cycle)
+    assert marked(vm, "a.raw") == []
+    if lost == "before":
+        with vm.gate:
+            vm.degrade("for the test")
+    disk.truncate(40 * MIB)
+    disk.truncate(64 * MIB)
+    if lost == "sealed":
+        for _ in range(3):
+            vm.rotate()
+    if lost != "before":
+        with vm.gate:
+            vm.degrade("for the test")
+    assert is_within(marked(vm, "a.raw"), 50 * MIB, 8000)
+    vm.detach()
+
+
+def test_a_disk_changed_behind_the_mount_while_a_resynchronisation_was_required_is_compared_whole(
+    tmp_path: Path,
+) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    vm.resynced(GENERATION)
+    with vm.gate:
+        vm.degrade("for the test")
+    vm.detach()
+    with open(os.path.join(folder, "a.raw"), "r+b") as file:
+        file.write(b"x")
+    again = attached(folder, begin=False)
+    assert again.status()["resync_scope"] == "full"
+    again.detach()
+
+
+def test_a_size_that_the_file_system_refuses_leaves_replication_as_it_was(tmp_path: Path, injector: None) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+
+    def fail(seen: str, _call: str, _size: int) -> None:
+        if seen == "disk:truncate":
+            raise OSError(errno.EFBIG, "too large")
+
+    system.install(fail)
+    with pytest.raises(OSError, match="too large"):
+        vm.disks["a.raw"].truncate(1 << 62)
+    system.install(None)
+    assert vm.is_logging
+    vm.rotate()
+    assert [log.header.start_size for log in spool.list_logs(folder)] == [MIB, MIB]
     vm.detach()
 
 
