@@ -11,10 +11,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hvfuse import spool, system
-from hvfuse.errors import HvfuseError
+from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.formats.companion import UNCLEAN, Kind
 from hvfuse.formats.tracking import IndexHead
 from hvfuse.tracker.disk import TrackedDisk
@@ -93,6 +94,7 @@ def _recover_logs(disks: list[Tracked], *, now_ns: int) -> str:
         _catch_up_with_companions(disk, state)
     left = [log for disk, state in disks for log in _unsealed(disk, state)]
     cycles = [cycle for cycle in sorted({log.head.cycle for log in left}) if _is_switched(cycle, left, disks)]
+    _demand_empty(log for log in left if log.head.cycle not in cycles)
     newest = cycles[-1] if cycles else 0
     entries = 0
     for cycle in cycles:
@@ -102,6 +104,9 @@ def _recover_logs(disks: list[Tracked], *, now_ns: int) -> str:
         for log in logs:
             entries += _seal(log, sealed_ns=sealed_ns, disk_count=len(disks), is_newest=cycle == newest, left=left)
     for disk, _ in disks:
+        # A head that is left over would be taken for that of the log which gets its cycle and serial next.
+        for index in disk.index_maps():
+            index.forget()
         disk.drop_strays()
     return f"the tracker had died; {entries} logged writes were taken up"
 
@@ -112,6 +117,13 @@ def _is_switched(cycle: int, left: list[_Unsealed], disks: list[Tracked]) -> boo
     unsealed = sum(log.head.cycle == cycle for log in left)
     sealed = sum(state.record.cycle >= cycle for _, state in disks)
     return unsealed + sealed == len(disks)
+
+
+def _demand_empty(given_up: Iterable[_Unsealed]) -> None:
+    """Logs are given up only because nothing can be in them. Raises CorruptError."""
+    for log in given_up:
+        if len(log.index.recover(log.head)):
+            raise CorruptError(f"{log.index.path}: writes were logged for a cycle to which not all disks had come")
 
 
 def _catch_up_with_companions(disk: TrackedDisk, state: TrackingState) -> None:

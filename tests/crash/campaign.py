@@ -62,7 +62,7 @@ class Expectation(Enum):
 AFTER_POWER_LOSS = Expectation.FULL_COPY
 SHIPS_WITHOUT_TRACKER = False
 """Whether the shipper goes on between a tracker's death and its restart. Off: it releases logs that the
-tracker's recovery needs, so the disks are copied anew (`test_campaign.py` has the case)."""
+tracker's recovery needs, so the disks are copied anew (`test_found.py` has the case)."""
 
 
 class Violation(AssertionError):
