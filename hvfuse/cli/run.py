@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -57,15 +58,20 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.count = 0
-        self._came = threading.Event()
+        # The handler runs in the very thread that waits, maybe within the wait: of all that wakes a
+        # thread, only this queue's `put` may be called from there.
+        self._came: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def _note(self, _number: int, _frame: object) -> None:
         self.count += 1
-        self._came.set()
+        self._came.put(None)
 
     def wait(self, seconds: float) -> bool:
         """Wait for the first; returns whether it has come."""
-        return self._came.wait(seconds)
+        if self.count == 0:
+            with contextlib.suppress(queue.Empty):
+                self._came.get(timeout=seconds)
+        return self.count > 0
 
     @contextmanager
     def caught(self) -> Iterator[None]:

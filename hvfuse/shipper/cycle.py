@@ -18,7 +18,7 @@ import xxhash
 from hvfuse.errors import HvfuseError
 from hvfuse.manifest import CycleKind, CycleManifest, DiskManifest, cycle_digest
 from hvfuse.position import NO_DIGEST, Position
-from hvfuse.shipper.coalesce import DamagedLogError, DiskPlan, close_logs, open_logs, plan
+from hvfuse.shipper.coalesce import DamagedLogError, DiskPlan, close_logs, logs_by_disk, open_logs, plan
 from hvfuse.shipper.pool import FramePool, Job, Made
 from hvfuse.shipper.replica import Replica
 from hvfuse.spool import SealedCycle
@@ -186,8 +186,8 @@ def ship(
     held = replica.begin(told)
     tally = _Tally()
     with FramePool(generation=told.generation, cycle=told.cycle, level=level) as pool:
-        for disk in range(len(told.disks)):
-            planned = plan([cycle.logs[disk] for cycle in cycles])
+        for logs in logs_by_disk(cycles):
+            planned = plan(logs)
             for made in _missing(planned, first=tally.planned, held=held, pool=pool):
                 replica.put(made.frame)
                 tally.add(made)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from dataclasses import replace
 
 import numpy as np
 import xxhash
@@ -76,6 +77,12 @@ class IndexMap:
         """Replace the head by plain stores; the entries stay."""
         raw = head.pack()
         self._view[: len(raw)] = raw
+
+    def forget(self) -> None:
+        """Let the head name no active log any more: the log was sealed after a death, or given up."""
+        head = self.head()
+        if head is not None and head.active:
+            self.store_head(replace(head, active=False))
 
     def append(  # noqa: PLR0917 - the fields in their order on disk, on the hot path
         self,

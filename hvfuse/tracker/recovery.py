@@ -14,11 +14,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hvfuse import spool, system
-from hvfuse.errors import HvfuseError
+from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.formats.companion import UNCLEAN, Kind
 from hvfuse.formats.tracking import IndexHead, Scope
 from hvfuse.tracker.disk import TrackedDisk
@@ -130,6 +130,15 @@ def _catch_up_with_companions(disk: TrackedDisk, state: TrackingState) -> None:
             disk.note_sealed(header)
 
 
+def _drop_rest(disks: list[Tracked]) -> None:
+    """No log is in use any more. A head that is left over would be taken for that of the log which gets its
+    cycle and serial next."""
+    for disk, _ in disks:
+        for index in disk.index_maps():
+            index.forget()
+        disk.drop_strays()
+
+
 # The host died ------------------------------------------------------------------------------------
 
 
@@ -142,8 +151,7 @@ def _recover_from_power_loss(disks: list[Tracked]) -> Finding:
         system.fdatasync("recovery:image", disk.fd)
         regions_of(disk).mark_hot_dirty()
     _give_up_partial_cycles(disks)
-    for disk, _ in disks:
-        disk.drop_strays()
+    _drop_rest(disks)
     # Where no first copy is complete, marks add to nothing.
     scope = max([Scope.REGIONS] + [state.record.scope for _, state in disks])
     marked = sum(regions_of(disk).count(DIRTY) for disk, _ in disks)
@@ -200,6 +208,7 @@ def _recover_logs(disks: list[Tracked], *, now_ns: int) -> str:
         _catch_up_with_companions(disk, state)
     left = [log for disk, state in disks for log in _unsealed(disk, state)]
     cycles = [cycle for cycle in sorted({log.head.cycle for log in left}) if _is_switched(cycle, left, disks)]
+    _demand_empty(log for log in left if log.head.cycle not in cycles)
     newest = cycles[-1] if cycles else 0
     entries = 0
     for cycle in cycles:
@@ -208,8 +217,7 @@ def _recover_logs(disks: list[Tracked], *, now_ns: int) -> str:
         sealed_ns = later[0] if later else _sealed_instant(disks, cycle) or now_ns
         for log in logs:
             entries += _seal(log, sealed_ns=sealed_ns, disk_count=len(disks), is_newest=cycle == newest, left=left)
-    for disk, _ in disks:
-        disk.drop_strays()
+    _drop_rest(disks)
     return f"the tracker had died; {entries} logged writes were taken up"
 
 
@@ -219,6 +227,13 @@ def _is_switched(cycle: int, left: list[_Unsealed], disks: list[Tracked]) -> boo
     unsealed = sum(log.head.cycle == cycle for log in left)
     sealed = sum(state.record.cycle >= cycle for _, state in disks)
     return unsealed + sealed == len(disks)
+
+
+def _demand_empty(given_up: Iterable[_Unsealed]) -> None:
+    """Logs are given up only because nothing can be in them. Raises CorruptError."""
+    for log in given_up:
+        if len(log.index.recover(log.head)):
+            raise CorruptError(f"{log.index.path}: writes were logged for a cycle to which not all disks had come")
 
 
 def _sealed_instant(disks: list[Tracked], cycle: int) -> int | None:

@@ -8,9 +8,11 @@ import numpy as np
 import xxhash
 
 from hvfuse import spool
-from hvfuse.formats import hrl
 from hvfuse.formats.companion import ENTRY_DTYPE, Entries, Kind, entry_seed
 from hvfuse.formats.tracking import HEAD_SIZE, IndexHead, unpack_head
+
+_UNIQUE_ID = slice(60, 76)
+"""Where a log's header says which log it is (`hvfuse.formats.hrl`)."""
 
 
 def lost_seal(folder: str, cycles: set[tuple[bytes, int]], disks: list[str]) -> str | None:
@@ -63,7 +65,7 @@ def durable_entries(folder: str, disk: str, unique_id: bytes) -> int | None:
         if head is None or head.unique_id != unique_id or not os.path.exists(log_path):
             continue
         log = _read(log_path)
-        if unique_id in log[: hrl.HEADER_SIZE]:
+        if log[_UNIQUE_ID] == unique_id:
             entries = np.frombuffer(data[HEAD_SIZE:], ENTRY_DTYPE)
             return intact(entries[: _valid(entries, head)], log)
     return None

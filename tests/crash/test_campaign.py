@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,13 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hvfuse.errors import UnreachableError
 from hvfuse.tracker import recovery
 from tests.crash import run
-from tests.crash.campaign import VICTIMS, Fault
-from tests.crash.host import FAST_FOLDER, Death, Host, Reaper
+from tests.crash.campaign import Fault
+from tests.crash.host import FAST_FOLDER
 from tests.crash.killed import KilledWorld
-from tests.crash.workload import Action, Operation
 
 
 @pytest.fixture
@@ -64,20 +61,3 @@ def test_a_broken_promise_ends_the_campaign_and_says_how_to_see_it_again(
     assert verdict.startswith("crashtest: FAILED")
     again = verdict.split("tools/crashtest ")[1].split()
     assert run.main(again) == 1
-
-
-@pytest.mark.xfail(strict=True, reason="the shipper releases logs that the tracker's recovery still needs")
-def test_a_shipper_that_goes_on_after_the_tracker_died_at_sealing_costs_no_copy(root: str) -> None:
-    """The tracker dies when all companions are in place, but the last disk's state does not say so yet."""
-    reaper = Reaper()
-    with Host(root, reaper, seed=1) as host:
-        host.attach()
-        generation = host.replication.cycle_now().generation
-        reaper.die_at(VICTIMS[Fault.TRACKER], "seal:companion:directory", nth=3)
-        with contextlib.suppress(Death, UnreachableError):
-            host.perform(Operation(Action.ROTATE))
-        host.kill()
-        reaper.disarm()
-        assert host.replication.cycle_now().generation == generation
-        host.attach()
-        assert host.replication.cycle_now().generation == generation
