@@ -30,6 +30,8 @@ from hvfuse.manifest import ReplicationState
 
 STALE_SECONDS = 3600.0
 STALE_INTERVALS = 2
+ANSWER_SECONDS = 3.0
+"""How long to wait for a process to say how it is."""
 _EMPTY_LOG = hrl.HEADER_SIZE + hrl.METADATA_SIZE
 """Bytes of a log in which nothing was written."""
 
@@ -172,7 +174,7 @@ def _tried(troubles: list[Reason], reason_id: str, ask: Callable[[], _Answer], o
 
 def _ask(socket_path: str) -> Mapping[str, Any] | None:
     try:
-        return wire.request(socket_path, "status", timeout=10.0)
+        return wire.request(socket_path, "status", timeout=ANSWER_SECONDS)
     except UnreachableError:
         return None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal
@@ -52,6 +53,23 @@ def _has_disk(folder: str) -> bool:
     try:
         return any(is_disk_name(name) for name in os.listdir(folder))
     except OSError:
+        return False
+
+
+def _left_behind(home: Home) -> list[str]:
+    """The VMs of which a process still lives, whether or not their folders are still there."""
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        names = [name for name in os.listdir(os.path.join(home.state, "vms")) if name_fault(name) is None]
+    return sorted(vm for vm in names if _lives(home.tracker_socket(vm)) or _lives(home.shipper_socket(vm)))
+
+
+def _lives(socket_path: str) -> bool:
+    try:
+        return serving_pid(socket_path) is not None
+    except HvfuseError:  # it has more to do than it can answer
+        return True
+    except NotADirectoryError:
         return False
 
 
@@ -128,6 +146,9 @@ class Keeper:
         self.vm = vm
         self.tracker = tracker
         self.shipper = shipper
+        self.held_up: str | None = None
+        """Why the tracker did not end when it was asked to last."""
+        self._asking: threading.Thread | None = None
         self._home = home
         self._records = records
         self._told: dict[str, str | None] = {}
@@ -155,23 +176,27 @@ class Keeper:
         self.shipper.check()
         self.shipper.send(signal.SIGKILL if force else signal.SIGTERM)
 
-    def stop_tracker(self, *, force: bool) -> str | None:
-        """Ask the tracker to end; with `force`, to end the mount whoever uses it. Returns what holds it up."""
+    def stop_tracker(self, *, force: bool) -> None:
+        """Ask the tracker to end; with `force`, to end the mount whoever uses it. Does not wait for an answer."""
         self.tracker.check()
         if not self.tracker.is_running:
-            return None
-        if force or serving_pid(self.tracker.socket_path) is None:
+            return
+        if force or not _lives(self.tracker.socket_path):
             self.tracker.send(signal.SIGTERM)  # without its socket it has no mount yet, or none any more
-            return None
+        elif self._asking is None or not self._asking.is_alive():
+            self._asking = threading.Thread(target=self._ask_to_end, name=f"stop:{self.vm}", daemon=True)
+            self._asking.start()
+
+    def _ask_to_end(self) -> None:
         try:
             stop_tracker(self._home, self.vm)
+            self.held_up = None
         except HvfuseError as error:
-            return str(error)
-        return None
+            self.held_up = str(error)
 
 
 class Supervisor:
-    """Keeps the processes of all VMs of a home alive. Single-threaded: `tick`, `stop` by one caller."""
+    """Keeps the processes of all VMs of a home alive. `tick` and `stop` are for one thread."""
 
     def __init__(
         self,
@@ -192,6 +217,8 @@ class Supervisor:
         self._sample: str | None = None
         self._scan_due: float | None = None
         """When to look for new folders; None before the first time."""
+        for vm in _left_behind(home):
+            self._keepers[vm] = self._keeper(vm)
 
     @property
     def vms(self) -> Mapping[str, Keeper]:
@@ -214,11 +241,11 @@ class Supervisor:
         if self._scan_due is None or self._clock.monotonic() >= self._scan_due:
             self._scan_due = self._clock.monotonic() + SCAN_SECONDS
             for vm in find_vms(self._home):
-                with _collected(failures):
+                with collected(failures):
                     if vm not in self._keepers and self._may_take(vm, at_start=at_start):
                         self._keepers[vm] = self._keep(vm)
         for keeper in self._keepers.values():
-            with _collected(failures):
+            with collected(failures):
                 keeper.tick()
         if failures:
             raise failures[0]
@@ -232,30 +259,41 @@ class Supervisor:
         self._home.make_vm(vm)
         if self._records.read(vm).state is ReplicationState.DISABLED:
             self._records.update(vm, state=ReplicationState.READY_FOR_INITIAL_REPLICATION)
-        return Keeper(
+        return self._keeper(vm)
+
+    def _keeper(self, vm: str) -> Keeper:
+        """The keeper of the VM's processes; those that live already are adopted."""
+        keeper = Keeper(
             self._home,
             vm,
             self._records,
             tracker=self._tracker(self._home, vm, clock=self._clock),
             shipper=self._shipper(self._home, vm, clock=self._clock),
         )
+        for daemon in (keeper.tracker, keeper.shipper):
+            with contextlib.suppress(HvfuseError):  # too busy to be told apart: the next tick tries again
+                daemon.adopt()
+        return keeper
 
     def stop(self, *, asked: Callable[[], int], tell: Callable[[str], None]) -> None:
         """End all processes: shippers, then trackers. Returns when none is left.
 
         `asked`: how often the user has asked to end; from the second time on mounts are ended whoever
         uses them, at the third time it is given up (BusyError). `tell` gets a line when there is news.
+        All are asked at once: one that does not answer keeps neither the others nor the user waiting.
         """
         self._stop_shippers(hurry=lambda: asked() > 1)
         told: dict[str, str | None] = {}
         while (times := asked()) <= _FORCE:
             for keeper in self._keepers.values():
-                reason = keeper.stop_tracker(force=times >= _FORCE)
+                keeper.stop_tracker(force=times >= _FORCE)
+            if not self._await(ASK_SECONDS, "tracker", give_up=partial(_asked_again, asked, times)):
+                return
+            for keeper in self._keepers.values():
+                reason = keeper.held_up if keeper.tracker.is_running else None
                 if reason is not None and told.get(keeper.vm) != reason:
                     tell(f"{keeper.vm}: {reason}")
                 told[keeper.vm] = reason
-            if not self._await(ASK_SECONDS, "tracker", give_up=partial(_asked_again, asked, times)):
-                return
         left = [f"{vm} (pid {keeper.tracker.pid})" for vm, keeper in self._keepers.items() if keeper.tracker.is_running]
         raise BusyError(f"still running: the trackers of {', '.join(left)}", hint="hvfuse run takes them over again")
 
@@ -286,7 +324,8 @@ def _asked_again(asked: Callable[[], int], times: int) -> bool:
 
 
 @contextlib.contextmanager
-def _collected(failures: list[Exception]) -> Iterator[None]:
+def collected(failures: list[Exception]) -> Iterator[None]:
+    """Add what is raised to `failures` and go on, if it is something that can be foreseen."""
     try:
         yield
     except (HvfuseError, OSError) as error:

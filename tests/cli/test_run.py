@@ -5,8 +5,16 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from hvfuse.cli.run import Interrupts
+import pytest
+
+from hvfuse.cli.run import Ask, Interrupts, Watch
+from hvfuse.control.status import VmStatus
+from hvfuse.errors import CorruptError
+from tests.control.children import until
 
 FLOOD = """
 import os, signal, sys, threading
@@ -45,3 +53,40 @@ def test_a_signal_ends_the_wait_and_is_counted() -> None:
 def test_a_signal_amid_the_wait_does_not_hang_the_program() -> None:
     done = subprocess.run([sys.executable, "-c", FLOOD], check=False, capture_output=True, text=True, timeout=60)
     assert done.stdout == "still alive\n", done.stderr
+
+
+def test_statuses_that_take_for_ever_keep_nobody_waiting() -> None:
+    answered = threading.Event()
+
+    @contextmanager
+    def statuses() -> Iterator[Ask]:
+        def ask() -> list[VmStatus]:
+            answered.wait()
+            return []
+
+        yield ask
+
+    with Watch(statuses) as watch:
+        assert watch.news() is None
+        answered.set()
+        until(lambda: watch.news() == [])
+
+
+def test_statuses_that_fail_are_told_of_and_asked_for_again() -> None:
+    times = 0
+
+    @contextmanager
+    def statuses() -> Iterator[Ask]:
+        def ask() -> list[VmStatus]:
+            nonlocal times
+            times += 1
+            if times == 1:
+                raise CorruptError("records: damaged")
+            return []
+
+        yield ask
+
+    with Watch(statuses) as watch:
+        with pytest.raises(CorruptError):
+            until(watch.news)
+        until(lambda: watch.news() == [])

@@ -13,7 +13,7 @@ import pytest
 
 from hvfuse.control.arrivals import STILL_SECONDS
 from hvfuse.control.config import Config
-from hvfuse.control.daemon import Daemon
+from hvfuse.control.daemon import Daemon, serving_pid
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records
 from hvfuse.control.sample import make_sample
@@ -244,6 +244,22 @@ def test_processes_that_outlived_their_supervisor_are_adopted(home: Home, make: 
     assert sorted(story(home).read_text().splitlines()) == ["a shipper.sock ended", "a tracker.sock ended"]
 
 
+def test_a_shipper_that_outlived_its_supervisor_ends_though_its_tracker_and_folder_are_gone(
+    home: Home, make: Callable[[], Supervisor]
+) -> None:
+    add_vm(home, "a")
+    first = make()
+    until(lambda: all_ready(first, "a"))
+    first.vms["a"].tracker.send(signal.SIGKILL)
+    os.rename(home.folder("a"), home.root + "/elsewhere")
+    second = make()
+    until(lambda: serving_pid(home.tracker_socket("a")) is None)
+    assert second.vms["a"].shipper.pid == first.vms["a"].shipper.pid
+    second.stop(asked=lambda: 1, tell=print)
+    assert serving_pid(home.shipper_socket("a")) is None
+    assert story(home).read_text() == "a shipper.sock ended\n"
+
+
 def test_the_shippers_end_before_the_trackers(home: Home, make: Callable[[], Supervisor]) -> None:
     add_vm(home, "a")
     add_vm(home, "b")
@@ -293,3 +309,27 @@ def test_a_tracker_that_hangs_can_be_left_behind(home: Home, make: Callable[[], 
     Path(f"{story(home)}.busy").touch()
     with pytest.raises(BusyError, match=rf"a \(pid {pid}\)"):
         supervisor.stop(asked=lambda: 3, tell=print)
+
+
+def test_a_tracker_that_hangs_keeps_no_other_from_ending_and_can_be_forced(
+    home: Home, make: Callable[[], Supervisor]
+) -> None:
+    add_vm(home, "a")
+    add_vm(home, "b")
+    supervisor = make()
+    until(lambda: all_ready(supervisor, "a", "b"))
+    stuck = supervisor.vms["a"].tracker
+    stuck.send(signal.SIGSTOP)
+    turns = 0
+
+    def asked() -> int:
+        nonlocal turns
+        turns += 1
+        if turns == 100:
+            assert not supervisor.vms["b"].tracker.is_running
+            stuck.send(signal.SIGCONT)
+            return 2
+        return 1 if turns < 100 else 2
+
+    supervisor.stop(asked=asked, tell=print)
+    assert story(home).read_text().splitlines()[-2:] == ["b tracker.sock ended", "a tracker.sock ended"]
