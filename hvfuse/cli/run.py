@@ -177,8 +177,13 @@ def _keep(supervisor: Supervisor, interrupts: Interrupts, watch: Watch, display:
 
 
 def _begun(found: Sequence[VmStatus]) -> list[VmStatus]:
-    """Without the VMs that the supervisor has not taken up yet."""
-    return [one for one in found if one.state is not ReplicationState.DISABLED]
+    """Without the VMs that the supervisor has not taken up yet, or is just starting for the first time."""
+    return [
+        one
+        for one in found
+        if one.state is not ReplicationState.DISABLED
+        and (one.tracker or one.state is not ReplicationState.READY_FOR_INITIAL_REPLICATION)
+    ]
 
 
 @contextmanager

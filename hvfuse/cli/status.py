@@ -12,9 +12,9 @@ import click
 
 from hvfuse.cli.main import Session
 from hvfuse.cli.output import duration_text, emit_json, json_option, time_text
-from hvfuse.cli.wiring import point_counter
+from hvfuse.cli.wiring import store_facts
 from hvfuse.control.records import Records, VmRecord
-from hvfuse.control.status import Health, VmStatus, vm_status
+from hvfuse.control.status import Health, VmStatus, is_protected, vm_status
 from hvfuse.control.supervisor import find_vms
 from hvfuse.errors import NotFoundError
 from hvfuse.words import bytes_text
@@ -67,18 +67,19 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
     with ExitStack() as stack:
         if records is None and os.path.isdir(home.records):
             records = stack.enter_context(Records(home.records))
-        points = stack.enter_context(point_counter(home))
+        facts = stack.enter_context(store_facts(home))
 
         def ask() -> list[VmStatus]:
             known = {vm: records.read(vm) for vm in records.names()} if records is not None else {}
-            protected = {vm for vm, record in known.items() if record.generation is not None}
+            protected = {vm for vm, record in known.items() if is_protected(record)}
             return [
                 vm_status(
                     home,
                     vm,
                     record=known.get(vm, VmRecord()),
                     policy=session.config.policy(vm),
-                    points=points,
+                    points=facts.points,
+                    forgotten=facts.forgotten,
                     now_ns=time.time_ns(),
                 )
                 for vm in sorted({*protected, *find_vms(home)})
