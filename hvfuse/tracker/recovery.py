@@ -25,7 +25,7 @@ from hvfuse.tracker.disk import TrackedDisk
 from hvfuse.tracker.index import IndexMap
 from hvfuse.tracker.log import ReplicationLog
 from hvfuse.tracker.regions import DIRTY
-from hvfuse.tracker.resync import Tracked, regions_of
+from hvfuse.tracker.resync import Tracked, origin_generation, regions_of
 from hvfuse.tracker.state import TrackingState
 
 REDONE = 128
@@ -67,7 +67,7 @@ def recover(disks: list[Tracked], *, now_ns: int) -> Finding:
 
 
 def _membership_changed(disks: list[Tracked]) -> str | None:
-    generations = {state.record.generation for _, state in disks}
+    generations = {origin_generation(state.record) for _, state in disks}
     if len(generations) > 1:
         added = [disk.name for disk, state in disks if not state.record.is_tracked]
         return f"{', '.join(added) or 'a disk'} was added or exchanged while the VM was not mounted"

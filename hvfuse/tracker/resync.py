@@ -19,7 +19,7 @@ from typing import Any
 
 from hvfuse import spool
 from hvfuse.errors import CorruptError, HvfuseError
-from hvfuse.formats.tracking import NOT_TRACKED, Scope
+from hvfuse.formats.tracking import NOT_TRACKED, Scope, TrackingRecord
 from hvfuse.tracker.disk import TrackedDisk
 from hvfuse.tracker.regions import DIRTY, RegionMap
 from hvfuse.tracker.state import TrackingState
@@ -38,9 +38,26 @@ def bases(disks: list[Tracked]) -> list[tuple[bytes, int]]:
     """(generation, least cycle) of the positions that the dirty marks add to."""
     if not disks or scope(disks) is not Scope.REGIONS:
         return []
-    record = disks[0][1].record
-    own = (record.generation, min(state.record.acknowledged for _, state in disks))
-    return [(record.base_generation, record.base_cycle), own] if record.resyncing else [own]
+    records = [state.record for _, state in disks]
+    generation, cycle = _origin(disks)
+    found = [(generation, cycle)]
+    own = (records[0].generation, max(record.acknowledged for record in records))
+    if own[0] != generation and all(record.generation == own[0] for record in records):
+        found.append(own)
+    return found
+
+
+def origin_generation(record: TrackingRecord) -> bytes:
+    """The generation that a disk's marks add to. Death within `begin` leaves some disks in the new generation
+    already, and the others in the old one; this is the same for all of them."""
+    return record.base_generation if record.resyncing and record.scope is Scope.REGIONS else record.generation
+
+
+def _origin(disks: list[Tracked]) -> tuple[bytes, int]:
+    """(generation, least cycle) that the marks of all disks add to."""
+    records = [state.record for _, state in disks]
+    cycles = [record.base_cycle if record.resyncing else record.acknowledged for record in records]
+    return origin_generation(records[0]), max(cycles)
 
 
 def lose_logs(disks: list[Tracked], reason: str, *, full: bool) -> Scope:
@@ -114,11 +131,7 @@ def _mark_lost(disks: list[Tracked]) -> None:
 
 def begin(disks: list[Tracked], generation: bytes, found: Scope) -> None:
     """Note that `generation` begins with a resynchronisation of scope `found`. Raises OSError."""
-    old = disks[0][1].record
-    acknowledged = min(state.record.acknowledged for _, state in disks)
-    base = (old.base_generation, old.base_cycle) if old.resyncing else (old.generation, acknowledged)
-    if found is not Scope.REGIONS:
-        base = (NOT_TRACKED, 0)
+    base = _origin(disks) if found is Scope.REGIONS else (NOT_TRACKED, 0)
     for _, state in disks:
         state.update(
             generation=generation,
