@@ -129,6 +129,9 @@ class TrackedVm:
             wider = max(found.scope, state.record.scope)
             state.update(detached_cleanly=False, boot_id=boot, resync_reason=found.reason, scope=wider)
             disk.marks_only = found.reason is not None and wider is Scope.REGIONS
+            if found.reason is not None:
+                # Where a sync has failed, the page cache may show what is not on the disk.
+                os.posix_fadvise(disk.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         if disks:
             self._generation, self._cycle = disks[0][1].record.generation, disks[0][1].record.cycle
         self._count_sealed()
@@ -157,7 +160,12 @@ class TrackedVm:
                     self._seal(now)
             for disk, state in self._tracked():
                 disk.drop_logs()
-                system.fsync("detach:image", disk.fd)
+                try:
+                    disk.sync_image("detach:image", datasync=False)
+                except OSError as error:
+                    with self.gate:
+                        self.degrade(f"{disk.name} could not be synced: {error.strerror}")
+                    continue  # and it is not noted as detached cleanly
                 if state.record.resync_reason is None:
                     resync.regions_of(disk).clear(HOT)
                 stat = os.fstat(disk.fd)
@@ -227,7 +235,7 @@ class TrackedVm:
         from the page cache: it must not be lost here once the replica has it. Raises ResyncRequiredError."""
         try:
             for disk, _ in self._tracked():
-                system.fdatasync("begin:image", disk.fd)
+                disk.sync_image("begin:image")
         except OSError as error:
             self._give_up(f"an image could not be synced: {error.strerror}")
 
