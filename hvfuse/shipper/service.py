@@ -6,21 +6,20 @@ where there is no loop). The control socket's threads hand a request over and wa
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
 
 from hvfuse import errors, wire
-from hvfuse.errors import HvfuseError, NoSpaceError, ResyncRequiredError, UnreachableError, UsageError
+from hvfuse.errors import HvfuseError, ResyncRequiredError, UnreachableError, UsageError
 from hvfuse.manifest import ReplicationState
 from hvfuse.position import PositionMismatchError
 from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.replication import RESYNC_ERRORS, Records, Replication, ShippingPolicy
-from hvfuse.shipper.retry import next_attempt, next_interval
+from hvfuse.shipper.retry import next_attempt, next_interval, refusal
 from hvfuse.shipper.source import Source
 from hvfuse.system import Clock
 
@@ -126,7 +125,7 @@ class Shipper:
         try:
             return self._replication.cycle_now()
         except OSError as error:
-            raise _told(error) from error
+            raise refusal(error) from error
 
     def run(self, stop_event: threading.Event) -> None:
         """Ship until `stop_event` is set, by anybody, or somebody asks over the socket to stop."""
@@ -242,14 +241,6 @@ class Shipper:
             self._requests.append(request)
         self._wake.set()
         return request.wait()
-
-
-def _told(error: OSError) -> HvfuseError:
-    """What the operating system refused, as one of ours."""
-    text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpaceError(text)
-    return HvfuseError(text)
 
 
 def _for_the_wire(error: HvfuseError) -> HvfuseError:

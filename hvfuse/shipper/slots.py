@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvfuse import system
-from hvfuse.errors import HvfuseError
 from hvfuse.shipper.content import Flags
 from hvfuse.shipper.replica import Replica
+from hvfuse.shipper.retry import refusal
 from hvfuse.shipper.source import SourceDisk
 
 SLOT = 4 << 20
@@ -62,14 +62,14 @@ class Group:
         try:
             return list(system.data_extents(self.fd, low, min(high, self.disk.size)))
         except OSError as error:
-            raise _unreadable(self.path, error) from error
+            raise refusal(error, self.path) from error
 
     def read(self, low: int, high: int) -> bytes:
         """The bytes of a range; fewer where the image was just cut. Raises HvfuseError."""
         try:
             return system.pread(self.fd, high - low, low)
         except OSError as error:
-            raise _unreadable(self.path, error) from error
+            raise refusal(error, self.path) from error
 
 
 def groups(disk: SourceDisk, folder: str, *, index: int, end: int) -> Generator[Group]:
@@ -78,7 +78,7 @@ def groups(disk: SourceDisk, folder: str, *, index: int, end: int) -> Generator[
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise refusal(error, path) from error
     try:
         for number, start in enumerate(range(0, end, GROUP)):
             first = index * NUMBERS_PER_DISK + number * (SLOTS + 1)
@@ -99,7 +99,3 @@ class Outlet:
         self._replica.put(frame)
         self.sent += len(frame)
         self.frames += 1
-
-
-def _unreadable(path: str, error: OSError) -> HvfuseError:
-    return HvfuseError(f"{path}: {error.strerror}")

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from hvfuse import frames
+from hvfuse import frames, system
 from hvfuse.errors import UnsupportedError
 from hvfuse.position import NO_DIGEST, Position
 from hvfuse.shipper import slots
@@ -38,6 +38,23 @@ def assert_equal(folder, disks, replica) -> None:
     for disk in disks:
         with open(folder / disk.name, "rb") as file:
             assert replica.images[disk.disk_id] == file.read(), disk.name
+
+
+def test_an_image_that_is_cut_while_its_holes_are_looked_for_is_taken_as_far_as_it_goes(tmp_path, monkeypatch):
+    image(tmp_path, "a.raw", 4 * MIB, (0, b"x" * 4096), (2 * MIB, b"y" * 4096))
+    lseek = os.lseek
+
+    def cut(fd, at, how):
+        if how == os.SEEK_HOLE and at == 2 * MIB:
+            os.truncate(tmp_path / "a.raw", MIB)
+        return lseek(fd, at, how)
+
+    monkeypatch.setattr(os, "lseek", cut)
+    fd = os.open(tmp_path / "a.raw", os.O_RDONLY)
+    try:
+        assert list(system.data_extents(fd, 0, 4 * MIB)) == [(0, 4096)]
+    finally:
+        os.close(fd)
 
 
 def test_a_replica_that_held_other_data_equals_the_disks_after_a_copy(tmp_path):
