@@ -142,15 +142,25 @@ class Records:
             return [CycleRecord(**self._json(vm, raw)) for _, raw in _under(txn, _cycle_prefix(vm))]
 
     def _check_version(self) -> None:
-        with self._faults(), self._env.begin(write=True) as txn:
+        # Read first: a writer that hangs in its transaction must not keep `hvfuse status` from opening.
+        with self._faults(), self._env.begin() as txn:
             raw = txn.get(b"version")
-            if raw is None:
-                txn.put(b"version", json.dumps({"version": VERSION}).encode())
-                return
+        if raw is None:
+            raw = self._put_version()
+        with self._faults():
             version = self._json("version", raw).get("version")
         if version != VERSION:
             self.close()
             raise UnsupportedError(f"{self._path}: records of version {version}; this hvfuse knows {VERSION}")
+
+    def _put_version(self) -> bytes:
+        """Begin the records, unless another process just did. Returns what stands there then."""
+        with self._faults(), self._env.begin(write=True) as txn:
+            raw = txn.get(b"version")
+            if raw is None:
+                raw = json.dumps({"version": VERSION}).encode()
+                txn.put(b"version", raw)
+            return bytes(raw)
 
     def _record(self, vm: str, raw: bytes | None) -> VmRecord:
         if raw is None:
