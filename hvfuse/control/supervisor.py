@@ -10,9 +10,11 @@ with force.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal
@@ -31,6 +33,8 @@ from hvfuse.system import Clock
 SCAN_SECONDS = 2.0
 """How soon a new VM folder is noticed."""
 TICK_SECONDS = 0.2
+PROBE_SECONDS = 0.05
+"""Far longer than `require_no_supervisor` holds the lock."""
 SHIPPER_GRACE = 15.0
 """Seconds that a shipper has to end by itself; it may be killed at any time without loss."""
 ASK_SECONDS = 1.0
@@ -98,23 +102,39 @@ def shipper_daemon(home: Home, vm: str, *, clock: Clock) -> Daemon:
 @contextlib.contextmanager
 def only_supervisor(home: Home) -> Iterator[None]:
     """Be the one supervisor of this home. Raises BusyError naming the pid of the other."""
-    with system.exclusive_lock(home.run_lock) as had:
-        if not had:
-            with open(home.run_lock, encoding="ascii", errors="replace") as file:
-                pid = file.read().strip() or "unknown"
-            raise BusyError(
-                f"{home.root}: `hvfuse run` is running here already, with pid {pid}", hint=f"kill -INT {pid} ends it"
-            )
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(system.exclusive_lock(home.run_lock)):
+            time.sleep(PROBE_SECONDS)  # maybe somebody only asked
+            if not stack.enter_context(system.exclusive_lock(home.run_lock)):
+                raise _running_here(home)
         with open(home.run_lock, "w", encoding="ascii") as file:
             file.write(f"{os.getpid()}\n")
         yield
 
 
 def require_no_supervisor(home: Home) -> None:
-    """Raise BusyError naming the pid if `hvfuse run` is running on this home."""
-    if os.path.exists(home.run_lock):
-        with only_supervisor(home):
-            pass
+    """Raise BusyError naming the pid if `hvfuse run` is running on this home.
+
+    Several may ask at once; none passes for a supervisor towards another, nor towards one that starts.
+    """
+    try:
+        fd = os.open(home.run_lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _running_here(home) from None
+    finally:
+        os.close(fd)
+
+
+def _running_here(home: Home) -> BusyError:
+    with open(home.run_lock, encoding="ascii", errors="replace") as file:
+        pid = file.read().strip() or "unknown"
+    return BusyError(
+        f"{home.root}: `hvfuse run` is running here already, with pid {pid}", hint=f"kill -INT {pid} ends it"
+    )
 
 
 def require_mountable() -> None:

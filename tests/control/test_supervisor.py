@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -134,6 +135,14 @@ def test_a_second_supervisor_of_the_same_home_is_refused_by_pid(home: Home) -> N
     require_no_supervisor(home)
     with only_supervisor(home):
         pass
+
+
+def test_who_only_asks_for_a_supervisor_is_taken_for_none(home: Home) -> None:
+    with only_supervisor(home):
+        pass
+    with open(home.run_lock, encoding="ascii") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        require_no_supervisor(home)
 
 
 def test_every_vm_gets_a_tracker_and_then_a_shipper_and_new_ones_are_noticed(
