@@ -26,13 +26,23 @@ def json_option(command: _Command) -> _Command:
 
 
 def emit_json(fields: Mapping[str, Any]) -> None:
-    """Print the command's one JSON object."""
-    click.echo(json.dumps({"output_version": OUTPUT_VERSION, **fields}, ensure_ascii=False))
+    """Print the command's one JSON object, in ASCII: a file name that is not UTF-8 has no other form."""
+    click.echo(json.dumps({"output_version": OUTPUT_VERSION, **fields}))
+
+
+def one_line(text: str) -> str:
+    """`text` with whatever would not print (a newline in a path, say) escaped as Python does."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def note(text: str) -> None:
     """Tell the user something on the way, without touching stdout."""
     click.echo(text, err=True)
+
+
+def counted(count: int, name: str) -> str:
+    """A number of things: "1 VM", "2 VMs"."""
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def is_terminal() -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hvfuse.cli.output import emit_json, json_option, note, time_text
+from hvfuse.cli.output import counted, emit_json, json_option, note, time_text
 from hvfuse.errors import CorruptError
 from hvfuse.words import bytes_text
 
@@ -71,8 +71,10 @@ def check(ctx: click.Context, as_json: bool) -> None:
             }
         )
     else:
-        counted = f"{report.vms} VMs, {report.points} recovery points, {report.frames} frames"
-        click.echo(f"{counted}, {bytes_text(report.frame_bytes)}: {len(report.findings) or 'nothing'} wrong")
+        what = ", ".join(
+            (counted(report.vms, "VM"), counted(report.points, "recovery point"), counted(report.frames, "frame"))
+        )
+        click.echo(f"{what}, {bytes_text(report.frame_bytes)}: {len(report.findings) or 'nothing'} wrong")
     for finding in report.findings:
         note(f"hvfuse: {finding}")
     ctx.exit(CorruptError.exit_code if report.findings else 0)
