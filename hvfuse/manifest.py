@@ -72,10 +72,10 @@ class CycleManifest:
     """One cycle of a VM.
 
     `previous` is the position that this cycle continues (None for a copy of whole disks). `sealed_ns` is the
-    barrier's instant, ns since 1970: the time of the recovery point. `first_seq`…: none; the order of
-    cycles is their number and nothing else. `made_from`: 16 bytes that tell apart the same cycle's frames
-    when they are made from other logs than its own and those before it (compacted ones), and so are cut
-    differently: what is staged under one value is of no use under another. Zeroes otherwise.
+    barrier's instant, ns since 1970: the time of the recovery point; the order of cycles is their number
+    and nothing else. `made_from`: 16 bytes that tell apart the same cycle's frames when they are made from
+    other logs than its own and those before it (compacted ones), and so are cut differently: what is staged
+    under one value is of no use under another. Zeroes otherwise.
     """
 
     vm: str
