@@ -24,7 +24,7 @@ import stringzilla
 import xxhash
 
 from hvfuse import spool, system
-from hvfuse.errors import CorruptError
+from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.extent import Buffer
 from hvfuse.formats import companion, hrl
 from hvfuse.formats.companion import MAX_ENTRY_LENGTH, AddressSpace, CompanionHeader, Entries, Kind
@@ -83,6 +83,8 @@ class ReplicationLog:
             index.begin(head)
             empty = hrl.pack_metadata_block(np.empty(0, companion.ENTRY_DTYPE), 0)
             system.pwrite("log:prepare", log._fd, log._header(eol=0).pack() + empty, 0)
+            # A guest's sync promises that the log is found again, by its name and beside its index map.
+            system.fsync_directory("log:prepare-directory", folder)
         except OSError:
             log.close()
             spool.discard_log(folder, disk, log.path)
@@ -289,7 +291,16 @@ class ReplicationLog:
                 yield payload
 
     def proven_entries(self) -> int:
-        """How many entries, from the first, have the payload that they had: what a crash of the host left."""
+        """How many entries, from the first, have the payload that they had: what a crash of the host left.
+
+        0 if the file is not the log that the index belongs to.
+        """
+        header = system.pread(self._fd, hrl.HEADER_SIZE, 0)
+        try:
+            if hrl.unpack_header(header).unique_id != self.head.unique_id:
+                return 0
+        except HvfuseError:
+            return 0
         for number, entry in enumerate(self.index.entries()):
             try:
                 self._payload(entry)
