@@ -19,7 +19,6 @@ from hvfuse.cli.status import plain_line, reason_lines, statuses, table
 from hvfuse.control.records import Records
 from hvfuse.control.status import VmStatus
 from hvfuse.control.supervisor import TICK_SECONDS, Supervisor, collected, only_supervisor, require_mountable
-from hvfuse.errors import HvfuseError
 from hvfuse.manifest import ReplicationState
 from hvfuse.system import SystemClock
 
