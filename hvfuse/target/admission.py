@@ -66,3 +66,15 @@ def admit_frame(raw: bytes, staging: StagingRecord) -> tuple[Frame, DiskRecord]:
     if len(ends) and int(ends.max()) > MAX_DISK_SIZE:
         raise CorruptError(f"frame {header.number} reaches beyond {MAX_DISK_SIZE} bytes of {disk.name}")
     return frame, disk
+
+
+def is_same(staging: StagingRecord, manifest: CycleManifest) -> bool:
+    """Whether frames staged for one belong to the other: a COPY may give other sizes and another time."""
+
+    def identity(cycle: StagingRecord | CycleManifest) -> tuple[object, ...]:
+        return (cycle.kind, cycle.generation, cycle.cycle, cycle.previous, cycle.made_from)
+
+    is_copy = manifest.kind is CycleKind.COPY
+    return identity(staging) == identity(manifest) and {
+        (disk.disk_id, disk.name, disk.digest, 0 if is_copy else disk.size) for disk in staging.disks
+    } == {(disk.disk_id, disk.name, disk.digest, 0 if is_copy else disk.size) for disk in manifest.disks}

@@ -14,7 +14,7 @@ for a disk that the replica does not know yet. While it is open, digests tell wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hvfuse.errors import BusyError, CorruptError, HvfuseError, ResyncRequiredError
@@ -24,7 +24,7 @@ from hvfuse.frames import Fill, Frame, unpack_header
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint
 from hvfuse.position import Position, PositionMismatchError
 from hvfuse.target import cycles, schema
-from hvfuse.target.admission import admit_frame, check_manifest, check_name
+from hvfuse.target.admission import admit_frame, check_manifest, check_name, is_same
 from hvfuse.target.digests import HeldBlocks
 from hvfuse.target.environment import Txn
 from hvfuse.target.images import ReplicaImages
@@ -132,10 +132,12 @@ class LocalReplica:
                 theirs=vm.position,
             )
         staging = self._store.load_staging(txn, vm)
-        if staging is not None and _is_same(staging, manifest):
+        if staging is not None and is_same(staging, manifest):
             held = cycles.held_numbers(txn, self._env, vm) if staging.direct else ()
             return staging, frozenset(held) or self._staged_numbers(txn, vm, staging.seq)
         self._drop_staged(txn, vm)
+        if staging is not None and staging.direct:
+            vm = replace(vm, disks=_by_name([*vm.disks, *staging.disks]))
         return self._stage(txn, vm, manifest), frozenset()
 
     def _staged_numbers(self, txn: Txn, vm: VmRecord, seq: int) -> frozenset[int]:
@@ -156,9 +158,12 @@ class LocalReplica:
                 numbers[disk.disk_id] = vm.next_disk
                 vm = replace(vm, next_disk=vm.next_disk + 1)
         if direct:
+            # Until the commit, these are the disks that may have an image: it says which of them can go.
+            merged = self._store.scan_cycles(txn, vm, first=vm.base_seq, last=vm.floor_seq)
+            images = _by_name([*vm.disks, *(disk for cycle in merged for disk in cycle.disks)])
             cycles.drop_frames(txn, self._env, vm, first=0, last=vm.head_seq)
             cycles.drop_records(txn, self._env, vm, before=vm.head_seq + 1)
-            vm = replace(vm, position=None, base_seq=vm.head_seq, floor_seq=vm.head_seq, disks=())
+            vm = replace(vm, position=None, base_seq=vm.head_seq, floor_seq=vm.head_seq, disks=images)
         self._store.save_vm(txn, vm)
         staging = StagingRecord(
             seq=vm.head_seq + 1,
@@ -284,7 +289,7 @@ class LocalReplica:
         CorruptError (data beyond a disk's end).
         """
         self._check_manifest(manifest)
-        if self._open is not None and self._open.direct and _is_same(self._open, manifest):
+        if self._open is not None and self._open.direct and is_same(self._open, manifest):
             self._finish_images(manifest)
         cycle = self._store.write("store:commit", lambda txn: self._commit(txn, manifest, frame_count))
         self.close()
@@ -292,10 +297,13 @@ class LocalReplica:
 
     def _finish_images(self, manifest: CycleManifest) -> None:
         """Make the images as long as the disks, and durable. What was copied beyond a disk that became
-        shorter meanwhile stays: cycles between may need it, and the one that cut it off says so."""
+        shorter meanwhile stays: cycles between may need it, and the one that cut it off says so. The images
+        of disks that the VM has no more go."""
         assert self._images is not None
         with self._images.lock(), self._env.read() as txn:
-            self._load_open(txn)
+            vm, _ = self._load_open(txn)
+            for name in {disk.name for disk in vm.disks} - {disk.name for disk in manifest.disks}:
+                self._images.remove(name)
             for disk in manifest.disks:
                 self._images.resize(disk.name, max(disk.size, self._images.size(disk.name)))
         self._flush_direct()
@@ -305,7 +313,7 @@ class LocalReplica:
         if vm.position == manifest.position():
             return self._store.load_cycle(txn, vm, vm.head_seq)
         staging = self._store.load_staging(txn, vm)
-        if staging is None or not _is_same(staging, manifest) or staging != self._open:
+        if staging is None or not is_same(staging, manifest) or staging != self._open:
             raise PositionMismatchError(
                 f"{self._vm}: cycle {manifest.cycle} was not begun; the replica is at {vm.position or 'no position'}",
                 theirs=vm.position,
@@ -388,13 +396,5 @@ class LocalReplica:
         return len(gone), min((seq for seq, _ in listed if seq in keep), default=None)
 
 
-def _is_same(staging: StagingRecord, manifest: CycleManifest) -> bool:
-    """Whether frames staged for one belong to the other: a COPY may give other sizes and another time."""
-
-    def identity(cycle: StagingRecord | CycleManifest) -> tuple[object, ...]:
-        return (cycle.kind, cycle.generation, cycle.cycle, cycle.previous, cycle.made_from)
-
-    is_copy = manifest.kind is CycleKind.COPY
-    return identity(staging) == identity(manifest) and {
-        (disk.disk_id, disk.name, disk.digest, 0 if is_copy else disk.size) for disk in staging.disks
-    } == {(disk.disk_id, disk.name, disk.digest, 0 if is_copy else disk.size) for disk in manifest.disks}
+def _by_name(disks: Iterable[DiskRecord]) -> tuple[DiskRecord, ...]:
+    return tuple({disk.name: disk for disk in disks}.values())
