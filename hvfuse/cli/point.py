@@ -29,7 +29,7 @@ def list_points(ctx: click.Context, vm: str, as_json: bool) -> None:
     """List a VM's recovery points, the newest last."""
     from hvfuse.target.store import Store
 
-    with Store(store_path(ctx), create=False) as store:
+    with Store(store_path(ctx), create=False, read_only=True) as store:
         points = store.points(vm)
         pinned = {pin.point_id for pin in store.pins(vm)}
     if as_json:

@@ -33,7 +33,7 @@ def info(ctx: click.Context, as_json: bool) -> None:
     from hvfuse.target.store import Store
     from hvfuse.target.usage import usage
 
-    with Store(store_path(ctx), create=False) as opened:
+    with Store(store_path(ctx), create=False, read_only=True) as opened:
         found = usage(opened)
     if as_json:
         emit_json(_usage_fields(found))
@@ -53,7 +53,7 @@ def check(ctx: click.Context, as_json: bool) -> None:
     from hvfuse.target.store import Store
     from hvfuse.target.usage import usage
 
-    with Store(store_path(ctx), create=False) as opened:
+    with Store(store_path(ctx), create=False, read_only=True) as opened:
         expected = sum(vm.journal_bytes for vm in usage(opened).vms)
         with click.progressbar(
             length=expected, label="Verifying", file=sys.stderr, hidden=not sys.stderr.isatty()

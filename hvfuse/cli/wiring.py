@@ -84,7 +84,7 @@ class StoreFacts:
         from hvfuse.target.store import Store
 
         if self._store is None:
-            self._store = Store(self._home.store, create=False)
+            self._store = Store(self._home.store, create=False, read_only=True)
         return self._store
 
 
