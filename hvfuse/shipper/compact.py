@@ -27,7 +27,7 @@ from hvfuse.errors import CorruptError, HvfuseError, NoSpaceError
 from hvfuse.formats.companion import COMPACTED, CompanionHeader, Entries
 from hvfuse.formats.hrl_writer import LogWriter
 from hvfuse.frames import Fill
-from hvfuse.shipper.coalesce import DiskPlan, close_logs, open_logs, plan
+from hvfuse.shipper.coalesce import DiskPlan, close_logs, logs_by_disk, open_logs, plan
 from hvfuse.shipper.cycle import check_chain
 from hvfuse.spool import SealedCycle, SealedLog
 from hvfuse.words import bytes_text
@@ -108,7 +108,7 @@ def _compact(run: Sequence[SealedCycle], between: Callable[[], None]) -> Compact
     if any(header.first_cycle > run[0].first_cycle for header in done):
         return None
     check_chain(run)
-    plans = [plan([cycle.logs[disk] for cycle in run]) for disk in range(len(run[-1].logs))]
+    plans = [plan(logs) for logs in logs_by_disk(run)]
     left = sum(planned.coalesced_bytes for planned in plans)
     if left > WORTHWHILE * _stored(run):
         return None
