@@ -9,7 +9,8 @@ whole host (power cut), or the shipper with the store's code. Then all is starte
 - I3: each recovery point equals the model at its barrier, for all disks, byte for byte.
 - Sealed is sealed: the logs of a rotation that was answered are there after a power cut, whole, and the
   image holds what they hold.
-- Nobody copies the disks anew unless `AFTER_POWER_LOSS`, or an interrupted copy, says so.
+- Nobody copies the disks anew, but for a first copy that was interrupted: a process's death compares nothing,
+  a power cut marked regions only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from enum import Enum, auto
+from enum import Enum
 from typing import Any
 
 from hvfuse import spool
@@ -48,20 +49,6 @@ VICTIMS = {
     Fault.POWER: frozenset(Side),
     Fault.SHIPPER: frozenset({Side.SHIPPER}),
 }
-
-
-class Expectation(Enum):
-    """What a host's crash may cost."""
-
-    FULL_COPY = auto()
-    """The disks are copied anew; existing points stay."""
-    HOT_REGIONS = auto()
-    """Logs and marked regions are enough: a full copy is a failure."""
-
-
-AFTER_POWER_LOSS = Expectation.HOT_REGIONS
-SHIPS_WITHOUT_TRACKER = True
-"""Whether the shipper goes on between a tracker's death and its restart."""
 
 
 class Violation(AssertionError):
@@ -264,7 +251,7 @@ class World:
         self._reaper.disarm()
         if self._dice.randrange(2):
             self._restart_shipper()
-        if SHIPS_WITHOUT_TRACKER and self._dice.randrange(2):
+        if self._dice.randrange(2):
             with contextlib.suppress(UnreachableError):
                 self.host.replication.cycle_now()  # what was sealed goes over all the same
         self._attach(Fault.TRACKER)
@@ -308,8 +295,6 @@ class World:
         self.host.cut_power()
         self._check_left()
         self.host.open_target()
-        if AFTER_POWER_LOSS is Expectation.FULL_COPY:
-            self._may_copy = True
         self._in_doubt = True
         self._attach(Fault.POWER)
         self._restart_shipper()  # the folder is another one after each cut
