@@ -107,7 +107,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--resume", metavar="FILE", help="keep progress here, and go on from it")
     parser.add_argument("--folder", default=FAST_FOLDER, help="where to work (default: in memory if possible)")
     options = parser.parse_args(arguments)
-    logging.getLogger("hvfuse").setLevel(logging.ERROR)
     state = State(options.resume if options.world is None else None, seed=options.seed)
     if options.world is None:
         broken = campaign(state, rounds=options.rounds, folder=options.folder)
@@ -119,4 +118,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("hvfuse").setLevel(logging.ERROR)
     sys.exit(main(sys.argv[1:]))
