@@ -18,8 +18,8 @@ class CycleKind(StrEnum):
     """How a cycle's frames relate to what the replica holds."""
 
     COPY = "copy"
-    """Cycle 0 of a generation: the whole disks, read while they were in use. Consistent only once
-    cycle 1 is applied too, hence never a recovery point."""
+    """Cycle 0 of a generation: the whole disks, or their differences from what the replica holds, read
+    while they were in use. Consistent only once cycle 1 is applied too, hence never a recovery point."""
     DELTA = "delta"
     """What was written during one cycle: gives a recovery point."""
 
@@ -71,9 +71,11 @@ class DiskManifest:
 class CycleManifest:
     """One cycle of a VM.
 
-    `previous` is the position that this cycle continues (None for a copy). `sealed_ns` is the
-    barrier's instant, ns since 1970: the time of the recovery point. `first_seq`…: none; the order of
-    cycles is their number and nothing else.
+    `previous` is the position that this cycle continues (None for a copy of whole disks). `sealed_ns` is the
+    barrier's instant, ns since 1970: the time of the recovery point; the order of cycles is their number
+    and nothing else. `made_from`: 16 bytes that tell apart the same cycle's frames when they are made from
+    other logs than its own and those before it (compacted ones), and so are cut differently: what is staged
+    under one value is of no use under another. Zeroes otherwise.
     """
 
     vm: str
@@ -84,6 +86,7 @@ class CycleManifest:
     sealed_ns: int
     disks: tuple[DiskManifest, ...]
     consistency: Consistency = Consistency.CRASH
+    made_from: bytes = NO_DIGEST
 
     def position(self) -> Position:
         """Where a replica stands once it has this cycle."""

@@ -2,6 +2,7 @@
 
     DISK.0000000017.hrl    the log with serial 17: active, standby or sealed
     DISK.0000000017.hrc    its companion index; there only once the log is sealed
+    DISK.0000000017.c.hrl  a compacted log: what that log and some before it come to, newest write wins
     DISK.spare0.hrl        an acknowledged log that waits to be overwritten by a coming one
     DISK.hvt               the tracking state
     DISK.hvt0, DISK.hvt1   the index maps of the active log and of the one being sealed or standing by
@@ -11,13 +12,20 @@ These names are reserved: the mount neither shows nor accepts them.
 A cycle is whole when as many sealed logs carry its (generation, cycle) as each of them says that
 there are (`disk_count`). Releasing a log removes the companion first: a log without a companion that
 is not in use by the tracker is rubbish, never data.
+
+While the target is away, the shipper may replace whole cycles by one compacted log for each disk. The
+companion says which of the two logs of its serial it describes (its flag "compacted"); the other one is
+rubbish. Companions are replaced by renaming, disk by disk, and what they replaced is released only
+afterwards. So a death in between leaves cycles that overlap: one disk's log of a cycle may go back further
+than another's, and cycles that it stands for may still be there, wholly or in part. All of that can be
+shipped: a compacted log gives the same disk on any of the states that it went through.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hvfuse import system
@@ -30,14 +38,24 @@ SPARES_KEPT = 2
 SPARE_SIZE = 1 << 30
 """Bytes; what a longer spare is cut to."""
 
-_RESERVED = re.compile(rb"^.+\.(?:\d{10}\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)\Z", re.DOTALL)
+_RESERVED = re.compile(
+    rb"^.+\.(?:\d{10}(?:\.c)?\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)\Z", re.DOTALL
+)
 _COMPANION = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrc\Z", re.DOTALL | re.ASCII)
+_COMPACTED = re.compile(r"^.+\.\d{10}\.c\.hrl\Z", re.DOTALL | re.ASCII)
+_SPARE = re.compile(r"^.+\.spare\d+\.hrl\Z", re.DOTALL | re.ASCII)
+_ANY_LOG = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})(?:\.c)?\.hrl\Z", re.DOTALL | re.ASCII)
 _LOG = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrl\Z", re.DOTALL | re.ASCII)
 
 
 def log_name(disk: str, serial: int) -> str:
     """Name of a log that is not a spare."""
     return f"{disk}.{serial:010d}.hrl"
+
+
+def compacted_name(disk: str, serial: int) -> str:
+    """Name of a log that stands for several, the last of which has the serial."""
+    return f"{disk}.{serial:010d}.c.hrl"
 
 
 def companion_name(disk: str, serial: int) -> str:
@@ -76,8 +94,9 @@ class SealedLog:
 
     @property
     def log_path(self) -> str:
-        """Path of the `.hrl`."""
-        return os.path.join(self.folder, log_name(self.disk, self.serial))
+        """Path of the `.hrl` that the companion describes."""
+        name = compacted_name if self.header.is_compacted else log_name
+        return os.path.join(self.folder, name(self.disk, self.serial))
 
     @property
     def companion_path(self) -> str:
@@ -111,9 +130,19 @@ class SealedCycle:
         return max(log.header.sealed_ns for log in self.logs)
 
     @property
+    def first_cycle(self) -> int:
+        """The first cycle that all logs stand for; `cycle` itself unless they were compacted."""
+        return max(log.header.first_cycle for log in self.logs)
+
+    @property
     def log_bytes(self) -> int:
         """Logical bytes of the logs."""
         return sum(log.header.eol for log in self.logs)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of payload in the logs."""
+        return sum(log.header.stored_bytes for log in self.logs)
 
 
 def read_companion(path: str) -> tuple[CompanionHeader, Entries]:
@@ -150,28 +179,68 @@ def list_cycles(folder: str) -> list[SealedCycle]:
     cycles: dict[tuple[bytes, int], list[SealedLog]] = {}
     for log in list_logs(folder):
         cycles.setdefault((log.header.generation, log.header.cycle), []).append(log)
-    grouped = [SealedCycle(generation, cycle, tuple(logs)) for (generation, cycle), logs in cycles.items()]
+    grouped = [
+        SealedCycle(generation, cycle, tuple(sorted(logs, key=lambda log: log.disk)))
+        for (generation, cycle), logs in cycles.items()
+    ]
     return sorted(grouped, key=lambda cycle: max(log.serial for log in cycle.logs))
 
 
 def release(cycles: Sequence[SealedCycle]) -> None:
     """Let acknowledged logs go: each becomes a spare, or is removed when there are enough.
 
-    Idempotent; a log that is gone already is no error.
+    Idempotent; a log that is gone already is no error. What an earlier release left half done is finished.
     """
     for cycle in cycles:
         for log in cycle.logs:
             system.unlink("spool:release", log.companion_path, missing_ok=True)
-            discard_log(log.folder, log.disk, log.log_path)
+            discard_logs(log.folder, log.disk, log.serial)
+    for folder in {log.folder for cycle in cycles for log in cycle.logs}:
+        serials = sorted((log.disk, log.serial) for cycle in cycles for log in cycle.logs if log.folder == folder)
+        _drop_strays(folder, dict(serials))
+
+
+def _drop_strays(folder: str, released: Mapping[str, int]) -> None:
+    """Let logs without a companion go whose serial is not above the last released one of their disk. The
+    tracker seals in the order of the serials, so it is not at any of them."""
+    for name in sorted(os.listdir(folder)):
+        match = _ANY_LOG.match(name)
+        if match is not None and int(match["serial"]) <= released.get(match["disk"], -1):
+            companion_path = os.path.join(folder, companion_name(match["disk"], int(match["serial"])))
+            if not os.path.exists(companion_path):
+                discard_log(folder, match["disk"], os.path.join(folder, name))
 
 
 def clear(folder: str) -> None:
-    """Let all sealed logs go, whatever they hold, damaged ones too: a whole copy is to follow."""
-    for name in sorted(os.listdir(folder)):
-        match = _COMPANION.match(name)
-        if match is not None:
+    """Remove all sealed logs, whatever they hold, damaged ones too, and all spares: what they held has to be
+    compared, and their space may be wanted. Raises OSError, after having tried them all."""
+    failed: OSError | None = None
+    names = os.listdir(folder)
+    sealed = {match["disk"] + "." + match["serial"] for match in map(_COMPANION.match, names) if match is not None}
+    # A companion goes before its log: a log without one is rubbish, a companion without its log a puzzle.
+    for name in sorted(names, key=lambda name: _COMPANION.match(name) is None):
+        log = _LOG.match(name)
+        is_sealed_log = log is not None and f"{log['disk']}.{log['serial']}" in sealed
+        if not (is_sealed_log or any(kind.match(name) for kind in (_COMPANION, _COMPACTED, _SPARE))):
+            continue
+        try:
             system.unlink("spool:clear", os.path.join(folder, name), missing_ok=True)
-            discard_log(folder, match["disk"], os.path.join(folder, log_name(match["disk"], int(match["serial"]))))
+        except OSError as error:
+            failed = error
+    if failed is not None:
+        raise failed
+
+
+def greatest_serial(folder: str, disk: str) -> int:
+    """The greatest serial that any file of the disk carries; 0 if none does."""
+    found = [match for name in os.listdir(folder) for match in (_LOG.match(name), _COMPANION.match(name))]
+    return max((int(match["serial"]) for match in found if match is not None and match["disk"] == disk), default=0)
+
+
+def discard_logs(folder: str, disk: str, serial: int) -> None:
+    """Recycle or remove the logs of a serial whose companion is gone."""
+    for name in (log_name(disk, serial), compacted_name(disk, serial)):
+        discard_log(folder, disk, os.path.join(folder, name))
 
 
 def discard_log(folder: str, disk: str, path: str) -> None:

@@ -178,7 +178,10 @@ def write_zeroes(label: str, fd: int, offset: int, length: int) -> None:
 
 
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The allocated ranges [offset, end) of a file within [start, end), by SEEK_DATA and SEEK_HOLE."""
+    """The allocated ranges [offset, end) of a file within [start, end), by SEEK_DATA and SEEK_HOLE.
+
+    Of a file that is cut meanwhile, what is left. Raises OSError.
+    """
     at = start
     while at < end:
         try:
@@ -192,7 +195,12 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
             raise
         if data >= end:
             return
-        hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        try:
+            hole = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # the file was cut before `data` since the last call
+                return
+            raise
         yield data, hole
         at = hole
 

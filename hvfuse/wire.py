@@ -8,7 +8,9 @@ peer's uid must be root's or ours (SO_PEERCRED).
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import socket
 import struct
@@ -21,6 +23,13 @@ from hvfuse.errors import BusyError, HvfuseError, UnreachableError
 
 MAX_LINE = 16 << 20
 """Bytes; a longer request or answer is refused."""
+
+_PAUSE = 0.1
+"""Seconds."""
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+_PASSING = (errno.ECONNABORTED, errno.EINTR, errno.EAGAIN, errno.EPROTO, errno.EPERM)
+
+_log = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 Handler = Callable[[Message], Mapping[str, Any]]
@@ -99,6 +108,7 @@ class Listener:
         self._concurrent = concurrent
         self._handler = handler
         self._socket = self._bind(path)
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
@@ -127,8 +137,16 @@ class Listener:
         while True:
             try:
                 connection, _ = self._socket.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._closed.is_set():
+                    return
+                # No descriptor or memory left, or a caller that gave up: who is still there waits in the queue.
+                if error.errno in _SHORTAGES:
+                    self._closed.wait(_PAUSE)
+                elif error.errno not in _PASSING:
+                    _log.error("%s: does not listen any more: %s", self._path, error)
+                    return
+                continue
             if self._concurrent:
                 threading.Thread(target=self._serve_one, args=(connection,), daemon=True).start()
             else:
@@ -155,9 +173,14 @@ class Listener:
         return json.dumps(answer).encode() + b"\n"
 
     def close(self) -> None:
-        """Stop listening and remove the socket. Safe from within a handler."""
+        """Stop listening and remove the socket; a request that is being served in the listener's own thread is
+        finished first. Safe from within a handler."""
+        self._closed.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        # Only then the descriptor: its number may be another socket's at once, and that would be accepted on.
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
         self._socket.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)

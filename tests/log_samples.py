@@ -144,6 +144,7 @@ def _companion(raws: Sequence[bytes], eol: int, first_seq: int, space: AddressSp
             disk_count=1,
             address_space=space,
             flags=0,
+            stored_bytes=0,
             entries_digest=xxhash.xxh3_128_digest(entries),
         ).pack()
         + entries

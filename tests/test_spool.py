@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ DISK_NAME = st.text(st.characters(exclude_characters="/\0", exclude_categories=[
 def test_every_name_that_the_tracker_uses_is_reserved(disk: str, serial: int) -> None:
     for name in (
         spool.log_name(disk, serial),
+        spool.compacted_name(disk, serial),
         spool.companion_name(disk, serial),
         spool.companion_name(disk, serial) + ".tmp",
         spool.spare_name(disk, serial % 3),
@@ -53,7 +55,8 @@ def test_every_name_that_the_tracker_uses_is_reserved(disk: str, serial: int) ->
     [
         "os.vhd", "os.raw", "x.hrl", "x.hrc", "x.1.hrl", "x.00000000001.hrl", "x.000000001.hrl", ".hvt",
         "hvt", "x.hvt2", "x.hvtmp", "x.spare.hrl", "0000000001.hrl", ".0000000001.hrl", "x.0000000001.hrl.bak",
-        "x.0000000001.hrl\n", "x.hvt\n", "x.0000000001.hrl.tmp", "x.٠٠٠٠٠٠٠٠٠١.hrc",
+        "x.0000000001.hrl\n", "x.hvt\n", "x.0000000001.hrl.tmp", ".0000000001.c.hrl", "x.1.c.hrl",
+        "x.0000000001.c.hrc", "x.0000000001.cc.hrl", "x.0000000001.c.hrl\n", "x.٠٠٠٠٠٠٠٠٠١.hrc",
     ],
 )  # fmt: skip
 def test_other_names_belong_to_the_user(name: str) -> None:
@@ -165,6 +168,20 @@ def test_a_release_that_died_between_its_steps_leaves_rubbish_and_never_half_a_l
     assert names(tmp_path) == ["a.spare0.hrl"]
 
 
+def test_the_next_release_finishes_one_that_died_and_leaves_younger_logs_alone(tmp_path: Path) -> None:
+    put(tmp_path, "a", 1)
+    put(tmp_path, "a", 2, cycle=2)
+    put(tmp_path, "a", 3, cycle=3)
+    (tmp_path / spool.companion_name("a", 1)).unlink()
+    (tmp_path / spool.log_name("a", 4)).write_bytes(b"active")
+    (tmp_path / spool.log_name("b", 1)).write_bytes(b"active")
+    spool.release(spool.list_cycles(str(tmp_path))[:1])
+    assert names(tmp_path) == [
+        "a.0000000003.hrc", "a.0000000003.hrl", "a.0000000004.hrl", "a.spare0.hrl", "a.spare1.hrl",
+        "b.0000000001.hrl",
+    ]  # fmt: skip
+
+
 def test_a_long_spare_is_cut_and_the_source_of_it_never_counts(tmp_path: Path) -> None:
     put(tmp_path, "a", 1)
     os.truncate(tmp_path / spool.log_name("a", 1), spool.SPARE_SIZE + 4096)
@@ -188,4 +205,68 @@ def test_clearing_lets_damaged_logs_go_as_well(tmp_path: Path) -> None:
     (tmp_path / spool.companion_name("a", 1)).write_bytes(b"rubbish")
     (tmp_path / "a").write_bytes(b"disk")
     spool.clear(str(tmp_path))
-    assert names(tmp_path) == ["a", "a.spare0.hrl", "a.spare1.hrl"]
+    assert names(tmp_path) == ["a"]
+
+
+def put_compacted(folder: Path, disk: str, serial: int, *, first: int, cycle: int, disks: int = 1) -> None:
+    """A compacted log and its companion; the cycle's own log, if there is one, stays."""
+    header = replace(
+        HEADER, serial=serial, cycle=cycle, disk_count=disks, flags=companion.COMPACTED,
+        earlier_cycles=cycle - first, carried_digest=b"c" * 16,
+    )  # fmt: skip
+    (folder / spool.compacted_name(disk, serial)).write_bytes(SAMPLE.log)
+    (folder / spool.companion_name(disk, serial)).write_bytes(header.pack() + ENTRIES.tobytes())
+
+
+def test_a_companion_says_which_of_two_logs_it_describes(tmp_path: Path) -> None:
+    put(tmp_path, "a", 3, cycle=3)
+    log = spool.list_logs(str(tmp_path))[0]
+    assert (log.log_path, log.header.first_cycle) == (str(tmp_path / "a.0000000003.hrl"), 3)
+    put_compacted(tmp_path, "a", 3, first=1, cycle=3)
+    log = spool.list_logs(str(tmp_path))[0]
+    assert (log.log_path, log.header.first_cycle) == (str(tmp_path / "a.0000000003.c.hrl"), 1)
+    assert log.header.digest() == b"c" * 16
+    assert spool.unsealed_logs(str(tmp_path), "a") == []
+
+
+def test_a_cycle_goes_back_as_far_as_all_its_logs_do(tmp_path: Path) -> None:
+    put_compacted(tmp_path, "a", 5, first=2, cycle=5, disks=2)
+    put(tmp_path, "b", 5, cycle=5, disks=2)
+    (cycle,) = spool.list_cycles(str(tmp_path))
+    assert (cycle.is_whole, cycle.first_cycle, cycle.cycle) == (True, 5, 5)
+    put_compacted(tmp_path, "b", 5, first=3, cycle=5, disks=2)
+    assert spool.list_cycles(str(tmp_path))[0].first_cycle == 3
+
+
+@pytest.mark.parametrize(
+    ("let_go", "left"),
+    [
+        (lambda folder: spool.release(spool.list_cycles(folder)), ["a.spare0.hrl", "a.spare1.hrl"]),
+        (spool.clear, []),
+    ],
+)
+def test_no_log_of_a_serial_outlives_its_companion(
+    tmp_path: Path, let_go: Callable[[str], None], left: list[str]
+) -> None:
+    put(tmp_path, "a", 3)
+    put_compacted(tmp_path, "a", 3, first=1, cycle=3)
+    put_compacted(tmp_path, "a", 1, first=1, cycle=1)
+    (tmp_path / spool.companion_name("a", 1)).unlink()
+    let_go(str(tmp_path))
+    assert names(tmp_path) == left
+    let_go(str(tmp_path))
+    assert names(tmp_path) == left
+
+
+def test_a_compaction_under_way_survives_the_release_of_earlier_cycles(tmp_path: Path) -> None:
+    put(tmp_path, "a", 1)
+    put(tmp_path, "a", 2, cycle=2)
+    (tmp_path / spool.compacted_name("a", 2)).write_bytes(b"being written")
+    spool.release(spool.list_cycles(str(tmp_path))[:1])
+    assert names(tmp_path) == ["a.0000000002.c.hrl", "a.0000000002.hrc", "a.0000000002.hrl", "a.spare0.hrl"]
+
+
+def test_a_companion_that_claims_earlier_cycles_and_is_not_compacted_is_refused() -> None:
+    for changed in ({"earlier_cycles": 1}, {"earlier_cycles": HEADER.cycle, "flags": companion.COMPACTED}):
+        with pytest.raises(CorruptError, match="cycles before cycle"):
+            companion.unpack_header(replace(HEADER, **changed).pack())

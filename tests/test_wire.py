@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import stat
 import threading
@@ -229,3 +230,40 @@ def test_a_handler_may_end_its_own_listener(tmp_path: Path) -> None:
     assert wire.request(str(tmp_path / "s"), "stop")["stopped"]
     with pytest.raises(UnreachableError):
         wire.request(str(tmp_path / "s"), "stop")
+
+
+def test_a_shortage_of_descriptors_is_outlived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noticed = threading.Event()
+
+    class Noticing(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            noticed.set()
+            return super().wait(timeout)
+
+    monkeypatch.chdir(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with (
+        serving(Path("s"), echo) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as first,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as second,
+    ):
+        listener._closed = Noticing()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            for sock in (first, second):
+                sock.settimeout(10)
+                sock.connect("s")
+                sock.sendall(b'{"op": "status"}\n')
+            assert noticed.wait(10)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert json.loads(first.recv(1 << 16))["ok"]
+        assert json.loads(second.recv(1 << 16))["ok"]
+
+
+def test_closing_ends_the_thread_before_the_descriptor_is_free(tmp_path: Path) -> None:
+    listener = Listener(str(tmp_path / "s"), echo, name="test")
+    listener.close()
+    listener.close()
+    assert not listener._thread.is_alive()
+    assert listener._socket.fileno() == -1

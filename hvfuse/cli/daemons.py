@@ -32,12 +32,14 @@ def tracker(session: Session, vm: str) -> None:
     _log_to_stderr()
     home = session.home_with(vm)
     home.make_vm(vm)
+    policy = session.config.policy(vm)
     run_tracker(
         vm=vm,
         folder=home.folder(vm),
         mountpoint=home.mountpoint(vm),
         state_dir=home.state_dir(vm),
-        exclude=session.config.policy(vm).exclude,
+        exclude=policy.exclude,
+        hard_limit=policy.hard_limit / 100,
     )
 
 

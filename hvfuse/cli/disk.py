@@ -15,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as ProgressBar
 
 from hvfuse import spool, system
-from hvfuse.cli.output import bytes_text, emit_json, json_option, note
+from hvfuse.cli.output import emit_json, json_option, note
 from hvfuse.errors import CorruptError, NotFoundError, UsageError
 from hvfuse.extent import round_up
 from hvfuse.formats.image import (
@@ -29,6 +29,7 @@ from hvfuse.formats.image import (
 )
 from hvfuse.formats.image_copy import Progress, copy_disk, first_difference
 from hvfuse.formats.vhd_layout import SECTOR
+from hvfuse.words import bytes_text
 
 _MIB = 1 << 20
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,8 @@ def cleanup(
         raise UsageError("name a VM, or give --all", hint="hvfuse failover cleanup --help")
     with _store(session) as (home, store):
         found = _chosen(store, vm, test_id)
+        if vm is not None and not found and not os.path.isdir(home.folder(vm)):
+            store.point_count(vm)  # raises NotFoundError: there is not even such a VM
         for pin in found:
             trial.clean_up(home, store, pin, force=force)
             if not as_json:

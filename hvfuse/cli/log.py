@@ -13,12 +13,13 @@ from typing import Any
 import click
 
 from hvfuse import spool
-from hvfuse.cli.output import bytes_text, emit_json, json_option, note, time_text
+from hvfuse.cli.output import emit_json, json_option, note, time_text
 from hvfuse.errors import HvfuseError, UnsupportedError, UsageError
 from hvfuse.formats import hrl
 from hvfuse.formats.companion import AddressSpace, CompanionHeader, Entries, Kind
 from hvfuse.formats.hrl_reader import LogEntry, LogReader, open_log, replay
 from hvfuse.formats.image import Image, ImageFormat, named, open_image, probe
+from hvfuse.words import bytes_text
 
 _FLAT_FORMATS = (ImageFormat.RAW, ImageFormat.VHD_FIXED)
 """Images in which the disk's byte n is the file's byte n."""
@@ -155,11 +156,14 @@ def _verify(path: str) -> dict[str, Any]:
 
 
 def _companion_of(path: str) -> Companion | None:
-    """The verified companion beside a log; None when there is none, as beside a foreign log."""
+    """The verified companion beside a log; None when there is none, as beside a foreign log, or when it
+    describes the other log of its serial: one of the two is compacted."""
+    base = path.removesuffix(".hrl")
     try:
-        return spool.read_companion(f"{path.removesuffix('.hrl')}.hrc")
+        companion = spool.read_companion(f"{base.removesuffix('.c')}.hrc")
     except FileNotFoundError:
         return None
+    return companion if companion[0].is_compacted == base.endswith(".c") else None
 
 
 def _described(reader: LogReader, companion: Companion | None) -> Iterator[dict[str, Any]]:
@@ -209,6 +213,7 @@ def _companion_fields(companion: Companion | None) -> dict[str, Any] | None:
     header, _ = companion
     return {
         "generation": header.generation.hex(),
+        "first_cycle": header.first_cycle,
         "cycle": header.cycle,
         "serial": header.serial,
         "disk_id": header.disk_id.hex(),

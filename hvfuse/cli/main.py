@@ -8,6 +8,7 @@ that a program that reads stdout always finds one JSON object.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
@@ -21,7 +22,7 @@ from typing import NoReturn, cast
 import click
 
 from hvfuse import __version__
-from hvfuse.cli.output import emit_json, note
+from hvfuse.cli.output import emit_json, note, one_line
 from hvfuse.control import config
 from hvfuse.control.config import Config
 from hvfuse.control.home import HOME_VARIABLE, Home, home_root
@@ -62,6 +63,17 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"hvfuse.cli.{_MODULES.get(name, name)}")
         return cast(click.Command, getattr(module, name.removeprefix("_")))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            close = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            if not close or "did you mean" in error.message.lower():
+                raise
+            raise click.UsageError(f"there is no command {args[0]!r}; did you mean {close[0]}?", ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, commands in _SECTIONS.items():
@@ -154,9 +166,9 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
             f"internal error: {type(error).__name__}: {error}",
             hint=None if debug else f"the traceback is in {_keep_traceback(error)}; please report it",
         )
-    note(f"hvfuse: {known}")
+    note(f"hvfuse: {one_line(str(known))}")
     if known.hint:
-        note(f"  hint: {known.hint}")
+        note(f"  hint: {one_line(known.hint)}")
     if "--json" in arguments:
         kind = type(known).__name__
         emit_json({"error": {"type": kind, "message": str(known), "hint": known.hint, "exit_code": known.exit_code}})

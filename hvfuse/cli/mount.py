@@ -57,7 +57,9 @@ def umount(session: Session, vm: str, force: bool, as_json: bool) -> None:
 
     Refused while a program uses the mount, or while `hvfuse run` would mount it again.
     """
-    home = session.home_with(vm)
+    home = session.home
+    if not os.path.isdir(home.state_dir(vm)):  # a VM that has one may be mounted, whatever became of its folder
+        session.home_with(vm)
     require_no_supervisor(home)
     pid = serving_pid(home.tracker_socket(vm))
     if pid is None:

@@ -26,8 +26,13 @@ def json_option(command: _Command) -> _Command:
 
 
 def emit_json(fields: Mapping[str, Any]) -> None:
-    """Print the command's one JSON object."""
-    click.echo(json.dumps({"output_version": OUTPUT_VERSION, **fields}, ensure_ascii=False))
+    """Print the command's one JSON object, in ASCII: a file name that is not UTF-8 has no other form."""
+    click.echo(json.dumps({"output_version": OUTPUT_VERSION, **fields}))
+
+
+def one_line(text: str) -> str:
+    """`text` with whatever would not print (a newline in a path, say) escaped as Python does."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def note(text: str) -> None:
@@ -35,21 +40,14 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
+def counted(count: int, name: str) -> str:
+    """A number of things: "1 VM", "2 VMs"."""
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
+
+
 def is_terminal() -> bool:
     """Whether a person looks at stdout."""
     return sys.stdout.isatty()
-
-
-def bytes_text(count: int) -> str:
-    """A size in words: "0 B", "512 B", "1.5 KiB", "20 GiB"."""
-    if count < 1024:
-        return f"{count} B"
-    size = float(count)
-    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB"):
-        size /= 1024
-        if size < 1023.95 or unit == "PiB":
-            break
-    return f"{size:.1f} {unit}".replace(".0 ", " ")
 
 
 def duration_text(seconds: float) -> str:

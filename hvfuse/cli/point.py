@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hvfuse.cli.output import bytes_text, emit_json, json_option, time_text
+from hvfuse.cli.output import emit_json, json_option, time_text
 from hvfuse.cli.store import store_path
+from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,7 @@ def list_points(ctx: click.Context, vm: str, as_json: bool) -> None:
     """List a VM's recovery points, the newest last."""
     from hvfuse.target.store import Store
 
-    with Store(store_path(ctx), create=False) as store:
+    with Store(store_path(ctx), create=False, read_only=True) as store:
         points = store.points(vm)
         pinned = {pin.point_id for pin in store.pins(vm)}
     if as_json:

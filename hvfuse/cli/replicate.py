@@ -8,12 +8,13 @@ import click
 
 from hvfuse import wire
 from hvfuse.cli.main import Session
-from hvfuse.cli.output import bytes_text, duration_text, emit_json, json_option
+from hvfuse.cli.output import duration_text, emit_json, json_option
 from hvfuse.cli.progress import showing_copy
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records
 from hvfuse.errors import UnreachableError
+from hvfuse.words import bytes_text
 
 PATIENCE = 30 * 86400.0
 """Seconds: the cycle may have to wait for a whole copy of large disks."""
@@ -38,6 +39,8 @@ def replicate(session: Session, vm: str, as_json: bool) -> None:
     if as_json:
         emit_json({name: report[name] for name in _FIELDS})
         return
+    for told in report.get("notes", ()):
+        click.echo(f"{vm}: {told}")
     click.echo(
         f"{vm}: recovery point {report['point']}, cycle {report['cycle']}: "
         f"{bytes_text(report['bytes_logged'])} logged, {bytes_text(report['bytes_coalesced'])} after coalescing, "

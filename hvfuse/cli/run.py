@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Protocol, Self
 
 import click
 
@@ -15,12 +18,13 @@ from hvfuse.cli.output import is_terminal
 from hvfuse.cli.status import plain_line, reason_lines, statuses, table
 from hvfuse.control.records import Records
 from hvfuse.control.status import VmStatus
-from hvfuse.control.supervisor import TICK_SECONDS, Supervisor, only_supervisor, require_mountable
-from hvfuse.errors import HvfuseError
+from hvfuse.control.supervisor import TICK_SECONDS, Supervisor, collected, only_supervisor, require_mountable
 from hvfuse.manifest import ReplicationState
 from hvfuse.system import SystemClock
 
 SHOW_SECONDS = 1.0
+END_SECONDS = 1.0
+"""How long the end waits for an answer that is not needed any more."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -57,15 +61,20 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.count = 0
-        self._came = threading.Event()
+        # The handler runs in the very thread that waits, maybe within the wait: of all that wakes a
+        # thread, only this queue's `put` may be called from there.
+        self._came: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def _note(self, _number: int, _frame: object) -> None:
         self.count += 1
-        self._came.set()
+        self._came.put(None)
 
     def wait(self, seconds: float) -> bool:
         """Wait for the first; returns whether it has come."""
-        return self._came.wait(seconds)
+        if self.count == 0:
+            with contextlib.suppress(queue.Empty):
+                self._came.get(timeout=seconds)
+        return self.count > 0
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -93,37 +102,87 @@ def run(session: Session) -> None:
     interrupts = Interrupts()
     with only_supervisor(home), interrupts.caught(), Records(home.records) as records:
         supervisor = Supervisor(home, records, clock=SystemClock())
-        with _display() as display, statuses(session, records) as ask:
+        with _display() as display, Watch(lambda: statuses(session, records)) as watch:
             sample = supervisor.prepare()
             if sample is not None:
                 display.say(f"there was no VM yet: made {home.folder(sample)}")
             display.say(f"disks in {home.disks}; let the guests use them in {home.mnt}; Ctrl-C ends")
-            _keep(supervisor, interrupts, lambda: display.show(_begun(ask())), display.say)
+            _keep(supervisor, interrupts, watch, display)
             display.say("ending: shippers first, then the mounts")
             supervisor.stop(asked=lambda: interrupts.count, tell=display.say)
         click.echo("ended cleanly")
 
 
-def _keep(supervisor: Supervisor, interrupts: Interrupts, show: Callable[[], None], say: Callable[[str], None]) -> None:
-    """Tick and show until an interrupt comes. Nothing that fails on the way may end what serves guests."""
-    clock = SystemClock()
-    due, trouble = clock.monotonic(), None
-    while not interrupts.wait(TICK_SECONDS):
+Ask = Callable[[], list[VmStatus]]
+
+
+class Watch:
+    """Asks for the statuses every SHOW_SECONDS, in a thread of its own: asking a VM that hangs takes long,
+    and must not keep the others from being supervised."""
+
+    def __init__(self, open_statuses: Callable[[], AbstractContextManager[Ask]]) -> None:
+        self._open_statuses = open_statuses
+        self._answers: queue.SimpleQueue[list[VmStatus] | Exception] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="status", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        # It reads records only when it begins to ask, and may be left behind while it waits for an answer.
+        self._thread.join(END_SECONDS)
+
+    def news(self) -> list[VmStatus] | None:
+        """The next answer, if one has come. Raises what asking failed with."""
         try:
+            answer = self._answers.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _run(self) -> None:
+        with self._open_statuses() as ask:
+            while not self._ended.is_set():
+                try:
+                    self._answers.put(ask())
+                except Exception as error:  # whoever reads the answers judges what can be lived with
+                    self._answers.put(error)
+                self._ended.wait(SHOW_SECONDS)
+
+
+def _keep(supervisor: Supervisor, interrupts: Interrupts, watch: Watch, display: Display) -> None:
+    """Tick and show until an interrupt comes. Nothing that fails on the way may end what serves guests."""
+    told: set[str] = set()
+    while not interrupts.wait(TICK_SECONDS):
+        troubles: list[Exception] = []
+        with collected(troubles):
             supervisor.tick()
-            if clock.monotonic() >= due:
-                due = clock.monotonic() + SHOW_SECONDS
-                show()
-                trouble = None
-        except (HvfuseError, OSError) as error:
-            if str(error) != trouble:
-                say(f"trouble: {error}")
-            trouble = str(error)
+        with collected(troubles):
+            found = watch.news()
+            if found is not None:
+                display.show(_begun(found))
+                told.intersection_update(map(str, troubles))
+        for error in troubles:
+            if str(error) not in told:
+                display.say(f"trouble: {error}")
+            told.add(str(error))
 
 
 def _begun(found: Sequence[VmStatus]) -> list[VmStatus]:
-    """Without the VMs that the supervisor has not taken up yet."""
-    return [one for one in found if one.state is not ReplicationState.DISABLED]
+    """Without the VMs that the supervisor has not taken up yet, or is just starting for the first time."""
+    return [
+        one
+        for one in found
+        if one.state is not ReplicationState.DISABLED
+        and (one.tracker or one.state is not ReplicationState.READY_FOR_INITIAL_REPLICATION)
+    ]
 
 
 @contextmanager

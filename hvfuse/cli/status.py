@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvfuse.cli.main import Session
-from hvfuse.cli.output import bytes_text, duration_text, emit_json, json_option, time_text
-from hvfuse.cli.wiring import point_counter
+from hvfuse.cli.output import duration_text, emit_json, is_terminal, json_option, one_line, time_text
+from hvfuse.cli.wiring import store_facts
 from hvfuse.control.records import Records, VmRecord
-from hvfuse.control.status import Health, VmStatus, vm_status
+from hvfuse.control.status import Health, VmStatus, is_protected, vm_status
 from hvfuse.control.supervisor import find_vms
-from hvfuse.errors import NotFoundError
+from hvfuse.errors import NotFoundError, UsageError
+from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 WATCH_SECONDS = 2.0
+PIPE_WIDTH = 10_000
+"""Columns where no terminal limits them: nothing is cut."""
 _EXIT_CODES = {Health.NORMAL: 0, Health.WARNING: 3, Health.CRITICAL: 4}
 _COLOURS = {Health.NORMAL: "green", Health.WARNING: "yellow", Health.CRITICAL: "red"}
 
@@ -38,6 +41,8 @@ def status(session: Session, vm: str | None, watch: bool, check: bool, as_json: 
     RPO is the age of the newest recovery point; pending is what the logs hold that the store lacks.
     Below a VM that is not well stand the reasons, each with the next command to type.
     """
+    if watch and as_json:
+        raise UsageError("--watch shows text: it does not go together with --json", hint="hvfuse status --help")
     with statuses(session) as ask:
         while True:
             found = ask()
@@ -45,7 +50,7 @@ def status(session: Session, vm: str | None, watch: bool, check: bool, as_json: 
                 found = [one for one in found if one.name == vm]
                 if not found:
                     raise NotFoundError(f"there is no VM {vm} in {session.home.disks}", hint="hvfuse status")
-            if watch and not as_json:
+            if watch:
                 click.clear()
             show(found, as_json=as_json, disks=session.home.disks)
             if not watch:
@@ -66,18 +71,19 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
     with ExitStack() as stack:
         if records is None and os.path.isdir(home.records):
             records = stack.enter_context(Records(home.records))
-        points = stack.enter_context(point_counter(home))
+        facts = stack.enter_context(store_facts(home))
 
         def ask() -> list[VmStatus]:
             known = {vm: records.read(vm) for vm in records.names()} if records is not None else {}
-            protected = {vm for vm, record in known.items() if record.generation is not None}
+            protected = {vm for vm, record in known.items() if is_protected(record)}
             return [
                 vm_status(
                     home,
                     vm,
                     record=known.get(vm, VmRecord()),
                     policy=session.config.policy(vm),
-                    points=points,
+                    points=facts.points,
+                    forgotten=facts.forgotten,
                     now_ns=time.time_ns(),
                 )
                 for vm in sorted({*protected, *find_vms(home)})
@@ -96,7 +102,7 @@ def show(found: Sequence[VmStatus], *, as_json: bool, disks: str) -> None:
         return
     from rich.console import Console
 
-    console = Console()
+    console = Console(width=None if is_terminal() else PIPE_WIDTH)
     console.print(table(found))
     for line in reason_lines(found):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -118,21 +124,34 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
             {"name": disk.name, "format": disk.format, "size": disk.size, "log_bytes": disk.log_bytes}
             for disk in status.disks
         ],
+        "reasons": [
+            {
+                "id": reason.id,
+                "health": str(reason.health),
+                "text": reason.text,
+                "next_command": reason.next_command,
+            }
+            for reason in status.reasons
+        ],
     }
 
 
 def table(found: Sequence[VmStatus]) -> Table:
     """The statuses for a terminal."""
+    from rich.cells import cell_len
     from rich.table import Table
+    from rich.text import Text
 
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("VM", "STATE", "HEALTH", "LATEST POINT", "RPO", "PENDING", "POINTS"):
+    # A narrow terminal cuts what it must, but never what tells the VMs apart and how they are.
+    shown.add_column("VM", no_wrap=True, min_width=max((cell_len(one.name) for one in found), default=0))
+    shown.add_column("STATE", no_wrap=True, min_width=max((len(_state_text(one)) for one in found), default=0))
+    for column in ("HEALTH", "LATEST POINT", "RPO", "PENDING", "POINTS"):
         shown.add_column(column, no_wrap=True, justify="right" if column in ("PENDING", "POINTS") else "left")
     for one in found:
-        progress = f" {one.progress:.0%}" if one.progress is not None else ""
         shown.add_row(
-            one.name,
-            one.state.value + progress,
+            Text(one.name),
+            _state_text(one),
             f"[{_COLOURS[one.health]}]{one.health}[/]",
             one.latest_point or "-",
             "unknown" if one.rpo_seconds is None else duration_text(one.rpo_seconds),
@@ -142,19 +161,23 @@ def table(found: Sequence[VmStatus]) -> Table:
     return shown
 
 
+def _state_text(status: VmStatus) -> str:
+    progress = f" {status.progress:.0%}" if status.progress is not None else ""
+    return f"{status.state}{progress}"
+
+
 def reason_lines(found: Sequence[VmStatus]) -> Iterator[str]:
     """Why VMs are not well, and what to type."""
     for one in found:
         for reason in one.reasons:
-            yield f"{one.name}: {reason.health}: {reason.text}"
+            yield one_line(f"{one.name}: {reason.health}: {reason.text}")
             if reason.next_command:
                 yield f"    next: {reason.next_command}"
 
 
 def plain_line(status: VmStatus) -> str:
     """One line for a log: "sample: Replicating, point 1f3b9c2e-000001, 0 B pending"."""
-    progress = f" {status.progress:.0%}" if status.progress is not None else ""
     point = f"point {status.latest_point}" if status.latest_point else "no point yet"
     worst = next((reason.text for reason in status.reasons if reason.health is status.health), None)
     trouble = f"; {status.health}: {worst}" if worst is not None else ""
-    return f"{status.name}: {status.state}{progress}, {point}, {bytes_text(status.pending_bytes)} pending{trouble}"
+    return f"{status.name}: {_state_text(status)}, {point}, {bytes_text(status.pending_bytes)} pending{trouble}"

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hvfuse.cli.output import bytes_text, emit_json, json_option, note, time_text
+from hvfuse.cli.output import counted, emit_json, json_option, note, time_text
 from hvfuse.errors import CorruptError
+from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
     from hvfuse.target.usage import StoreUsage, VmUsage
@@ -32,7 +33,7 @@ def info(ctx: click.Context, as_json: bool) -> None:
     from hvfuse.target.store import Store
     from hvfuse.target.usage import usage
 
-    with Store(store_path(ctx), create=False) as opened:
+    with Store(store_path(ctx), create=False, read_only=True) as opened:
         found = usage(opened)
     if as_json:
         emit_json(_usage_fields(found))
@@ -52,7 +53,7 @@ def check(ctx: click.Context, as_json: bool) -> None:
     from hvfuse.target.store import Store
     from hvfuse.target.usage import usage
 
-    with Store(store_path(ctx), create=False) as opened:
+    with Store(store_path(ctx), create=False, read_only=True) as opened:
         expected = sum(vm.journal_bytes for vm in usage(opened).vms)
         with click.progressbar(
             length=expected, label="Verifying", file=sys.stderr, hidden=not sys.stderr.isatty()
@@ -70,8 +71,10 @@ def check(ctx: click.Context, as_json: bool) -> None:
             }
         )
     else:
-        counted = f"{report.vms} VMs, {report.points} recovery points, {report.frames} frames"
-        click.echo(f"{counted}, {bytes_text(report.frame_bytes)}: {len(report.findings) or 'nothing'} wrong")
+        what = ", ".join(
+            (counted(report.vms, "VM"), counted(report.points, "recovery point"), counted(report.frames, "frame"))
+        )
+        click.echo(f"{what}, {bytes_text(report.frame_bytes)}: {len(report.findings) or 'nothing'} wrong")
     for finding in report.findings:
         note(f"hvfuse: {finding}")
     ctx.exit(CorruptError.exit_code if report.findings else 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from hvfuse.errors import BusyError, NotFoundError
 
 if TYPE_CHECKING:
     from hvfuse.shipper.service import Shipper
+    from hvfuse.target.store import Store
 
 
 @contextmanager
@@ -43,30 +44,52 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
                 source=TrackerSource(home.tracker_socket(vm), home.folder(vm)),
                 replica=replica,
                 records=records.of(vm),
-                policy=ShippingPolicy(frequency_seconds=policy.frequency, level=policy.compression),
+                policy=ShippingPolicy(
+                    frequency_seconds=policy.frequency, level=policy.compression, soft_limit=policy.soft_limit / 100
+                ),
                 clock=clock,
                 housekeep=keep_house,
             )
 
 
-@contextmanager
-def point_counter(home: Home) -> Iterator[Callable[[str], int]]:
-    """What tells how many recovery points a VM has; a store that is not there yet has none."""
-    from hvfuse.target.store import Store
+class StoreFacts:
+    """What the store tells of VMs; one that is not there yet knows nothing of any."""
 
-    store: Store | None = None
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._store: Store | None = None
 
-    def count(vm: str) -> int:
-        nonlocal store
+    def points(self, vm: str) -> int:
+        """How many recovery points a VM has."""
         try:
-            if store is None:
-                store = Store(home.store, create=False)
-            return len(store.points(vm))
+            return self._open().point_count(vm)
         except NotFoundError:
             return 0
 
-    try:
-        yield count
-    finally:
-        if store is not None:
-            store.close()
+    def forgotten(self, vm: str) -> list[int]:
+        """The ids of a VM's test failovers whose processes are gone."""
+        from hvfuse.control import trial
+
+        try:
+            return [pin.id for pin in trial.trials(self._open(), vm) if not trial.is_alive(pin)]
+        except NotFoundError:
+            return []
+
+    def close(self) -> None:
+        """Let the store go."""
+        if self._store is not None:
+            self._store.close()
+
+    def _open(self) -> Store:
+        from hvfuse.target.store import Store
+
+        if self._store is None:
+            self._store = Store(self._home.store, create=False, read_only=True)
+        return self._store
+
+
+@contextmanager
+def store_facts(home: Home) -> Iterator[StoreFacts]:
+    """What asks the home's store, which is opened when it is there, and closed at the end."""
+    with closing(StoreFacts(home)) as facts:
+        yield facts

@@ -32,6 +32,8 @@ TEMPLATE = """\
 [replication]
 # frequency = "30s"           # how often a recovery point is made: "1s" to "1h"
 # compression = 1             # zstd level, 1 to 22; 0 = off
+# soft_limit = 25             # percent of the disks' size in unsent logs: then they are compacted
+# hard_limit = 50             # then they are given up, and a resynchronisation compares what changed
 
 [retention]                   # which recovery points are kept
 # keep_all = "1h"             # every one for so long
@@ -50,10 +52,13 @@ Path = tuple[str, ...]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmPolicy:
     """How one VM is replicated. `frequency`: seconds from cycle to cycle. `compression`: zstd level,
-    0 = off. `exclude`: file names of disks that are not replicated."""
+    0 = off. `soft_limit`, `hard_limit`: percent of the disks' size that logs may take before they are
+    compacted or given up. `exclude`: file names of disks that are not replicated."""
 
     frequency: float = 30.0
     compression: int = 1
+    soft_limit: int = 25
+    hard_limit: int = 50
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     exclude: frozenset[str] = frozenset()
 
@@ -118,6 +123,8 @@ _PATHS: Mapping[str, Callable[[Any], Any]] = dict.fromkeys(("disks", "mnt", "sto
 _REPLICATION: Mapping[str, Callable[[Any], Any]] = {
     "frequency": _duration(1, 3600, 'from "1s" to "1h", such as "30s" or "5m"'),
     "compression": _whole(0, 22),
+    "soft_limit": _whole(1, 100_000),
+    "hard_limit": _whole(1, 100_000),
 }
 _RETENTION: Mapping[str, Callable[[Any], Any]] = {
     "keep_all": _duration(0, 366 * 86400, 'from "0s" to "366d", such as "1h"'),

@@ -53,7 +53,8 @@ def command(home: Home, *arguments: str) -> list[str]:
 def serving_pid(socket_path: str) -> int | None:
     """The pid of the process that listens at `socket_path`; None if none does.
 
-    Does not wait for an answer: a process that is busy for long is there all the same.
+    Does not wait for an answer: a process that is busy for long is there all the same. Raises
+    UnreachableError when so many wait for it that it cannot even be asked.
     """
     folder, name = os.path.split(socket_path)
     try:
@@ -68,6 +69,10 @@ def serving_pid(socket_path: str) -> int | None:
             return int(struct.unpack("3i", credentials)[0])
     except (FileNotFoundError, ConnectionRefusedError):
         return None
+    except (BlockingIOError, TimeoutError):  # so many wait for an answer that no more are let in
+        raise UnreachableError(
+            f"the process behind {socket_path} is there, but does not answer", hint="try again in a moment"
+        ) from None
     finally:
         os.close(directory)
 
@@ -113,15 +118,27 @@ class Daemon:
     def tick(self) -> None:
         """Notice a death, start what is due, notice readiness. Called a few times a second."""
         self.check()
-        if not self.is_running and self._clock.monotonic() >= self._due_at:
-            pid = serving_pid(self.socket_path)
-            if pid is None:
-                self._start()
-            else:
-                self._watch(pid)
-        if self.is_running and not self._ready and serving_pid(self.socket_path) == self._pid:
+        if not self.is_running and self._clock.monotonic() >= self._due_at and not self.adopt():
+            self._start()
+        if self.is_running and not self._ready and self._serves():
             self._ready = True
             self.failure = None
+
+    def adopt(self) -> bool:
+        """Take over the process that listens at the socket, if there is one and none is held yet.
+
+        Returns whether there is one. Raises UnreachableError if it cannot be asked who it is.
+        """
+        pid = serving_pid(self.socket_path)
+        if pid is not None and not self.is_running:
+            self._watch(pid)
+        return pid is not None
+
+    def _serves(self) -> bool:
+        try:
+            return serving_pid(self.socket_path) == self._pid
+        except UnreachableError:  # then it is asked again
+            return False
 
     def check(self) -> None:
         """Notice a death, without starting anything."""

@@ -28,6 +28,7 @@ import lmdb
 
 from hvfuse.errors import CorruptError, HvfuseError, NoSpaceError, UnsupportedError
 from hvfuse.manifest import ReplicationState
+from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 
 VERSION = 1
@@ -46,7 +47,8 @@ class VmRecord:
     about it. `generation`: hex.
     `cycle`, `point`: the last one that the target has (0 and None: none yet).
     `last_replication_time_ns`: instant of that cycle's barrier, ns since 1970. `progress`: of the copy
-    under way, 0 to 1. `resync_reason`: why one is required.
+    under way, 0 to 1. `resync_reason`: why one is required. `last_copy`: what the last copy or
+    resynchronisation took, as `CopyReport` tells it; "text" says it in words.
     """
 
     state: ReplicationState = ReplicationState.DISABLED
@@ -61,6 +63,7 @@ class VmRecord:
     last_replication_time_ns: int | None = None
     progress: float | None = None
     resync_reason: str | None = None
+    last_copy: dict[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,15 +142,25 @@ class Records:
             return [CycleRecord(**self._json(vm, raw)) for _, raw in _under(txn, _cycle_prefix(vm))]
 
     def _check_version(self) -> None:
-        with self._faults(), self._env.begin(write=True) as txn:
+        # Read first: a writer that hangs in its transaction must not keep `hvfuse status` from opening.
+        with self._faults(), self._env.begin() as txn:
             raw = txn.get(b"version")
-            if raw is None:
-                txn.put(b"version", json.dumps({"version": VERSION}).encode())
-                return
+        if raw is None:
+            raw = self._put_version()
+        with self._faults():
             version = self._json("version", raw).get("version")
         if version != VERSION:
             self.close()
             raise UnsupportedError(f"{self._path}: records of version {version}; this hvfuse knows {VERSION}")
+
+    def _put_version(self) -> bytes:
+        """Begin the records, unless another process just did. Returns what stands there then."""
+        with self._faults(), self._env.begin(write=True) as txn:
+            raw = txn.get(b"version")
+            if raw is None:
+                raw = json.dumps({"version": VERSION}).encode()
+                txn.put(b"version", raw)
+            return bytes(raw)
 
     def _record(self, vm: str, raw: bytes | None) -> VmRecord:
         if raw is None:
@@ -214,6 +227,10 @@ class VmRecords:
                 seconds=report.seconds,
             ),
         )
+
+    def copied(self, report: CopyReport) -> None:
+        """Keep the statistics of a committed copy; durable."""
+        self.records.update(self.vm, last_copy=report.as_json())
 
 
 def _vm_key(vm: str) -> bytes:

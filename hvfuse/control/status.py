@@ -7,20 +7,23 @@ reason (thresholds are the constants below):
                does not run, or the folder is gone, although the VM is protected; state Error or
                WaitingForStartResynchronize; replication fails and is two intervals late
     Warning    initial replication is not complete; replication fails; the last cycle is older than an
-               hour, or than two intervals if that is more; a disk in the folder is not tracked
+               hour, or than two intervals if that is more, or lies in the future; a disk in the folder is
+               not tracked; a process is there, but busy; a test failover was forgotten; a disk that is
+               to be excluded does not exist
     Normal     none of these
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, TypeVar
 
 from hvfuse import spool, wire
 from hvfuse.control.config import VmPolicy
+from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home
 from hvfuse.control.records import VmRecord
 from hvfuse.errors import HvfuseError, UnreachableError
@@ -30,6 +33,10 @@ from hvfuse.manifest import ReplicationState
 
 STALE_SECONDS = 3600.0
 STALE_INTERVALS = 2
+ANSWER_SECONDS = 3.0
+"""How long to wait for a process to say how it is."""
+FUTURE_SECONDS = 60.0
+"""So far clocks may differ; a point that lies further ahead tells nothing of its age."""
 _EMPTY_LOG = hrl.HEADER_SIZE + hrl.METADATA_SIZE
 """Bytes of a log in which nothing was written."""
 
@@ -79,7 +86,8 @@ class VmStatus:
     """What there is to say of a VM now.
 
     `rpo_seconds`: age of what the target has, None when unknown. `pending_bytes`: what the logs hold
-    that the target lacks. `points`: recovery points in the store. `tracker`, `shipper`: whether they answer.
+    that the target lacks, and what has to be compared with it. `points`: recovery points in the store.
+    `tracker`, `shipper`: whether they answer.
     """
 
     name: str
@@ -102,35 +110,68 @@ class VmStatus:
         return max((reason.health for reason in self.reasons), default=Health.NORMAL)
 
 
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """A tracker or a shipper: `answer` is its own, None without one; `busy`: it is there all the same."""
+
+    answer: Mapping[str, Any] | None
+    busy: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        return self.busy or self.answer is not None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Facts:
-    """What was found out; `tracker` is the tracker's own answer, None without one."""
+    """What was found out. `age`: seconds since the last point, negative if the clock was set back.
+    `names`: what the folder holds, None without one. `forgotten`: test failovers that nobody serves."""
 
     vm: str
     record: VmRecord
     policy: VmPolicy
-    tracker: Mapping[str, Any] | None
-    shipper: bool
-    has_folder: bool
+    tracker: _Process
+    shipper: _Process
+    names: frozenset[str] | None
     age: float | None
+    forgotten: Sequence[int]
 
     @property
-    def is_protected(self) -> bool:
-        return self.record.generation is not None
+    def is_from_future(self) -> bool:
+        return self.age is not None and self.age < -FUTURE_SECONDS
+
+    @property
+    def rpo(self) -> float | None:
+        return None if self.age is None or self.is_from_future else max(0.0, self.age)
+
+
+def is_protected(record: VmRecord) -> bool:
+    """Whether the VM is to be replicated, so that processes must run for it."""
+    return record.state is not ReplicationState.DISABLED
 
 
 def vm_status(
-    home: Home, vm: str, *, record: VmRecord, policy: VmPolicy, points: Callable[[str], int], now_ns: int
+    home: Home,
+    vm: str,
+    *,
+    record: VmRecord,
+    policy: VmPolicy,
+    points: Callable[[str], int],
+    forgotten: Callable[[str], Sequence[int]] = lambda _: (),
+    now_ns: int,
 ) -> VmStatus:
-    """Ask everybody how `vm` is doing. `points`: how many the store has. What cannot be had because it is
-    damaged becomes a reason; raises OSError alone."""
+    """Ask everybody how `vm` is doing. `points`: how many the store has; `forgotten`: the ids of the test
+    failovers whose processes are gone. What cannot be had because it is damaged becomes a reason; raises
+    OSError alone."""
     folder = home.folder(vm)
     troubles: list[Reason] = []
-    tracker = _tried(troubles, "tracker-damaged", lambda: _ask(home.tracker_socket(vm)), None)
-    shipper = _tried(troubles, "shipper-damaged", lambda: _ask(home.shipper_socket(vm)), None) is not None
+    nobody = _Process(None)
+    tracker = _tried(troubles, "tracker-damaged", lambda: _ask(home.tracker_socket(vm)), nobody)
+    shipper = _tried(troubles, "shipper-damaged", lambda: _ask(home.shipper_socket(vm)), nobody)
     nothing: dict[str, int] = {}
     sealed = _tried(troubles, "logs-damaged", lambda: _sealed_bytes(folder), nothing)
     count = _tried(troubles, "store-damaged", lambda: points(vm), 0)
+    nowhere: Sequence[int] = ()
     last = record.last_replication_time_ns
     facts = _Facts(
         vm=vm,
@@ -138,24 +179,27 @@ def vm_status(
         policy=policy,
         tracker=tracker,
         shipper=shipper,
-        has_folder=os.path.isdir(folder),
-        age=None if last is None else max(0.0, (now_ns - last) / 1e9),
+        names=frozenset(os.listdir(folder)) if os.path.isdir(folder) else None,
+        age=None if last is None else (now_ns - last) / 1e9,
+        forgotten=_tried(troubles, "store-damaged", lambda: forgotten(vm), nowhere),
     )
-    active = sum(max(0, disk["log_bytes"] - _EMPTY_LOG) for disk in tracker["disks"]) if tracker else 0
+    disks = tracker.answer["disks"] if tracker.answer else ()
+    active = sum(max(0, disk["log_bytes"] - _EMPTY_LOG) for disk in disks)
+    in_doubt = sum(disk.get("resync_bytes", 0) for disk in disks)
     return VmStatus(
         name=vm,
         state=_state(facts),
         reasons=(*troubles, *_reasons(facts)),
         last_cycle=record.cycle,
         last_replication_time_ns=last,
-        rpo_seconds=facts.age,
-        pending_bytes=active + sum(sealed.values()),
+        rpo_seconds=facts.rpo,
+        pending_bytes=active + sum(sealed.values()) + in_doubt,
         points=count,
         latest_point=record.point,
         progress=record.progress,
-        disks=_disks(folder, tracker, sealed, policy.exclude),
-        tracker=tracker is not None,
-        shipper=shipper,
+        disks=_disks(folder, tracker.answer, sealed, policy.exclude),
+        tracker=tracker.answer is not None,
+        shipper=shipper.answer is not None,
     )
 
 
@@ -168,11 +212,18 @@ def _tried(troubles: list[Reason], reason_id: str, ask: Callable[[], _Answer], o
         return otherwise
 
 
-def _ask(socket_path: str) -> Mapping[str, Any] | None:
+def _ask(socket_path: str) -> _Process:
     try:
-        return wire.request(socket_path, "status", timeout=10.0)
+        return _Process(wire.request(socket_path, "status", timeout=ANSWER_SECONDS))
     except UnreachableError:
-        return None
+        return _Process(None, busy=_is_served(socket_path))
+
+
+def _is_served(socket_path: str) -> bool:
+    try:
+        return serving_pid(socket_path) is not None
+    except UnreachableError:
+        return True
 
 
 def _sealed_bytes(folder: str) -> dict[str, int]:
@@ -213,11 +264,14 @@ def _disk_at_rest(folder: str, name: str, log_bytes: int) -> DiskStatus:
 
 def _state(facts: _Facts) -> ReplicationState:
     """The recorded state, unless the tracker knows better."""
-    if facts.tracker is None and facts.record.tracker_error is not None:
+    recorded = facts.record.state
+    if not facts.tracker.is_there and facts.record.tracker_error is not None:
         return ReplicationState.ERROR
-    if facts.record.state is ReplicationState.DISABLED and facts.shipper:
+    if recorded is ReplicationState.DISABLED and facts.shipper.is_there:
         return ReplicationState.READY_FOR_INITIAL_REPLICATION
-    return facts.record.state
+    if recorded is ReplicationState.REPLICATING and facts.tracker.answer and facts.tracker.answer["resync_required"]:
+        return ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
+    return recorded
 
 
 def _reasons(facts: _Facts) -> Iterator[Reason]:
@@ -226,41 +280,57 @@ def _reasons(facts: _Facts) -> Iterator[Reason]:
     yield from _failure_reasons(facts, state)
     if state in _COPYING:
         done = f", {facts.record.progress:.0%} done" if facts.record.progress is not None else ""
-        yield Reason(id="copying", health=Health.WARNING, text=f"the copy of the disks is not complete{done}")
+        yield _warning("copying", f"the copy of the disks is not complete{done}")
     limit = max(STALE_SECONDS, STALE_INTERVALS * facts.policy.frequency)
     if facts.age is not None and facts.age > limit:
         text = f"the last recovery point is {facts.age / 60:.0f} minutes old"
-        yield Reason(id="stale", health=Health.WARNING, text=text, next_command=f"hvfuse replicate {facts.vm}")
-    for name in facts.tracker["untracked"] if facts.tracker else ():
+        yield _warning("stale", text, f"hvfuse replicate {facts.vm}")
+    if facts.is_from_future:
+        text = "the last recovery point lies in the future: the clock was set back, so its age is not known"
+        yield _warning("clock-set-back", text, "date")
+    for name in facts.tracker.answer["untracked"] if facts.tracker.answer else ():
         text = f"{name} came while the folder was mounted and is not tracked; restart `hvfuse run` when it may be"
-        yield Reason(id="untracked-disk", health=Health.WARNING, text=text)
+        yield _warning("untracked-disk", text)
+    for name in sorted(facts.policy.exclude - facts.names) if facts.names is not None else ():
+        yield _warning("exclude-unknown", f"hvfuse.toml excludes {name}, but there is no such disk in the folder")
+    for trial in facts.forgotten:
+        text = f"test failover {trial} is not mounted any more, and still holds back its recovery point"
+        yield _warning("trial-forgotten", text, f"hvfuse failover cleanup {facts.vm} {trial}")
+
+
+def _warning(reason_id: str, text: str, next_command: str | None = None) -> Reason:
+    return Reason(id=reason_id, health=Health.WARNING, text=text, next_command=next_command)
+
+
+def _critical(reason_id: str, text: str, next_command: str | None = None) -> Reason:
+    return Reason(id=reason_id, health=Health.CRITICAL, text=text, next_command=next_command)
 
 
 def _process_reasons(facts: _Facts) -> Iterator[Reason]:
-    if not facts.has_folder:
-        text = "its folder is gone; what was replicated is in the store"
-        command = f"hvfuse failover test {facts.vm} --mount DIR"
-        yield Reason(id="folder-gone", health=Health.CRITICAL, text=text, next_command=command)
+    record = facts.record
+    if facts.names is None:
+        if record.point is None:
+            yield _critical("folder-gone", "its folder is gone, and nothing of it was replicated")
+        else:
+            text = "its folder is gone; what was replicated is in the store"
+            yield _critical("folder-gone", text, f"hvfuse failover test {facts.vm} --mount DIR")
         return
-    if facts.tracker is None and facts.record.tracker_error is not None:
-        yield Reason(
-            id="tracker-failed",
-            health=Health.CRITICAL,
-            text=facts.record.tracker_error,
-            next_command=facts.record.tracker_hint,
-        )
-    elif facts.tracker is None and facts.is_protected:
-        text = "the VM is protected but not mounted: nothing tracks its writes"
-        yield Reason(id="tracker-down", health=Health.CRITICAL, text=text, next_command="hvfuse run")
-    if not facts.shipper and facts.is_protected:
-        why = f": {facts.record.shipper_error}" if facts.record.shipper_error is not None else ""
-        text = f"no shipper runs, so no recovery points are made{why}"
-        yield Reason(id="shipper-down", health=Health.CRITICAL, text=text, next_command="hvfuse run")
+    if facts.tracker.busy:
+        yield _warning("tracker-busy", f"the tracker runs, but did not answer within {ANSWER_SECONDS:.0f} s")
+    elif facts.tracker.answer is None and record.tracker_error is not None:
+        yield _critical("tracker-failed", record.tracker_error, record.tracker_hint)
+    elif facts.tracker.answer is None and is_protected(record):
+        yield _critical("tracker-down", "the VM is protected but not mounted: nothing tracks its writes", "hvfuse run")
+    if facts.shipper.busy:
+        yield _warning("shipper-busy", f"the shipper runs, but did not answer within {ANSWER_SECONDS:.0f} s")
+    elif facts.shipper.answer is None and is_protected(record):
+        why = f": {record.shipper_error}" if record.shipper_error is not None else ""
+        yield _critical("shipper-down", f"no shipper runs, so no recovery points are made{why}", "hvfuse run")
 
 
 def _failure_reasons(facts: _Facts, state: ReplicationState) -> Iterator[Reason]:
     record = facts.record
-    resync = record.resync_reason or (facts.tracker or {}).get("resync_required")
+    resync = record.resync_reason or (facts.tracker.answer or {}).get("resync_required")
     if state is ReplicationState.WAITING_FOR_START_RESYNCHRONIZE or (resync and state not in _COPYING):
         yield Reason(
             id="resync-required",
@@ -269,7 +339,7 @@ def _failure_reasons(facts: _Facts, state: ReplicationState) -> Iterator[Reason]
             next_command=f"hvfuse replicate {facts.vm}",
         )
     if record.error is not None:
-        late = facts.age is None or facts.age > STALE_INTERVALS * facts.policy.frequency
+        late = facts.rpo is None or facts.rpo > STALE_INTERVALS * facts.policy.frequency
         critical = late or state in _STOPPED
         yield Reason(
             id="replication-failing",

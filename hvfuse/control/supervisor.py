@@ -10,13 +10,17 @@ with force.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal
 
 from hvfuse import system, wire
+from hvfuse.control.arrivals import Arrivals
 from hvfuse.control.daemon import Daemon, command, serving_pid
 from hvfuse.control.home import Home, name_fault
 from hvfuse.control.records import Records
@@ -29,6 +33,8 @@ from hvfuse.system import Clock
 SCAN_SECONDS = 2.0
 """How soon a new VM folder is noticed."""
 TICK_SECONDS = 0.2
+PROBE_SECONDS = 0.05
+"""Far longer than `require_no_supervisor` holds the lock."""
 SHIPPER_GRACE = 15.0
 """Seconds that a shipper has to end by itself; it may be killed at any time without loss."""
 ASK_SECONDS = 1.0
@@ -51,6 +57,23 @@ def _has_disk(folder: str) -> bool:
     try:
         return any(is_disk_name(name) for name in os.listdir(folder))
     except OSError:
+        return False
+
+
+def _left_behind(home: Home) -> list[str]:
+    """The VMs of which a process still lives, whether or not their folders are still there."""
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        names = [name for name in os.listdir(os.path.join(home.state, "vms")) if name_fault(name) is None]
+    return sorted(vm for vm in names if _lives(home.tracker_socket(vm)) or _lives(home.shipper_socket(vm)))
+
+
+def _lives(socket_path: str) -> bool:
+    try:
+        return serving_pid(socket_path) is not None
+    except HvfuseError:  # it has more to do than it can answer
+        return True
+    except NotADirectoryError:
         return False
 
 
@@ -79,23 +102,39 @@ def shipper_daemon(home: Home, vm: str, *, clock: Clock) -> Daemon:
 @contextlib.contextmanager
 def only_supervisor(home: Home) -> Iterator[None]:
     """Be the one supervisor of this home. Raises BusyError naming the pid of the other."""
-    with system.exclusive_lock(home.run_lock) as had:
-        if not had:
-            with open(home.run_lock, encoding="ascii", errors="replace") as file:
-                pid = file.read().strip() or "unknown"
-            raise BusyError(
-                f"{home.root}: `hvfuse run` is running here already, with pid {pid}", hint=f"kill -INT {pid} ends it"
-            )
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(system.exclusive_lock(home.run_lock)):
+            time.sleep(PROBE_SECONDS)  # maybe somebody only asked
+            if not stack.enter_context(system.exclusive_lock(home.run_lock)):
+                raise _running_here(home)
         with open(home.run_lock, "w", encoding="ascii") as file:
             file.write(f"{os.getpid()}\n")
         yield
 
 
 def require_no_supervisor(home: Home) -> None:
-    """Raise BusyError naming the pid if `hvfuse run` is running on this home."""
-    if os.path.exists(home.run_lock):
-        with only_supervisor(home):
-            pass
+    """Raise BusyError naming the pid if `hvfuse run` is running on this home.
+
+    Several may ask at once; none passes for a supervisor towards another, nor towards one that starts.
+    """
+    try:
+        fd = os.open(home.run_lock, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _running_here(home) from None
+    finally:
+        os.close(fd)
+
+
+def _running_here(home: Home) -> BusyError:
+    with open(home.run_lock, encoding="ascii", errors="replace") as file:
+        pid = file.read().strip() or "unknown"
+    return BusyError(
+        f"{home.root}: `hvfuse run` is running here already, with pid {pid}", hint=f"kill -INT {pid} ends it"
+    )
 
 
 def require_mountable() -> None:
@@ -127,6 +166,9 @@ class Keeper:
         self.vm = vm
         self.tracker = tracker
         self.shipper = shipper
+        self.held_up: str | None = None
+        """Why the tracker did not end when it was asked to last."""
+        self._asking: threading.Thread | None = None
         self._home = home
         self._records = records
         self._told: dict[str, str | None] = {}
@@ -154,23 +196,27 @@ class Keeper:
         self.shipper.check()
         self.shipper.send(signal.SIGKILL if force else signal.SIGTERM)
 
-    def stop_tracker(self, *, force: bool) -> str | None:
-        """Ask the tracker to end; with `force`, to end the mount whoever uses it. Returns what holds it up."""
+    def stop_tracker(self, *, force: bool) -> None:
+        """Ask the tracker to end; with `force`, to end the mount whoever uses it. Does not wait for an answer."""
         self.tracker.check()
         if not self.tracker.is_running:
-            return None
-        if force or serving_pid(self.tracker.socket_path) is None:
+            return
+        if force or not _lives(self.tracker.socket_path):
             self.tracker.send(signal.SIGTERM)  # without its socket it has no mount yet, or none any more
-            return None
+        elif self._asking is None or not self._asking.is_alive():
+            self._asking = threading.Thread(target=self._ask_to_end, name=f"stop:{self.vm}", daemon=True)
+            self._asking.start()
+
+    def _ask_to_end(self) -> None:
         try:
             stop_tracker(self._home, self.vm)
+            self.held_up = None
         except HvfuseError as error:
-            return str(error)
-        return None
+            self.held_up = str(error)
 
 
 class Supervisor:
-    """Keeps the processes of all VMs of a home alive. Single-threaded: `tick`, `stop` by one caller."""
+    """Keeps the processes of all VMs of a home alive. `tick` and `stop` are for one thread."""
 
     def __init__(
         self,
@@ -187,7 +233,12 @@ class Supervisor:
         self._tracker = tracker
         self._shipper = shipper
         self._keepers: dict[str, Keeper] = {}
-        self._scan_due = clock.monotonic()
+        self._arrivals = Arrivals(home, clock=clock)
+        self._sample: str | None = None
+        self._scan_due: float | None = None
+        """When to look for new folders; None before the first time."""
+        for vm in _left_behind(home):
+            self._keepers[vm] = self._keeper(vm)
 
     @property
     def vms(self) -> Mapping[str, Keeper]:
@@ -196,7 +247,8 @@ class Supervisor:
 
     def prepare(self) -> str | None:
         """Make the sample VM if there is none at all; returns its name if so."""
-        return make_sample(self._home.disks) if not find_vms(self._home) else None
+        self._sample = make_sample(self._home.disks) if not find_vms(self._home) else None
+        return self._sample
 
     def tick(self) -> None:
         """Notice new VMs, keep every process alive.
@@ -205,46 +257,63 @@ class Supervisor:
         such error is raised at the end.
         """
         failures: list[Exception] = []
-        if self._clock.monotonic() >= self._scan_due:
+        at_start = self._scan_due is None
+        if self._scan_due is None or self._clock.monotonic() >= self._scan_due:
             self._scan_due = self._clock.monotonic() + SCAN_SECONDS
             for vm in find_vms(self._home):
-                if vm not in self._keepers:
-                    with _collected(failures):
+                with collected(failures):
+                    if vm not in self._keepers and self._may_take(vm, at_start=at_start):
                         self._keepers[vm] = self._keep(vm)
         for keeper in self._keepers.values():
-            with _collected(failures):
+            with collected(failures):
                 keeper.tick()
         if failures:
             raise failures[0]
+
+    def _may_take(self, vm: str, *, at_start: bool) -> bool:
+        """Whether the folder is one that was taken up before, or our own, or a new one that is complete."""
+        known = vm == self._sample or self._records.read(vm).state is not ReplicationState.DISABLED
+        return known or self._arrivals.is_settled(vm, at_start=at_start)
 
     def _keep(self, vm: str) -> Keeper:
         self._home.make_vm(vm)
         if self._records.read(vm).state is ReplicationState.DISABLED:
             self._records.update(vm, state=ReplicationState.READY_FOR_INITIAL_REPLICATION)
-        return Keeper(
+        return self._keeper(vm)
+
+    def _keeper(self, vm: str) -> Keeper:
+        """The keeper of the VM's processes; those that live already are adopted."""
+        keeper = Keeper(
             self._home,
             vm,
             self._records,
             tracker=self._tracker(self._home, vm, clock=self._clock),
             shipper=self._shipper(self._home, vm, clock=self._clock),
         )
+        for daemon in (keeper.tracker, keeper.shipper):
+            with contextlib.suppress(HvfuseError):  # too busy to be told apart: the next tick tries again
+                daemon.adopt()
+        return keeper
 
     def stop(self, *, asked: Callable[[], int], tell: Callable[[str], None]) -> None:
         """End all processes: shippers, then trackers. Returns when none is left.
 
         `asked`: how often the user has asked to end; from the second time on mounts are ended whoever
         uses them, at the third time it is given up (BusyError). `tell` gets a line when there is news.
+        All are asked at once: one that does not answer keeps neither the others nor the user waiting.
         """
         self._stop_shippers(hurry=lambda: asked() > 1)
         told: dict[str, str | None] = {}
         while (times := asked()) <= _FORCE:
             for keeper in self._keepers.values():
-                reason = keeper.stop_tracker(force=times >= _FORCE)
+                keeper.stop_tracker(force=times >= _FORCE)
+            if not self._await(ASK_SECONDS, "tracker", give_up=partial(_asked_again, asked, times)):
+                return
+            for keeper in self._keepers.values():
+                reason = keeper.held_up if keeper.tracker.is_running else None
                 if reason is not None and told.get(keeper.vm) != reason:
                     tell(f"{keeper.vm}: {reason}")
                 told[keeper.vm] = reason
-            if not self._await(ASK_SECONDS, "tracker", give_up=partial(_asked_again, asked, times)):
-                return
         left = [f"{vm} (pid {keeper.tracker.pid})" for vm, keeper in self._keepers.items() if keeper.tracker.is_running]
         raise BusyError(f"still running: the trackers of {', '.join(left)}", hint="hvfuse run takes them over again")
 
@@ -275,7 +344,8 @@ def _asked_again(asked: Callable[[], int], times: int) -> bool:
 
 
 @contextlib.contextmanager
-def _collected(failures: list[Exception]) -> Iterator[None]:
+def collected(failures: list[Exception]) -> Iterator[None]:
+    """Add what is raised to `failures` and go on, if it is something that can be foreseen."""
     try:
         yield
     except (HvfuseError, OSError) as error:

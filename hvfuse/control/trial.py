@@ -21,7 +21,7 @@ from hvfuse import mountpoint
 from hvfuse.control.daemon import Daemon, command, start_and_wait, wait_for_end
 from hvfuse.control.home import Home
 from hvfuse.control.supervisor import require_mountable
-from hvfuse.errors import NotFoundError, UnreachableError, UsageError
+from hvfuse.errors import BusyError, NotFoundError, UnreachableError, UsageError
 from hvfuse.manifest import RecoveryPoint
 from hvfuse.system import Clock
 from hvfuse.target.schema import Pin
@@ -73,7 +73,10 @@ def begin(home: Home, store: Store, point: RecoveryPoint, directory: str, *, clo
     Raises PrerequisiteError, BusyError (`directory` is in use), or what ended the view's process.
     """
     require_mountable()
-    directory = mountpoint.check_mountpoint(directory)
+    try:
+        directory = mountpoint.check_mountpoint(directory)
+    except BusyError as error:  # what is there may be in use: nobody should end it for the sake of a test
+        raise BusyError(str(error), hint="choose another directory") from None
     pin_id = store.pin(point.vm, point.id, {"kind": KIND, "mountpoint": directory})
     try:
         os.makedirs(_view_state(home, pin_id), mode=0o700)

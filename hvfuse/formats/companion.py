@@ -30,8 +30,12 @@ Little-endian, packed. The file is the header followed by `entry_count` entries 
        168    8 sealed, ns since 1970: the barrier's instant, equal for all disks of a cycle
        176    4 disk_count: how many logs make up this cycle of the VM
        180    1 address_space: 0 offsets on the logical disk, 1 offsets in the image file
-       181    1 flags: bit 0 "unclean": sealed by recovery, not by a rotation
-       182   42 zeroes
+       181    1 flags: bit 0 "unclean": sealed by recovery, not by a rotation; bit 1 "compacted", see below
+       182    2 zeroes
+       184    8 stored_bytes: of payload in the log; holes and metadata do not count
+       192    8 earlier_cycles: cycles before this one that a compacted log holds too; otherwise 0
+       200   16 carried_digest: of a compacted log, the digest that the cycle's own log had; otherwise zeroes
+       216    8 zeroes
        224   16 xxh3-128 of all entries
        240   16 xxh3-128 of bytes 0 to 239
 
@@ -52,6 +56,14 @@ says that all entries before it were durable, on log and image, when it was writ
 
 The digest of a sealed log is the xxh3-128 of its header's 256 bytes. It covers every payload (through
 the entries' own digests) and, through `previous_digest`, the whole history of the generation.
+
+A compacted log stands for the cycles from `first_cycle` to `cycle`, newest write wins. Whatever says
+where it begins (previous_unique_id, previous_digest, previous_size, start_size, opened) is that of the
+first cycle's log; whatever says where it ends (unique_id, serial, end_size, sealed, disk_count) that of
+the last's, whose digest it carries: the log after it names that one. So the chain is the same as before.
+Its entries are in ascending order of the disk, without flushes and trims (which are zeroes now), and
+their sequence numbers end where those of the last log ended, or begin at 0 if they are too many for that.
+It lies in a file of its own name (`hvfuse.spool`).
 """
 
 from __future__ import annotations
@@ -75,7 +87,7 @@ MAX_ENTRY_LENGTH = 1 << 31
 """Bytes; longer zeroes and trims are split, since [MS-HRL] lengths are 32 bits."""
 
 ENTRY = struct.Struct("<QQQQIIIB11xQ")
-_HEADER = struct.Struct("<8sIIQ16s16s16sQQQ16s16sQQQQqqIBB42x16s")
+_HEADER = struct.Struct("<8sIIQ16s16s16sQQQ16s16sQQQQqqIBB2xQQ16s8x16s")
 assert _HEADER.size == HEADER_SIZE - 16
 assert ENTRY.size == ENTRY_SIZE
 
@@ -111,6 +123,7 @@ class AddressSpace(IntEnum):
 
 
 UNCLEAN = 1
+COMPACTED = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +148,20 @@ class CompanionHeader:
     disk_count: int
     address_space: AddressSpace
     flags: int
+    stored_bytes: int
     entries_digest: bytes
+    earlier_cycles: int = 0
+    carried_digest: bytes = bytes(16)
+
+    @property
+    def is_compacted(self) -> bool:
+        """Whether the log stands for several cycles."""
+        return bool(self.flags & COMPACTED)
+
+    @property
+    def first_cycle(self) -> int:
+        """The first of the cycles that the log stands for; `cycle` is the last."""
+        return self.cycle - self.earlier_cycles
 
     def pack(self) -> bytes:
         """The 256 bytes of the header."""
@@ -144,12 +170,14 @@ class CompanionHeader:
             self.generation, self.cycle, self.serial, self.first_seq, self.disk_id,
             self.previous_digest, self.previous_size, self.start_size, self.end_size, self.eol,
             self.opened_ns, self.sealed_ns, self.disk_count, self.address_space, self.flags,
-            self.entries_digest,
+            self.stored_bytes, self.earlier_cycles, self.carried_digest, self.entries_digest,
         )  # fmt: skip
         return body + xxhash.xxh3_128_digest(body)
 
     def digest(self) -> bytes:
-        """16 bytes: the digest of the sealed log."""
+        """16 bytes: the digest of the sealed log, by which the one after it names it."""
+        if self.is_compacted:
+            return self.carried_digest
         return bytes(xxhash.xxh3_128_digest(self.pack()))
 
 
@@ -170,20 +198,23 @@ def unpack_header(data: Buffer) -> CompanionHeader:
         raise CorruptError("companion header does not match its checksum")
     (_, version, entry_size, entry_count, unique_id, previous_unique_id, generation, cycle, serial,
      first_seq, disk_id, previous_digest, previous_size, start_size, end_size, eol, opened_ns,
-     sealed_ns, disk_count, address_space, flags, entries_digest) = _HEADER.unpack(
-        head[: _HEADER.size])  # fmt: skip
+     sealed_ns, disk_count, address_space, flags, stored_bytes, earlier_cycles, carried_digest,
+     entries_digest) = _HEADER.unpack(head[: _HEADER.size])  # fmt: skip
     if version != VERSION or entry_size != ENTRY_SIZE:
         raise UnsupportedError(f"companion of version {version}; this hvfuse reads version {VERSION}")
     try:
         space = AddressSpace(address_space)
     except ValueError:
         raise UnsupportedError(f"companion with unknown address space {address_space}") from None
+    if earlier_cycles >= cycle or (earlier_cycles and not flags & COMPACTED):
+        raise CorruptError(f"companion claims {earlier_cycles} cycles before cycle {cycle}")
     return CompanionHeader(
         entry_count=entry_count, unique_id=unique_id, previous_unique_id=previous_unique_id,
         generation=generation, cycle=cycle, serial=serial, first_seq=first_seq, disk_id=disk_id,
         previous_digest=previous_digest, previous_size=previous_size, start_size=start_size,
         end_size=end_size, eol=eol, opened_ns=opened_ns, sealed_ns=sealed_ns, disk_count=disk_count,
-        address_space=space, flags=flags, entries_digest=entries_digest,
+        address_space=space, flags=flags, stored_bytes=stored_bytes, entries_digest=entries_digest,
+        earlier_cycles=earlier_cycles, carried_digest=carried_digest,
     )  # fmt: skip
 
 

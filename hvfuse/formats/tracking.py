@@ -5,33 +5,41 @@ Tracking state, 16,384 bytes, little-endian, never longer:
     offset  size
          0 4,096 record, first copy
      4,096 4,096 record, second copy
-     8,192 8,192 region map: one byte a region; all zeroes in this version, which marks nothing
+     8,192 8,192 region map: one byte a region (`hvfuse.tracker.regions`): bit 0 hot, bit 1 dirty
 
 A record is written to the copy that does not hold the newest one, then synced; the valid copy with
-the higher `write_number` counts. A torn write therefore costs at most the record being written.
+the higher `write_number` counts. A torn write therefore costs at most the record being written. The map
+has no checksum: each of its bytes is written alone, and any mix of an older and a newer map marks at
+least what the older one did until that was settled.
 
     Record (the rest of its 4,096 bytes is zero)
     offset size field
-         0    8 magic "HVFTRK1\\0"
+         0    8 magic "HVFTRK1\0"
          8    4 version, 1
-        12    4 flags: bit 0 detached cleanly, bit 1 resynchronisation required
+        12    4 flags: bit 0 detached cleanly, bit 1 resynchronisation required, bit 2 resynchronising:
+                  the copy that began the generation is not acknowledged yet
         16    8 write_number, from 1
         24   16 disk_id
         40   16 generation; zeroes: not tracked
         56    8 cycle: the last sealed one of the generation; 0: none yet
-        64    8 serial: of the newest log made for this disk
-        72    8 next_seq: a lower bound for the next entry's sequence number
-        80   16 digest of the last sealed log of the generation; zeroes: none yet
-        96   16 unique_id of that log
-       112    8 size of the image when it was sealed, bytes
-       120    4 disk_count: disks of the VM tracked together
-       124    4 address_space, as in the companion
-       128   16 boot_id of the host that has the disk attached, or had it last
-       144    8 image size at the clean detach, bytes
-       152    8 image mtime at the clean detach, ns since 1970
-       160    8 image inode number at the clean detach
-       168  248 reason for the resynchronisation, UTF-8, padded with zeroes
-       416   16 xxh3-128 of bytes 0 to 415
+        64    8 acknowledged: the last cycle of the generation that the target has
+        72    8 serial: of the newest log made for this disk
+        80    8 next_seq: a lower bound for the next entry's sequence number
+        88   16 digest of the last sealed log of the generation; zeroes: none yet
+       104   16 unique_id of that log
+       120    8 size of the image when it was sealed, bytes
+       128    4 disk_count: disks of the VM tracked together
+       132    2 address_space, as in the companion
+       134    2 scope of the resynchronisation required or under way: 0 none, 1 marked regions, 2 full
+       136   16 base_generation: while resynchronising regions, the generation that the dirty marks add to
+       152    8 base_cycle: the least cycle of it that they add to
+       160    8 region_size, bytes
+       168   16 boot_id of the host that has the disk attached, or had it last
+       184    8 image size at the clean detach, bytes
+       192    8 image mtime at the clean detach, ns since 1970
+       200    8 image inode number at the clean detach
+       208  248 reason for the resynchronisation, UTF-8, padded with zeroes
+       456   16 xxh3-128 of bytes 0 to 455
 
 An index map is a head of 4,096 bytes and entries of 64 bytes as in `hvfuse.formats.companion`, stored
 through a shared map: a process that dies leaves them in the page cache. The entries of the log end
@@ -59,6 +67,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from enum import IntEnum
 
 import xxhash
 
@@ -68,21 +77,32 @@ from hvfuse.formats.companion import AddressSpace
 
 STATE_SIZE = 16384
 RECORD_SIZE = 4096
+MAP_OFFSET = 2 * RECORD_SIZE
+MAP_SIZE = STATE_SIZE - MAP_OFFSET
 HEAD_SIZE = 4096
 MAX_REASON = 248
 
 _VERSION = 1
 _RECORD_MAGIC = b"HVFTRK1\0"
 _HEAD_MAGIC = b"HVFIDX1\0"
-_RECORD = struct.Struct("<8sIIQ16s16sQQQ16s16sQII16sQqQ248s")
+_RECORD = struct.Struct("<8sIIQ16s16sQQQQ16s16sQIHH16sQQ16sQqQ248s")
 _HEAD = struct.Struct("<8sII16s16s16s16sQQQQQq")
-assert _RECORD.size == 416
+assert _RECORD.size == 456
 assert _HEAD.size == 128
 
 NOT_TRACKED = bytes(16)
 
 _CLEAN = 1
 _RESYNC = 2
+_RESYNCING = 4
+
+
+class Scope(IntEnum):
+    """What has to be compared with the replica."""
+
+    NONE = 0
+    REGIONS = 1
+    FULL = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +112,7 @@ class TrackingRecord:
     disk_id: bytes
     generation: bytes = NOT_TRACKED
     cycle: int = 0
+    acknowledged: int = 0
     serial: int = 0
     next_seq: int = 1
     digest: bytes = bytes(16)
@@ -99,12 +120,17 @@ class TrackingRecord:
     sealed_size: int = 0
     disk_count: int = 0
     address_space: AddressSpace = AddressSpace.LOGICAL
+    scope: Scope = Scope.NONE
+    base_generation: bytes = NOT_TRACKED
+    base_cycle: int = 0
+    region_size: int = 0
     boot_id: bytes = bytes(16)
     detached_cleanly: bool = False
     image_size: int = 0
     image_mtime_ns: int = 0
     image_inode: int = 0
     resync_reason: str | None = None
+    resyncing: bool = False
     write_number: int = 0
 
     @property
@@ -114,13 +140,15 @@ class TrackingRecord:
 
     def pack(self) -> bytes:
         """One copy of the record, 4,096 bytes."""
-        flags = _CLEAN * self.detached_cleanly | _RESYNC * (self.resync_reason is not None)
-        reason = (self.resync_reason or "").encode()[:MAX_REASON]
+        flags = _CLEAN * self.detached_cleanly | _RESYNCING * self.resyncing
+        flags |= _RESYNC * (self.resync_reason is not None)
+        reason = (self.resync_reason or "").encode(errors="backslashreplace")[:MAX_REASON]
         body = _RECORD.pack(
             _RECORD_MAGIC, _VERSION, flags, self.write_number, self.disk_id, self.generation,
-            self.cycle, self.serial, self.next_seq, self.digest, self.unique_id, self.sealed_size,
-            self.disk_count, self.address_space, self.boot_id, self.image_size,
-            self.image_mtime_ns, self.image_inode, reason,
+            self.cycle, self.acknowledged, self.serial, self.next_seq, self.digest, self.unique_id,
+            self.sealed_size, self.disk_count, self.address_space, self.scope, self.base_generation,
+            self.base_cycle, self.region_size, self.boot_id, self.image_size, self.image_mtime_ns,
+            self.image_inode, reason,
         )  # fmt: skip
         return (body + xxhash.xxh3_128_digest(body)).ljust(RECORD_SIZE, b"\0")
 
@@ -130,15 +158,18 @@ def _unpack_record(data: bytes) -> TrackingRecord | None:
     body, digest = data[: _RECORD.size], data[_RECORD.size : _RECORD.size + 16]
     if not body.startswith(_RECORD_MAGIC) or xxhash.xxh3_128_digest(body) != digest:
         return None
-    (_, version, flags, write_number, disk_id, generation, cycle, serial, next_seq, log_digest, unique_id,
-     sealed_size, disk_count, space, boot_id, image_size, mtime, inode, reason) = _RECORD.unpack(body)  # fmt: skip
+    (_, version, flags, write_number, disk_id, generation, cycle, acknowledged, serial, next_seq, log_digest,
+     unique_id, sealed_size, disk_count, space, scope, base_generation, base_cycle, region_size, boot_id,
+     image_size, mtime, inode, reason) = _RECORD.unpack(body)  # fmt: skip
     if version != _VERSION:
         raise UnsupportedError(f"tracking state of version {version}; this hvfuse reads version {_VERSION}")
     return TrackingRecord(
-        disk_id=disk_id, generation=generation, cycle=cycle, serial=serial, next_seq=next_seq,
-        digest=log_digest, unique_id=unique_id, sealed_size=sealed_size, disk_count=disk_count,
-        address_space=AddressSpace(space), boot_id=boot_id, detached_cleanly=bool(flags & _CLEAN),
-        image_size=image_size, image_mtime_ns=mtime, image_inode=inode,
+        disk_id=disk_id, generation=generation, cycle=cycle, acknowledged=acknowledged, serial=serial,
+        next_seq=next_seq, digest=log_digest, unique_id=unique_id, sealed_size=sealed_size,
+        disk_count=disk_count, address_space=AddressSpace(space), scope=Scope(scope),
+        base_generation=base_generation, base_cycle=base_cycle, region_size=region_size, boot_id=boot_id,
+        detached_cleanly=bool(flags & _CLEAN), image_size=image_size, image_mtime_ns=mtime,
+        image_inode=inode, resyncing=bool(flags & _RESYNCING),
         resync_reason=reason.rstrip(b"\0").decode(errors="replace") if flags & _RESYNC else None,
         write_number=write_number,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from hvfuse.extent import newest_wins
 from hvfuse.formats.companion import Entries, Kind
 from hvfuse.frames import EXTENT_DTYPE, MAX_OFFSET
 from hvfuse.shipper.content import NOWHERE, Content, Int64s, Pieces, compose, join, split, starts_within
-from hvfuse.spool import SealedLog
+from hvfuse.spool import SealedCycle, SealedLog
 
 FRAME_PLAIN = 1 << 20
 """Bytes of table and data that a frame is planned for; it may have up to twice as many. Part of the
@@ -137,11 +137,28 @@ def _runs(picks: Picks) -> Iterator[tuple[int, int, int, int]]:
     return zip(first.tolist(), last.tolist(), location[first].tolist(), ends.tolist(), strict=True)
 
 
-def plan(logs: Sequence[SealedLog]) -> DiskPlan:
-    """Plan the frames of one disk from its consecutive sealed logs, oldest first.
+def logs_by_disk(cycles: Sequence[SealedCycle]) -> list[list[SealedLog]]:
+    """The logs of consecutive cycles disk by disk, each disk's oldest first; disks in the last cycle's order.
 
-    Raises DamagedLogError naming the companion, UnsupportedError for an entry of unknown kind.
+    Disks are told apart by their ids: their place in a cycle says nothing. Raises DamagedLogError naming a log
+    of the last cycle whose disk has none in an earlier one.
     """
+    by_id = [{log.header.disk_id: log for log in cycle.logs} for cycle in cycles]
+    for disk_id, log in by_id[-1].items():
+        if any(disk_id not in logs for logs in by_id):
+            raise DamagedLogError(f"{log.companion_path}: an earlier cycle has no log of the disk")
+    return [[logs[disk_id] for logs in by_id] for disk_id in by_id[-1]]
+
+
+def plan(logs: Sequence[SealedLog]) -> DiskPlan:
+    """Plan the frames of one disk from its consecutive sealed logs, oldest first; at least one.
+
+    Raises DamagedLogError naming the companion (also of a log that is another disk's), UnsupportedError for
+    an entry of unknown kind.
+    """
+    for log in logs:
+        if log.header.disk_id != logs[0].header.disk_id:
+            raise DamagedLogError(f"{log.companion_path}: is not of the same disk as {logs[0].companion_path}")
     ranges = np.concatenate([_ranges(log, index) for index, log in enumerate(logs)])
     resolved = newest_wins(np.ascontiguousarray(ranges["start"]), np.ascontiguousarray(ranges["end"]))
     origins = np.where(ranges["location"][resolved.owners] == NOWHERE, NOWHERE, resolved.owners)

@@ -13,10 +13,12 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import xxhash
+
 from hvfuse.errors import HvfuseError
 from hvfuse.manifest import CycleKind, CycleManifest, DiskManifest, cycle_digest
 from hvfuse.position import NO_DIGEST, Position
-from hvfuse.shipper.coalesce import DamagedLogError, DiskPlan, close_logs, open_logs, plan
+from hvfuse.shipper.coalesce import DamagedLogError, DiskPlan, close_logs, logs_by_disk, open_logs, plan
 from hvfuse.shipper.pool import FramePool, Job, Made
 from hvfuse.shipper.replica import Replica
 from hvfuse.spool import SealedCycle
@@ -31,6 +33,7 @@ class CycleReport:
     left of it after newest-write-wins. `bytes_zero`: bytes that the frames sent in this run told as
     zeroes. `bytes_sent`, `frames_sent`: encoded frames, this run. `frames_held`: frames that the
     replica had from an earlier run. `seconds`: from begin to commit. `sealed_ns`: the point's time.
+    `notes`: what else had to be done first, in plain words.
     """
 
     vm: str
@@ -45,6 +48,7 @@ class CycleReport:
     frames_sent: int
     frames_held: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, object]:
         """The fields, as they are answered over the control socket."""
@@ -84,18 +88,34 @@ class _Tally:
 
 def previous_position(cycle: SealedCycle) -> Position:
     """The position that a cycle continues, as its own logs tell it."""
-    if cycle.cycle == 1:
+    if cycle.first_cycle == 1:
         return Position(cycle.generation, 0, NO_DIGEST)
     digests = {log.header.disk_id: log.header.previous_digest for log in cycle.logs}
-    return Position(cycle.generation, cycle.cycle - 1, cycle_digest(digests))
+    return Position(cycle.generation, cycle.first_cycle - 1, cycle_digest(digests))
 
 
-def manifest(cycles: Sequence[SealedCycle], *, vm: str, formats: Mapping[str, str]) -> CycleManifest:
-    """The manifest of consecutive cycles that travel as one. `formats`: by disk name.
+def continued_position(cycle: SealedCycle, position: Position | None) -> Position:
+    """The position that a cycle continues for a replica that stands at `position`.
+
+    That is what the cycle's own logs tell. They know only where they begin, though: where one of them was
+    compacted and goes back further than `position`, it gives the right disk from there on too.
+    """
+    if position is not None and position.generation == cycle.generation:
+        goes_back = any(log.header.first_cycle <= position.cycle for log in cycle.logs)
+        if goes_back and cycle.first_cycle - 1 <= position.cycle < cycle.cycle:
+            return position
+    return previous_position(cycle)
+
+
+def manifest(
+    cycles: Sequence[SealedCycle], *, vm: str, formats: Mapping[str, str], position: Position | None = None
+) -> CycleManifest:
+    """The manifest of consecutive cycles that travel as one. `formats`: by disk name. `position`: where the
+    replica stands.
 
     Raises DamagedLogError when a log is missing or does not continue the one before it.
     """
-    _check_chain(cycles)
+    check_chain(cycles)
     last = cycles[-1]
     unknown = [log.disk for log in last.logs if log.disk not in formats]
     if unknown:
@@ -105,7 +125,7 @@ def manifest(cycles: Sequence[SealedCycle], *, vm: str, formats: Mapping[str, st
         kind=CycleKind.DELTA,
         generation=last.generation,
         cycle=last.cycle,
-        previous=previous_position(cycles[0]),
+        previous=continued_position(cycles[0], position),
         sealed_ns=last.sealed_ns,
         disks=tuple(
             DiskManifest(
@@ -117,19 +137,30 @@ def manifest(cycles: Sequence[SealedCycle], *, vm: str, formats: Mapping[str, st
             )
             for log in last.logs
         ),
+        made_from=_made_from(cycles),
     )
 
 
-def _check_chain(cycles: Sequence[SealedCycle]) -> None:
+def _made_from(cycles: Sequence[SealedCycle]) -> bytes:
+    logs = [log for cycle in cycles for log in cycle.logs]
+    if not any(log.header.is_compacted for log in logs):
+        return NO_DIGEST
+    return bytes(xxhash.xxh3_128_digest(b"".join(log.header.pack() for log in logs)))
+
+
+def check_chain(cycles: Sequence[SealedCycle]) -> None:
+    """Raises DamagedLogError unless the cycles are whole and each continues the one before it."""
     for cycle in cycles:
         if not cycle.is_whole:
             raise DamagedLogError(f"{cycle.logs[0].folder}: logs of cycle {cycle.cycle} are missing")
     for before, after in itertools.pairwise(cycles):
+        follows = after.generation == before.generation and after.first_cycle <= before.cycle + 1 <= after.cycle
         digests = {log.header.disk_id: log.header.digest() for log in before.logs}
         for log in after.logs:
-            if (after.generation, after.cycle) != (before.generation, before.cycle + 1) or digests.get(
-                log.header.disk_id
-            ) != log.header.previous_digest:
+            digest = digests.get(log.header.disk_id)
+            if log.header.first_cycle <= before.cycle and digest is not None:
+                digest = log.header.previous_digest  # compacted: it tells of an earlier cycle than `before`
+            if not follows or digest != log.header.previous_digest:
                 raise DamagedLogError(f"{log.companion_path}: does not continue the log before it")
 
 
@@ -151,12 +182,12 @@ def ship(
     calling again.
     """
     started = clock.monotonic()
-    told = manifest(cycles, vm=vm, formats=formats)
+    told = manifest(cycles, vm=vm, formats=formats, position=replica.position())
     held = replica.begin(told)
     tally = _Tally()
     with FramePool(generation=told.generation, cycle=told.cycle, level=level) as pool:
-        for disk in range(len(told.disks)):
-            planned = plan([cycle.logs[disk] for cycle in cycles])
+        for logs in logs_by_disk(cycles):
+            planned = plan(logs)
             for made in _missing(planned, first=tally.planned, held=held, pool=pool):
                 replica.put(made.frame)
                 tally.add(made)

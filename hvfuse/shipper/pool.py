@@ -28,11 +28,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A job's outcome. `frame`: encoded; empty when there was nothing to send."""
+    """A job's outcome. `frame`: encoded; empty when there was nothing to send. `told_bytes`: of the disk, that
+    it tells of, `zero_bytes` of them as zeroes."""
 
     number: int
     frame: bytes
     zero_bytes: int = 0
+    told_bytes: int = 0
 
 
 class FramePool:
@@ -81,4 +83,4 @@ class FramePool:
             writer = FrameWriter(generation=self._generation, cycle=self._cycle, level=self._level)
             self._own.writer = writer
         frame = writer.encode(disk_id=job.disk_id, number=job.number, table=content.table, data=content.data)
-        return Made(job.number, frame, content.zero_bytes)
+        return Made(job.number, frame, content.zero_bytes, int(content.table["length"].sum()))

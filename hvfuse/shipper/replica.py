@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from hvfuse.extent import Extent
+from hvfuse.formats.digests import Digests
 from hvfuse.manifest import CycleManifest, RecoveryPoint
 from hvfuse.position import Position
 
@@ -26,8 +28,24 @@ class Replica(Protocol):
         Returns the numbers of the frames that the target already holds for it. Anything staged for
         another cycle is dropped. Raises PositionMismatchError (with the target's position) when
         `manifest.previous` is not where the replica stands; a COPY may begin anywhere and leaves
-        earlier recovery points usable. Only `previous` tells what a cycle continues: cycle numbers
+        earlier recovery points usable. One with `previous` lies over what the replica holds there, and may
+        bring along new disks; one without is whole. Only `previous` tells what a cycle continues: cycle numbers
         skip what travels as one, as the logs that piled up during a copy do.
+        """
+
+    def extent(self, disk_id: bytes) -> int:
+        """Bytes from the start of a disk, beyond which the replica holds zeroes alone; 0 for a disk that it
+        does not know. As with `digests`, a COPY with `previous` is open.
+
+        Mostly the disk's size; more if what was cut off a disk might be seen again once it grew.
+        """
+
+    def digests(self, disk_id: bytes, extents: Sequence[Extent], seed: int) -> Digests:
+        """Digests (`hvfuse.formats.digests`) of the blocks of aligned extents, ascending, of a disk as it is
+        at the `previous` of the open COPY: frames put for it are not seen.
+
+        May be called in another thread than the one that puts, at the same time. Asked for at most
+        128 MiB of the disk at once.
         """
 
     def put(self, frame: bytes) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hvfuse.errors import HvfuseError, ResyncRequiredError, UnreachableError
 from hvfuse.manifest import ReplicationState
 from hvfuse.position import Position, PositionMismatchError
 from hvfuse.shipper.coalesce import DamagedLogError
-from hvfuse.shipper.copy import copy
+from hvfuse.shipper.compact import Compactor
+from hvfuse.shipper.copy import CopyReport, Over, copy
 from hvfuse.shipper.cycle import CycleReport, manifest, ship, total
-from hvfuse.shipper.decide import Action, decide, pending
+from hvfuse.shipper.decide import Action, Decision, decide, pending
 from hvfuse.shipper.replica import Replica
-from hvfuse.shipper.source import Source, SourceStatus
+from hvfuse.shipper.source import ResyncScope, Source, SourceStatus
 from hvfuse.spool import SealedCycle
 from hvfuse.system import Clock
 
@@ -40,13 +42,18 @@ class Records(Protocol):
     def cycle(self, report: CycleReport) -> None:
         """Keep the statistics of a committed cycle."""
 
+    def copied(self, report: CopyReport) -> None:
+        """Keep the statistics of a committed copy."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShippingPolicy:
-    """`frequency_seconds`: from one cycle's begin to the next's. `level`: zstd level, 0 for none."""
+    """`frequency_seconds`: from one cycle's begin to the next's. `level`: zstd level, 0 for none.
+    `soft_limit`: part of the disks' size; what sealed logs may hold before those of an outage are compacted."""
 
     frequency_seconds: float = 30.0
     level: int = 1
+    soft_limit: float = 0.25
 
 
 class Replication:
@@ -80,6 +87,9 @@ class Replication:
         self._between = between
         self._formats: dict[str, str] = {}
         self._recorded_at = clock.monotonic()
+        self._notes: list[str] = []
+        self._rotated_at = -math.inf
+        self._compactor = Compactor(soft_limit=policy.soft_limit, between=between)
 
     def cycle_now(self) -> CycleReport:
         """Seal what was written until now and bring it, and all that waits, to the replica.
@@ -87,9 +97,10 @@ class Replication:
         Copies first where logs alone cannot do it. Returns the last cycle's report with sums over all
         that went over. Raises UnreachableError when the tracker does not run and nothing waits.
         """
+        self._notes.clear()
         report = self._cycle_or_copy()
         self._keep_house()
-        return report
+        return replace(report, notes=tuple(self._notes))
 
     def _cycle_or_copy(self) -> CycleReport:
         """A cycle, after a new copy if source and replica turn out not to be joined any more."""
@@ -108,20 +119,39 @@ class Replication:
 
     def synchronise(self) -> None:
         """Make sure that logs can continue the replica; copy the disks if they cannot."""
+        self._synchronise()
+
+    def _synchronise(self) -> list[CycleReport]:
+        """As `synchronise`. Returns the reports of the cycles that went over on the way."""
+        status, decision = self._decide()
+        reports = []
+        while decision.action is Action.SHIP_REST:
+            # These are whole points, and what is marked adds to the last of them.
+            self._wait_for_resync(decision.reason)
+            waiting = pending(self._position(), self._source.cycles())
+            reports += [self._ship([cycle], joined=False) for cycle in waiting]
+            status, decision = self._decide()
+        match decision.action:
+            case Action.START_COPY:
+                self._start_copy(decision.reason, decision.scope)
+            case Action.RESUME_COPY:
+                self._copy(status, decision.scope)
+            case Action.ACKNOWLEDGE_COPY:
+                assert status.generation is not None
+                self._source.resynced(status.generation)
+        return reports
+
+    def _decide(self) -> tuple[SourceStatus, Decision]:
         status = self._source.status()
         self._formats = {disk.name: disk.format for disk in status.disks}
-        decision = decide(status, self._replica.position(), self._source.cycles())
-        if decision.action is Action.START_COPY:
-            self._start_copy(decision.reason)
-        elif decision.action is Action.RESUME_COPY:
-            self._copy(status)
+        return status, decide(status, self._replica.position(), self._source.cycles())
 
     def _cycle(self) -> CycleReport:
         try:
-            self.synchronise()
+            reports = self._synchronise()
         except UnreachableError as error:
             return self._ship_what_waits(error)
-        reports = self._take_up_first()
+        reports += self._take_up_first()
         position = self._position()
         self._rotate_to(position)
         waiting = pending(position, self._source.cycles())
@@ -141,8 +171,27 @@ class Replication:
             return [self._ship(run)]
         return []
 
+    def hold_out(self) -> None:
+        """While the target cannot be reached, to be called again and again: seal cycles at the policy's
+        frequency, so that there are points of that time too, and compact them when they take up too much.
+
+        Raises HvfuseError, OSError; nothing depends on it.
+        """
+        now = self._clock.monotonic()
+        if now - self._rotated_at < self._policy.frequency_seconds:
+            return
+        self._rotated_at = now
+        status = self._source.status()
+        if status.cycle > 1 and not status.resync_required and not status.resyncing:
+            self._source.rotate()
+        done = self._compactor.relieve(self._source.cycles())
+        if done is not None:
+            _log.info("%s: %s", self._vm, done.text)
+            self._source.release(done.generation, 0)  # has the tracker count again what waits
+
     def _rotate_to(self, position: Position) -> None:
         """Seal the active cycle. Raises ResyncRequiredError if logs since `position` are missing."""
+        self._rotated_at = self._clock.monotonic()
         sealed = self._source.rotate()
         waiting = pending(position, self._source.cycles())
         if not waiting or waiting[-1].cycle < sealed:
@@ -166,7 +215,8 @@ class Replication:
             raise HvfuseError(f"{self._vm}: the replica does not know of the copy that was committed")
         return position
 
-    def _ship(self, run: Sequence[SealedCycle]) -> CycleReport:
+    def _ship(self, run: Sequence[SealedCycle], *, joined: bool = True) -> CycleReport:
+        """Bring a run of cycles over as one. `joined` false: a resynchronisation has to follow all the same."""
         report = ship(
             run,
             vm=self._vm,
@@ -179,38 +229,46 @@ class Replication:
         self._source.release(report.generation, report.cycle)
         self._records.cycle(report)
         self._records.update(
-            state=ReplicationState.REPLICATING,
             error=None,
             hint=None,
-            resync_reason=None,
             progress=None,
             generation=report.generation.hex(),
             cycle=report.cycle,
             point=report.point,
             last_replication_time_ns=report.sealed_ns,
         )
+        if joined:
+            self._records.update(state=ReplicationState.REPLICATING, resync_reason=None)
         return report
 
-    def _start_copy(self, reason: str) -> None:
+    def _wait_for_resync(self, reason: str) -> None:
+        _log.info("%s: resynchronising: %s", self._vm, reason)
+        if reason not in self._notes:
+            self._notes.append(reason)
+        self._records.update(state=ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, resync_reason=reason)
+
+    def _start_copy(self, reason: str, scope: ResyncScope = ResyncScope.FULL) -> None:
         """Begin a generation and copy. What the old generation's logs hold comes with the copy."""
         if self._replica.position() is not None:
-            self._records.update(state=ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, resync_reason=reason)
-            _log.info("%s: resynchronising: %s", self._vm, reason)
-        self._source.discard_damaged()
-        status = self._source.begin(os.urandom(16))
+            self._wait_for_resync(reason)
+        else:
+            _log.info("%s: copying: %s", self._vm, reason)
+        if scope is ResyncScope.FULL:
+            self._source.discard_damaged()  # for REGIONS the tracker has yet to mark what is in the logs
+        status = self._source.begin(os.urandom(16), scope)
         self._formats = {disk.name: disk.format for disk in status.disks}
-        self._copy(status)
+        self._copy(status, scope)
 
-    def _copy(self, status: SourceStatus) -> None:
+    def _copy(self, status: SourceStatus, scope: ResyncScope) -> None:
+        """Copy, or go on with it: to a replica that has a position, the differences alone."""
         assert status.generation is not None
-        first = self._replica.position() is None
-        self._records.update(
-            state=ReplicationState.INITIAL_REPLICATION_IN_PROGRESS if first else ReplicationState.RESYNCHRONIZING,
-            progress=0.0,
-        )
+        position = self._replica.position()
+        state = ReplicationState.RESYNCHRONIZING if position else ReplicationState.INITIAL_REPLICATION_IN_PROGRESS
+        self._records.update(state=state, progress=0.0)
         # Also after an interruption: logs that no copy will ever need fill up the disk.
         self._source.release(status.generation, 0)
-        copy(
+        regions = self._source.regions() if scope is ResyncScope.REGIONS else None
+        report = copy(
             status.disks,
             vm=self._vm,
             folder=self._folder,
@@ -218,8 +276,13 @@ class Replication:
             replica=self._replica,
             level=self._policy.level,
             clock=self._clock,
+            over=Over(previous=position, regions=regions) if position else None,
             progress=self._progress,
         )
+        _log.info("%s: %s", self._vm, report.text)
+        self._notes.append(report.text)
+        self._records.copied(report)
+        self._source.resynced(status.generation)
         self._records.update(progress=1.0)
 
     def _progress(self, done: int, total_bytes: int, sent: int) -> None:

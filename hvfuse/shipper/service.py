@@ -6,20 +6,20 @@ where there is no loop). The control socket's threads hand a request over and wa
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
 
 from hvfuse import errors, wire
-from hvfuse.errors import HvfuseError, NoSpaceError, ResyncRequiredError, UnreachableError, UsageError
+from hvfuse.errors import HvfuseError, ResyncRequiredError, UnreachableError, UsageError
 from hvfuse.manifest import ReplicationState
 from hvfuse.position import PositionMismatchError
+from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.replication import RESYNC_ERRORS, Records, Replication, ShippingPolicy
-from hvfuse.shipper.retry import next_attempt, next_interval
+from hvfuse.shipper.retry import next_attempt, next_interval, refusal
 from hvfuse.shipper.source import Source
 from hvfuse.system import Clock
 
@@ -66,6 +66,10 @@ class _Shown:
     def cycle(self, report: CycleReport) -> None:
         self._records.cycle(report)
 
+    def copied(self, report: CopyReport) -> None:
+        self.fields = {**self.fields, "last_copy": report.as_json()}
+        self._records.copied(report)
+
 
 class Shipper:
     """Ships one VM at its policy's frequency, and when asked to.
@@ -102,6 +106,8 @@ class Shipper:
         self._clock = clock
         self._due = clock.monotonic()
         self._failing_since: float | None = None
+        self._holds_out = False
+        self._complaint = ""
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._guard = threading.Lock()  # of the two fields below: no request may slip in after the last turn
@@ -119,7 +125,7 @@ class Shipper:
         try:
             return self._replication.cycle_now()
         except OSError as error:
-            raise _told(error) from error
+            raise refusal(error) from error
 
     def run(self, stop_event: threading.Event) -> None:
         """Ship until `stop_event` is set, by anybody, or somebody asks over the socket to stop."""
@@ -141,9 +147,24 @@ class Shipper:
             outcome = self._attempt(started)
             for request in requests:
                 request.answer(outcome)
+        if self._holds_out:
+            self._hold_out()
         return max(0.0, self._due - self._clock.monotonic())
 
+    def _hold_out(self) -> None:
+        """The target is away, but will be back. What keeps failing here is told once, not twice a minute."""
+        try:
+            self._replication.hold_out()
+            self._complaint = ""
+        except UnreachableError:
+            pass  # told to stop; or it is the tracker that is away, and then nothing grows
+        except (HvfuseError, OSError) as error:
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                _log.warning("%s: while the target is away: %s", self._vm, error)
+
     def _attempt(self, started: float) -> CycleReport | HvfuseError:
+        self._holds_out = False
         try:
             report = self.cycle_now()
         except StoppedError as error:
@@ -170,6 +191,7 @@ class Shipper:
         elif not error.recoverable:
             self._shown.update(state=ReplicationState.ERROR)
         self._shown.update(error=str(error), hint=error.hint)
+        self._holds_out = error.recoverable and not lost
         if lost or error.recoverable:
             elapsed = self._clock.monotonic() - self._failing_since
             self._due = self._failing_since + next_attempt(elapsed)
@@ -219,14 +241,6 @@ class Shipper:
             self._requests.append(request)
         self._wake.set()
         return request.wait()
-
-
-def _told(error: OSError) -> HvfuseError:
-    """What the operating system refused, as one of ours."""
-    text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpaceError(text)
-    return HvfuseError(text)
 
 
 def _for_the_wire(error: HvfuseError) -> HvfuseError:

@@ -1,26 +1,41 @@
 """Where sealed logs come from: the tracker, asked over its socket, and the folder that it fills.
 
-The tracker need not run: logs that it sealed before it ended are shipped and released all the same.
+The tracker need not run: logs that it sealed before it ended are shipped all the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from hvfuse import spool, system, wire
 from hvfuse.errors import CorruptError, HvfuseError, UnreachableError
+from hvfuse.extent import Extent
 from hvfuse.formats import companion
+from hvfuse.position import Position
 from hvfuse.shipper.coalesce import DamagedLogError
 from hvfuse.spool import SealedCycle
 
-ROTATE_TIMEOUT = 600.0
+PATIENCE = 600.0
 """Seconds: sealing waits for the disks to sync their logs."""
 
 _log = logging.getLogger(__name__)
+
+
+Regions = Mapping[bytes, Sequence[Extent]]
+"""Disk id to what of the disk has to be compared, ascending and apart."""
+
+
+class ResyncScope(StrEnum):
+    """What has to be compared with the replica before logs can continue it."""
+
+    REGIONS = "regions"
+    FULL = "full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +54,10 @@ class SourceStatus:
     """The tracker's word. `generation`: None before the first one began; `cycle`: of the active logs.
 
     `resync_required`: why the logs cannot tell the difference between disk and replica any more.
+    `resyncing`: the copy that began the generation is not acknowledged (`Source.resynced`). `resync_scope`:
+    of the resynchronisation required or under way, None when there is neither. `resync_bases`: (generation,
+    least cycle) of the replicas for which REGIONS is enough. `acknowledged`: the last cycle of the generation
+    that the target is known to have.
     """
 
     vm: str
@@ -46,6 +65,18 @@ class SourceStatus:
     cycle: int
     resync_required: str | None
     disks: tuple[SourceDisk, ...]
+    resync_scope: ResyncScope | None = None
+    resyncing: bool = False
+    resync_bases: tuple[tuple[bytes, int], ...] = ()
+    acknowledged: int = 0
+
+    def scope_for(self, position: Position | None) -> ResyncScope:
+        """What has to be compared with a replica that stands at `position`."""
+        if self.resync_scope is not ResyncScope.REGIONS or position is None:
+            return ResyncScope.FULL
+        is_ahead = position.generation == self.generation and position.cycle >= self.cycle
+        is_base = any(position.generation == base and position.cycle >= least for base, least in self.resync_bases)
+        return ResyncScope.REGIONS if is_base and not is_ahead else ResyncScope.FULL
 
 
 class Source(Protocol):
@@ -54,8 +85,18 @@ class Source(Protocol):
     def status(self) -> SourceStatus:
         """How the VM's disks stand. Raises UnreachableError when the tracker does not run."""
 
-    def begin(self, generation: bytes) -> SourceStatus:
-        """Begin a generation at one instant for all disks; cycle 1 is active. As `status` otherwise."""
+    def begin(self, generation: bytes, scope: ResyncScope) -> SourceStatus:
+        """Begin a generation at one instant for all disks; cycle 1 is active. A copy of `scope` is to follow.
+
+        Raises ResyncRequiredError when that scope is too narrow. As `status` otherwise.
+        """
+
+    def regions(self) -> Regions:
+        """What has to be compared now. From `begin` to `resynced` it stays the same. As `status` otherwise."""
+
+    def resynced(self, generation: bytes) -> None:
+        """The target has the copy that began the generation, which is the one in progress. Idempotent.
+        As `status` otherwise."""
 
     def rotate(self) -> int:
         """Seal the active cycle and return its number. It, and every one before it, is now durable and
@@ -78,15 +119,31 @@ class TrackerSource:
         self._socket = socket_path
         self._folder = os.path.abspath(folder)
 
-    def status(self) -> SourceStatus:
-        return _status(wire.request(self._socket, "status"))
+    def ask(self, op: str, **fields: object) -> wire.Message:
+        """One request to the tracker. Raises UnreachableError, and what the tracker raised."""
+        return wire.request(self._socket, op, timeout=PATIENCE, **fields)
 
-    def begin(self, generation: bytes) -> SourceStatus:
-        answer = wire.request(self._socket, "begin", timeout=ROTATE_TIMEOUT, generation=generation.hex())
-        return _status(answer)
+    def status(self) -> SourceStatus:
+        return _status(self.ask("status"))
+
+    def begin(self, generation: bytes, scope: ResyncScope) -> SourceStatus:
+        return _status(self.ask("begin", generation=generation.hex(), scope=scope.value))
+
+    def regions(self) -> Regions:
+        answer = self.ask("regions")
+        try:
+            return {
+                bytes.fromhex(disk["disk_id"]): [Extent(int(offset), int(length)) for offset, length in disk["extents"]]
+                for disk in answer["disks"]
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise _nonsense(error) from None
+
+    def resynced(self, generation: bytes) -> None:
+        self.ask("resynced", generation=generation.hex())
 
     def rotate(self) -> int:
-        return int(wire.request(self._socket, "rotate", timeout=ROTATE_TIMEOUT)["cycle"])
+        return int(self.ask("rotate")["cycle"])
 
     def cycles(self) -> list[SealedCycle]:
         try:
@@ -95,11 +152,10 @@ class TrackerSource:
             raise DamagedLogError(str(error)) from None
 
     def release(self, generation: bytes, cycle: int) -> None:
-        try:
-            wire.request(self._socket, "release", generation=generation.hex(), cycle=cycle)
-        except UnreachableError:
-            # Nobody else will. Should the tracker start at this moment: releasing twice is harmless.
-            spool.release([c for c in self.cycles() if c.generation != generation or c.cycle <= cycle])
+        # Without the tracker they stay: it notes what was acknowledged before any log goes, and makes
+        # no new ones meanwhile. The next release lets them go too.
+        with contextlib.suppress(UnreachableError):
+            self.ask("release", generation=generation.hex(), cycle=cycle)
 
     def discard_damaged(self) -> list[str]:
         discarded = []
@@ -107,10 +163,9 @@ class TrackerSource:
             path = os.path.join(self._folder, name)
             if not name.endswith(".hrc") or not spool.is_reserved(name) or _is_readable(path):
                 continue
-            log = name.removesuffix(".hrc")
             system.unlink("spool:discard", path, missing_ok=True)
-            disk = log.rpartition(".")[0]
-            spool.discard_log(self._folder, disk, os.path.join(self._folder, f"{log}.hrl"))
+            disk, serial = name.removesuffix(".hrc").rsplit(".", 1)
+            spool.discard_logs(self._folder, disk, int(serial))
             _log.warning("%s: damaged, discarded", path)
             discarded.append(path)
         return discarded
@@ -129,12 +184,16 @@ def _is_readable(path: str) -> bool:
 
 def _status(answer: wire.Message) -> SourceStatus:
     try:
-        generation = answer["generation"]
+        generation, scope = answer["generation"], answer["resync_scope"]
         return SourceStatus(
             vm=answer["vm"],
             generation=None if generation is None else bytes.fromhex(generation),
             cycle=int(answer["cycle"]),
             resync_required=answer["resync_required"],
+            resync_scope=None if scope is None else ResyncScope(scope),
+            resyncing=bool(answer["resyncing"]),
+            resync_bases=tuple((bytes.fromhex(base), int(least)) for base, least in answer["resync_bases"]),
+            acknowledged=int(answer["acknowledged"]),
             disks=tuple(
                 SourceDisk(
                     name=disk["name"],
@@ -147,4 +206,8 @@ def _status(answer: wire.Message) -> SourceStatus:
             ),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise UnreachableError(f"the tracker's answer makes no sense: {error!r}") from None
+        raise _nonsense(error) from None
+
+
+def _nonsense(error: Exception) -> UnreachableError:
+    return UnreachableError(f"the tracker's answer makes no sense: {error!r}")

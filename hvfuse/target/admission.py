@@ -40,7 +40,7 @@ def check_manifest(manifest: CycleManifest) -> None:
     if not 0 < len(manifest.disks) == len(ids) == len(names) <= MAX_DISKS:
         raise CorruptError(f"{manifest.vm}: a manifest without disks, with too many, or with one twice")
     is_copy = manifest.kind is CycleKind.COPY
-    if len(manifest.generation) != 16 or not 0 <= manifest.sealed_ns <= _MAX_U63:
+    if len(manifest.generation) != 16 or len(manifest.made_from) != 16 or not 0 <= manifest.sealed_ns <= _MAX_U63:
         raise CorruptError(f"{manifest.vm}: manifest is out of bounds")
     if (manifest.cycle == 0) != is_copy or not 0 <= manifest.cycle <= _MAX_U63:
         raise CorruptError(f"{manifest.vm}: cycle {manifest.cycle} cannot be a {manifest.kind.value}")
@@ -66,3 +66,15 @@ def admit_frame(raw: bytes, staging: StagingRecord) -> tuple[Frame, DiskRecord]:
     if len(ends) and int(ends.max()) > MAX_DISK_SIZE:
         raise CorruptError(f"frame {header.number} reaches beyond {MAX_DISK_SIZE} bytes of {disk.name}")
     return frame, disk
+
+
+def is_same(staging: StagingRecord, manifest: CycleManifest) -> bool:
+    """Whether frames staged for one belong to the other: a COPY may give other sizes and another time."""
+
+    def identity(cycle: StagingRecord | CycleManifest) -> tuple[object, ...]:
+        return (cycle.kind, cycle.generation, cycle.cycle, cycle.previous, cycle.made_from)
+
+    is_copy = manifest.kind is CycleKind.COPY
+    return identity(staging) == identity(manifest) and {
+        (disk.disk_id, disk.name, disk.digest, 0 if is_copy else disk.size) for disk in staging.disks
+    } == {(disk.disk_id, disk.name, disk.digest, 0 if is_copy else disk.size) for disk in manifest.disks}

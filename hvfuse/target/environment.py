@@ -46,19 +46,17 @@ class Environment:
     Transactions of one thread must not nest: a map that has to grow waits for all of them.
     """
 
-    def __init__(self, path: str, *, create: bool, map_size: int) -> None:
+    def __init__(self, path: str, *, create: bool, map_size: int, read_only: bool = False) -> None:
         self.path = path
+        self._map_size = map_size
+        self._read_only = read_only
         self.users = 0
         # Guards _active and _resizing: no transaction begins while the map is resized, and a resize
         # waits for the running ones.
         self._gate = threading.Condition()
         self._active = 0
         self._resizing = False
-        with self._faults():
-            self._lmdb = lmdb.open(
-                path, map_size=map_size, max_dbs=len(schema.DATABASES), max_readers=MAX_READERS, mode=0o600,
-                create=create,
-            )  # fmt: skip
+        self._lmdb = self._open(create=create)
         try:
             with self._faults():
                 self._lmdb.reader_check()
@@ -66,6 +64,25 @@ class Environment:
         except BaseException:
             self._lmdb.close()
             raise
+
+    def _open(self, *, create: bool) -> lmdb.Environment:
+        with self._faults():
+            return lmdb.open(
+                self.path, map_size=self._map_size, max_dbs=len(schema.DATABASES), max_readers=MAX_READERS,
+                mode=0o600, create=create, readonly=self._read_only,
+            )  # fmt: skip
+
+    def allow_writing(self) -> None:
+        """Make an environment that was opened for reading good for both. Waits for running transactions, and
+        for another process's write transaction."""
+        if self._read_only:
+            self._resize(self._reopen)
+
+    def _reopen(self) -> None:
+        self._lmdb.close()
+        self._read_only = False
+        self._lmdb = self._open(create=False)
+        self._db = self._handles()
 
     def _open_databases(self, *, create: bool) -> dict[bytes, lmdb._Database]:
         """All databases by name, made if the environment is new. Raises UnsupportedError, CorruptError."""
@@ -83,13 +100,15 @@ class Environment:
         return self._handles()
 
     def _handles(self) -> dict[bytes, lmdb._Database]:
-        """Handles of all databases. Not opened within a read transaction: they would die with it."""
+        """Handles of all databases; nobody else uses the environment meanwhile. LMDB opens them in a write
+        transaction of its own, in a read one only where the environment is for reading: a process that
+        stands still while writing keeps no reader waiting."""
         while True:
             try:
-                with self._faults(), self._inside():
+                with self._faults():
                     return {name: self._lmdb.open_db(name, create=False) for name in schema.DATABASES}
             except lmdb.MapResizedError:
-                self._resize(self._adopt)
+                self._adopt()
 
     def _format(self) -> int:
         """The store's format; 0 if nothing was ever written. Writes nothing."""
@@ -138,6 +157,7 @@ class Environment:
         effects but through the transaction. Raises NoSpaceError when the disk is full, and what `act`
         raises, which aborts.
         """
+        assert not self._read_only, f"{self.path} was opened for reading"
         while True:
             size = self.map_size()
             try:
@@ -163,10 +183,6 @@ class Environment:
     def map_size(self) -> int:
         """Bytes of address space in use for the map: what the file may grow to without a resize."""
         return int(self._lmdb.info()["map_size"])
-
-    def used_bytes(self) -> int:
-        """Bytes of the file up to the last page in use."""
-        return (int(self._lmdb.info()["last_pgno"]) + 1) * int(self._lmdb.stat()["psize"])
 
     def reader_check(self) -> int:
         """Free the reader slots of dead processes, which keep old pages from being used again."""
@@ -251,8 +267,13 @@ _open: dict[tuple[int, str], Environment] = {}
 _open_lock = threading.Lock()  # guards _open and the users of its environments
 
 
-def open_environment(path: str, *, create: bool, map_size: int = DEFAULT_MAP_SIZE) -> Environment:
+def open_environment(
+    path: str, *, create: bool, map_size: int = DEFAULT_MAP_SIZE, read_only: bool = False
+) -> Environment:
     """The environment in directory `path`, shared within this process; give it back when done.
+
+    `read_only`: no write transaction will be wanted, nor is one of another process waited for. (Where others
+    in this process write, the environment is good for that all the same.)
 
     Raises NotFoundError (when not to be created), UnsupportedError (newer format, network file
     system), CorruptError.
@@ -266,7 +287,9 @@ def open_environment(path: str, *, create: bool, map_size: int = DEFAULT_MAP_SIZ
             elif not os.path.exists(os.path.join(key[1], "data.mdb")):
                 raise NotFoundError(f"{path}: there is no store")
             _refuse_unfit_filesystem(key[1])
-            environment = _open[key] = Environment(key[1], create=create, map_size=map_size)
+            environment = _open[key] = Environment(key[1], create=create, map_size=map_size, read_only=read_only)
+        elif not read_only:
+            environment.allow_writing()
         environment.users += 1
         return environment
 

@@ -28,7 +28,7 @@ from hvfuse.manifest import DiskManifest, RecoveryPoint
 from hvfuse.target import schema
 from hvfuse.target.environment import Txn, file_faults
 from hvfuse.target.index import Layer, RegionMap, read_region, read_wide, resolve
-from hvfuse.target.schema import REGION, DiskRecord, VmRecord
+from hvfuse.target.schema import REGION, DiskRecord, PointRecord, VmRecord
 from hvfuse.target.store import Store
 
 FRAME_CACHE = 64 << 20
@@ -113,23 +113,19 @@ class FrameReader:
         return frame
 
 
-class PointReader:
-    """The disks of recovery point `point_id` of a VM, read-only. Safe for use by several threads.
+class CycleReader:
+    """The disks as a committed cycle left them, read-only. Safe for use by several threads.
 
-    Does not hold the point: pin it, or be ready for NotFoundError from any read once retention has let
-    it go. Raises NotFoundError, CorruptError.
+    Nothing holds the cycle: see `PointReader`. Raises NotFoundError, CorruptError.
     """
 
-    def __init__(self, store: Store, vm_name: str, point_id: str) -> None:
+    def __init__(self, store: Store, vm: VmRecord, cycle: PointRecord) -> None:
         self._store = store
-        with store.env.read() as txn:
-            vm = store.load_vm(txn, vm_name)
-            cycle = store.load_point(txn, vm, point_id)
-        self.point: RecoveryPoint = cycle.recovery_point(vm_name)
+        self.point: RecoveryPoint = cycle.recovery_point(vm.name)
         self._vm_id = vm.id
         self._seq = cycle.seq
         self._disks = {disk.name: disk for disk in cycle.disks}
-        self._frames = FrameReader(store, vm.id, f"{vm_name}: point {point_id}")
+        self._frames = FrameReader(store, vm.id, f"{vm.name}: point {self.point.id}")
         self._maps: ByteLru[tuple[int, int], tuple[RegionMap, str | None]] = ByteLru(
             MAP_CACHE, lambda found: found[0].nbytes + _MAP_OVERHEAD
         )
@@ -295,6 +291,20 @@ class PointReader:
         """What was just read from an image was the point's."""
         with self._store.env.read() as txn:
             self._load_vm(txn)
+
+
+class PointReader(CycleReader):
+    """The disks of recovery point `point_id` of a VM.
+
+    Does not hold the point: pin it, or be ready for NotFoundError from any read once retention has let
+    it go. Raises NotFoundError, CorruptError.
+    """
+
+    def __init__(self, store: Store, vm_name: str, point_id: str) -> None:
+        with store.env.read() as txn:
+            vm = store.load_vm(txn, vm_name)
+            cycle = store.load_point(txn, vm, point_id)
+        super().__init__(store, vm, cycle)
 
 
 def _pieces(found: RegionMap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

@@ -8,19 +8,24 @@ The first copy of a VM that has no recovery points goes straight into the replic
 frames count as held only once they are durable there. Meanwhile there is no position.
 
 A COPY that says no `previous` is whole: what its frames do not cover is zeroes, whatever an earlier copy
-had there. One that names the replica's position lies over what that has (differences only).
+had there. One that names the replica's position lies over what that has (differences only), and over zeroes
+for a disk that the replica does not know yet. While it is open, digests tell what it lies over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hvfuse.errors import BusyError, CorruptError, HvfuseError, ResyncRequiredError
+from hvfuse.extent import Extent
+from hvfuse.formats.digests import Digests
 from hvfuse.frames import Fill, Frame, unpack_header
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint
 from hvfuse.position import Position, PositionMismatchError
 from hvfuse.target import cycles, schema
-from hvfuse.target.admission import admit_frame, check_manifest, check_name
+from hvfuse.target.admission import admit_frame, check_manifest, check_name, is_same
+from hvfuse.target.digests import HeldBlocks
 from hvfuse.target.environment import Txn
 from hvfuse.target.images import ReplicaImages
 from hvfuse.target.index import enter
@@ -63,6 +68,7 @@ class LocalReplica:
         self._vm = vm
         self._open: StagingRecord | None = None
         self._images: ReplicaImages | None = None
+        self._blocks: HeldBlocks | None = None
         # Frames of a direct copy that are in the images, but not yet durably, and what they stand for.
         self._pending: set[int] = set()
         self._pending_bytes = 0
@@ -75,6 +81,9 @@ class LocalReplica:
         if self._images is not None:
             self._images.close()
             self._images = None
+        if self._blocks is not None:
+            self._blocks.close()
+            self._blocks = None
 
     def position(self) -> Position | None:
         """Where the replica stands; None before its first copy was committed."""
@@ -107,6 +116,9 @@ class LocalReplica:
             if not held:
                 with self._images.lock():
                     self._images.blank(disk.name for disk in staging.disks)
+        if staging is not None and staging.kind is CycleKind.COPY and staging.previous is not None:
+            numbers = {disk.disk_id: disk.number for disk in staging.disks}
+            self._blocks = HeldBlocks(self._store, self._vm, numbers)
         return held
 
     def _begin(self, txn: Txn, manifest: CycleManifest) -> tuple[StagingRecord | None, frozenset[int]]:
@@ -120,10 +132,12 @@ class LocalReplica:
                 theirs=vm.position,
             )
         staging = self._store.load_staging(txn, vm)
-        if staging is not None and _is_same(staging, manifest):
+        if staging is not None and is_same(staging, manifest):
             held = cycles.held_numbers(txn, self._env, vm) if staging.direct else ()
             return staging, frozenset(held) or self._staged_numbers(txn, vm, staging.seq)
         self._drop_staged(txn, vm)
+        if staging is not None and staging.direct:
+            vm = replace(vm, disks=_by_name([*vm.disks, *staging.disks]))
         return self._stage(txn, vm, manifest), frozenset()
 
     def _staged_numbers(self, txn: Txn, vm: VmRecord, seq: int) -> frozenset[int]:
@@ -138,15 +152,18 @@ class LocalReplica:
         """Note that a cycle is begun, and how: straight into the images if nobody can read them."""
         whole = manifest.previous is None
         direct = whole and not self._store.listed(txn, vm) and not self._is_pinned(txn)
-        if whole:
-            numbers = {disk.disk_id: vm.next_disk + at for at, disk in enumerate(manifest.disks)}
-            vm = replace(vm, next_disk=vm.next_disk + len(numbers))
-        else:
-            numbers = self._known_disks(vm, manifest)
+        numbers = {} if whole else self._known_disks(vm, manifest)
+        for disk in manifest.disks:
+            if disk.disk_id not in numbers:
+                numbers[disk.disk_id] = vm.next_disk
+                vm = replace(vm, next_disk=vm.next_disk + 1)
         if direct:
+            # Until the commit, these are the disks that may have an image: it says which of them can go.
+            merged = self._store.scan_cycles(txn, vm, first=vm.base_seq, last=vm.floor_seq)
+            images = _by_name([*vm.disks, *(disk for cycle in merged for disk in cycle.disks)])
             cycles.drop_frames(txn, self._env, vm, first=0, last=vm.head_seq)
             cycles.drop_records(txn, self._env, vm, before=vm.head_seq + 1)
-            vm = replace(vm, position=None, base_seq=vm.head_seq, floor_seq=vm.head_seq, disks=())
+            vm = replace(vm, position=None, base_seq=vm.head_seq, floor_seq=vm.head_seq, disks=images)
         self._store.save_vm(txn, vm)
         staging = StagingRecord(
             seq=vm.head_seq + 1,
@@ -155,6 +172,7 @@ class LocalReplica:
             generation=manifest.generation,
             cycle=manifest.cycle,
             previous=manifest.previous,
+            made_from=manifest.made_from,
             disks=tuple(DiskRecord.of(disk, numbers[disk.disk_id]) for disk in manifest.disks),
         )
         txn.put(schema.u32(vm.id), staging.pack(), db=self._env.db(schema.STAGING))
@@ -164,14 +182,28 @@ class LocalReplica:
         return any(pin.vm == self._vm for pin in self._store.scan_pins(txn))
 
     def _known_disks(self, vm: VmRecord, manifest: CycleManifest) -> dict[bytes, int]:
-        """The numbers of the manifest's disks, which continue those of the replica."""
+        """The numbers of those of the manifest's disks that continue disks of the replica: all of a cycle's."""
         known = {(disk.disk_id, disk.name): disk.number for disk in vm.disks}
         for disk in manifest.disks:
-            if (disk.disk_id, disk.name) not in known:
+            if manifest.kind is CycleKind.DELTA and (disk.disk_id, disk.name) not in known:
                 raise ResyncRequiredError(
                     f"{self._vm}: the replica has no copy of disk {disk.name}; its log alone does not make one"
                 )
-        return {disk.disk_id: known[disk.disk_id, disk.name] for disk in manifest.disks}
+        found = ((disk.disk_id, known.get((disk.disk_id, disk.name))) for disk in manifest.disks)
+        return {disk_id: number for disk_id, number in found if number is not None}
+
+    def extent(self, disk_id: bytes) -> int:
+        """See `Replica`: of a disk of the open COPY."""
+        return self._held_blocks().extent(disk_id)
+
+    def digests(self, disk_id: bytes, extents: Sequence[Extent], seed: int) -> Digests:
+        """See `Replica`: of a disk of the open COPY. For any thread."""
+        return self._held_blocks().digests(disk_id, extents, seed)
+
+    def _held_blocks(self) -> HeldBlocks:
+        if self._blocks is None:
+            raise HvfuseError(f"{self._vm}: no copy of differences is open")
+        return self._blocks
 
     def put(self, frame: bytes) -> None:
         """Stage one encoded frame of the open cycle. Verified before it is kept.
@@ -257,7 +289,7 @@ class LocalReplica:
         CorruptError (data beyond a disk's end).
         """
         self._check_manifest(manifest)
-        if self._open is not None and self._open.direct and _is_same(self._open, manifest):
+        if self._open is not None and self._open.direct and is_same(self._open, manifest):
             self._finish_images(manifest)
         cycle = self._store.write("store:commit", lambda txn: self._commit(txn, manifest, frame_count))
         self.close()
@@ -265,10 +297,13 @@ class LocalReplica:
 
     def _finish_images(self, manifest: CycleManifest) -> None:
         """Make the images as long as the disks, and durable. What was copied beyond a disk that became
-        shorter meanwhile stays: cycles between may need it, and the one that cut it off says so."""
+        shorter meanwhile stays: cycles between may need it, and the one that cut it off says so. The images
+        of disks that the VM has no more go."""
         assert self._images is not None
         with self._images.lock(), self._env.read() as txn:
-            self._load_open(txn)
+            vm, _ = self._load_open(txn)
+            for name in {disk.name for disk in vm.disks} - {disk.name for disk in manifest.disks}:
+                self._images.remove(name)
             for disk in manifest.disks:
                 self._images.resize(disk.name, max(disk.size, self._images.size(disk.name)))
         self._flush_direct()
@@ -278,7 +313,7 @@ class LocalReplica:
         if vm.position == manifest.position():
             return self._store.load_cycle(txn, vm, vm.head_seq)
         staging = self._store.load_staging(txn, vm)
-        if staging is None or not _is_same(staging, manifest) or staging != self._open:
+        if staging is None or not is_same(staging, manifest) or staging != self._open:
             raise PositionMismatchError(
                 f"{self._vm}: cycle {manifest.cycle} was not begun; the replica is at {vm.position or 'no position'}",
                 theirs=vm.position,
@@ -361,13 +396,5 @@ class LocalReplica:
         return len(gone), min((seq for seq, _ in listed if seq in keep), default=None)
 
 
-def _is_same(staging: StagingRecord, manifest: CycleManifest) -> bool:
-    """Whether frames staged for one belong to the other: a COPY may give other sizes and another time."""
-
-    def identity(cycle: StagingRecord | CycleManifest) -> tuple[object, ...]:
-        return (cycle.kind, cycle.generation, cycle.cycle, cycle.previous)
-
-    is_copy = manifest.kind is CycleKind.COPY
-    return identity(staging) == identity(manifest) and {
-        (disk.disk_id, disk.name, disk.digest, 0 if is_copy else disk.size) for disk in staging.disks
-    } == {(disk.disk_id, disk.name, disk.digest, 0 if is_copy else disk.size) for disk in manifest.disks}
+def _by_name(disks: Iterable[DiskRecord]) -> tuple[DiskRecord, ...]:
+    return tuple({disk.name: disk for disk in disks}.values())

@@ -49,8 +49,12 @@ _PAGE_BITS = _PAGE * 8
 """Blocks in one page of the map: 128 MiB of the disk."""
 
 
+_FULL = (1 << _PAGE_BITS) - 1
+"""A page with all of its blocks, one object for all pages that are full."""
+
+
 class BlockMap:
-    """A set of block numbers; a page without a block takes no memory."""
+    """A set of block numbers; a page without a block takes no memory, and all full pages are one."""
 
     def __init__(self) -> None:
         self._pages: dict[int, int] = {}
@@ -62,9 +66,9 @@ class BlockMap:
             page, bit = divmod(first, _PAGE_BITS)
             count = min(end - first, _PAGE_BITS - bit)
             before = self._pages.get(page, 0)
-            after = before | ((1 << count) - 1) << bit
+            after = _FULL if count == _PAGE_BITS else before | ((1 << count) - 1) << bit
             if after != before:
-                self._pages[page] = after
+                self._pages[page] = _FULL if after == _FULL else after
                 self._dirty.add(page)
             first += count
 
@@ -90,7 +94,8 @@ class BlockMap:
         """Take the set from a file, in which it begins at `start`, a multiple of the page."""
         for offset, end in system.data_extents(fd, start, os.fstat(fd).st_size):
             for at in range(offset - offset % _PAGE, end, _PAGE):
-                self._pages[(at - start) // _PAGE] = int.from_bytes(system.pread(fd, _PAGE, at), "little")
+                bits = int.from_bytes(system.pread(fd, _PAGE, at), "little")
+                self._pages[(at - start) // _PAGE] = _FULL if bits == _FULL else bits
 
     def save(self, fd: int, start: int) -> None:
         """Write what changed since the last time. Raises OSError."""

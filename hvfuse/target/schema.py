@@ -221,6 +221,7 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "kind": CycleKind,
     "consistency": Consistency,
     "generation": bytes.fromhex,
+    "made_from": bytes.fromhex,
 }
 """How fields that are no plain JSON are read back, in whichever record they are."""
 
@@ -395,6 +396,7 @@ class StagingRecord:
     generation: bytes
     cycle: int
     previous: Position | None
+    made_from: bytes
     disks: tuple[DiskRecord, ...]
 
     def pack(self) -> bytes:

@@ -34,8 +34,9 @@ class Store:
     """The store in directory `path`. Close it when done, or use it in a `with`.
 
     Methods whose names begin with `load_` or `scan_` work within a transaction of the caller's, the
-    others have their own. Raises NotFoundError (there is none and `create` is false), UnsupportedError
-    (newer format, unfit file system), CorruptError, NoSpaceError.
+    others have their own. With `read_only` (`create` must be false then) nothing can be written, and nothing
+    waits for a process that does. Raises NotFoundError (there is none and `create` is false),
+    UnsupportedError (newer format, unfit file system), CorruptError, NoSpaceError.
     """
 
     def __init__(
@@ -43,16 +44,20 @@ class Store:
         path: str,
         *,
         create: bool = True,
+        read_only: bool = False,
         map_size: int = DEFAULT_MAP_SIZE,
         clock: Clock | None = None,
     ) -> None:
+        assert not (create and read_only)
         self.path = os.path.abspath(path)
         self.clock = clock or SystemClock()
         if create:
             with file_faults(self.path):
                 os.makedirs(self.path, mode=0o700, exist_ok=True)
                 os.makedirs(os.path.join(self.path, REPLICAS_DIRECTORY), mode=0o700, exist_ok=True)
-        self.env = open_environment(os.path.join(self.path, DATABASE_DIRECTORY), create=create, map_size=map_size)
+        self.env = open_environment(
+            os.path.join(self.path, DATABASE_DIRECTORY), create=create, map_size=map_size, read_only=read_only
+        )
         if create:
             with file_faults(self.path):
                 system.fsync_directory("store:directory", self.path)
@@ -107,14 +112,6 @@ class Store:
         vm = VmRecord(id=self._next(txn, schema.KEY_NEXT_VM), name=name)
         self.save_vm(txn, vm)
         return vm
-
-    def set_state(self, name: str, state: str) -> None:
-        """Note the state of a VM's replica, a text of the control plane's. Raises NotFoundError."""
-
-        def act(txn: Txn) -> None:
-            self.save_vm(txn, replace(self.load_vm(txn, name), state=state))
-
-        self.env.write("store:state", act)
 
     def replica_folder(self, vm: str) -> str:
         """Where a VM's replica images lie."""

@@ -41,7 +41,11 @@ class IndexMap:
         self._map: mmap.mmap | None = None
         self._view = memoryview(b"")
         minimum = HEAD_SIZE + _FIRST_ENTRIES * ENTRY_SIZE
-        self._remap(max(self._size - self._size % mmap.PAGESIZE, minimum))
+        try:
+            self._remap(max(self._size - self._size % mmap.PAGESIZE, minimum))
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def _remap(self, size: int) -> None:
         system.allocate("index:allocate", self._fd, 0, size)

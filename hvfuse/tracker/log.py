@@ -16,6 +16,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,7 @@ import stringzilla
 import xxhash
 
 from hvfuse import spool, system
-from hvfuse.errors import CorruptError
+from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.extent import Buffer
 from hvfuse.formats import companion, hrl
 from hvfuse.formats.companion import MAX_ENTRY_LENGTH, AddressSpace, CompanionHeader, Entries, Kind
@@ -36,6 +37,10 @@ MAX_LOG_SIZE = 4 << 40
 """Bytes; a log that has come this far (by holes) is rotated: file systems end at 16 TiB."""
 
 _HOLE_XXH3 = xxhash.xxh3_64_intdigest(b"")
+
+
+Payload = tuple[Kind, int, bytes | int]
+"""(kind, offset, the bytes written or, for a hole, their number)."""
 
 
 class ReplicationLog:
@@ -54,6 +59,10 @@ class ReplicationLog:
         self._end = FIRST_DATA
         self._next_seq = head.first_seq
         self._block = hrl.HEADER_SIZE
+        self.stored = 0
+        """Bytes of payload; holes do not count."""
+        self.budget_check = 0
+        """What `stored` may come to before the VM's budget is looked at again."""
         self._pending_from = 0
         self._pending = 0
         self._described = 0
@@ -65,13 +74,20 @@ class ReplicationLog:
     def prepare(cls, folder: str, disk: str, head: IndexHead, index: IndexMap) -> ReplicationLog:
         """Make a log that stands by, over a spare if there is one. Raises OSError."""
         spool.take_spare(folder, disk, os.path.join(folder, spool.log_name(disk, head.serial)))
-        log = cls(folder, disk, head, index)
+        try:
+            log = cls(folder, disk, head, index)
+        except OSError:
+            spool.discard_log(folder, disk, os.path.join(folder, spool.log_name(disk, head.serial)))
+            raise
         try:
             index.begin(head)
             empty = hrl.pack_metadata_block(np.empty(0, companion.ENTRY_DTYPE), 0)
             system.pwrite("log:prepare", log._fd, log._header(eol=0).pack() + empty, 0)
+            # A guest's sync promises that the log is found again, by its name and beside its index map.
+            system.fsync_directory("log:prepare-directory", folder)
         except OSError:
             log.close()
+            spool.discard_log(folder, disk, log.path)
             raise
         return log
 
@@ -97,6 +113,7 @@ class ReplicationLog:
             log._described = int(blocks[-1])
             log._pending_from = int(numbers[blocks[-1]])
         log._pending = len(payloads) - log._described
+        log.stored = int(payloads["length"][payloads["kind"] == Kind.WRITE].sum())
         return log
 
     @property
@@ -134,6 +151,7 @@ class ReplicationLog:
         system.pwrite("log:append", self._fd, data, location)
         byte_sum = ~stringzilla.bytesum(data) & 0xFFFFFFFF
         self._append(offset, location, xxhash.xxh3_64_intdigest(data), length, byte_sum, Kind.WRITE)
+        self.stored += length
 
     def append_hole(self, kind: Kind, offset: int, length: int) -> None:
         """Log that a range reads as zeroes from now on. Raises OSError."""
@@ -148,7 +166,7 @@ class ReplicationLog:
     def _append(  # noqa: PLR0917 - hot path
         self, offset: int, location: int, xxh3: int, length: int, byte_sum: int, kind: Kind
     ) -> None:
-        timestamp = int(time.time()) - hrl.EPOCH
+        timestamp = hrl.hrl_time(time.time_ns())
         self.index.append(self._next_seq, offset, location, xxh3, length, byte_sum, timestamp, kind)
         self._next_seq += 1
         self._end = location + length
@@ -173,7 +191,7 @@ class ReplicationLog:
         """Note that everything before is durable, on the log and on the image."""
         if self._marked == self.index.count:
             return
-        timestamp = int(time.time()) - hrl.EPOCH
+        timestamp = hrl.hrl_time(time.time_ns())
         self.index.append(self._next_seq, 0, self._end, _HOLE_XXH3, 0, hrl.ZERO_CHECKSUM, timestamp, Kind.FLUSH)
         self._next_seq += 1
         self._marked = self.index.count
@@ -245,6 +263,7 @@ class ReplicationLog:
             disk_count=disk_count,
             address_space=space,
             flags=flags,
+            stored_bytes=self.stored,
             entries_digest=xxhash.xxh3_128_digest(entries.tobytes()),
         )
 
@@ -261,21 +280,45 @@ class ReplicationLog:
             total_metadata_entries=self._described,
         )
 
-    def last_payloads(self, count: int) -> list[tuple[Kind, int, bytes | int]]:
-        """The last `count` entries in log order: (kind, offset, payload, or length for holes)."""
-        found: list[tuple[Kind, int, bytes | int]] = []
-        for entry in self.index.entries(max(0, self.index.count - count)):
-            kind, offset, length = Kind(int(entry["kind"])), int(entry["offset"]), int(entry["length"])
-            if kind is Kind.WRITE:
-                payload = system.pread(self._fd, length, int(entry["location"]))
-                if xxhash.xxh3_64_intdigest(payload) != int(entry["xxh3"]):
-                    raise CorruptError(
-                        f"{self.path}: the payload at {int(entry['location'])} does not match its checksum"
-                    )
-                found.append((kind, offset, payload))
-            elif kind is not Kind.FLUSH:
-                found.append((kind, offset, length))
-        return found
+    def payloads(self, first: int, last: int) -> Iterator[Payload]:
+        """What the entries first <= number < last wrote, in log order, flush marks left out.
+
+        Raises CorruptError where a payload is not what it was.
+        """
+        for entry in self.index.entries(first)[: max(0, last - first)]:
+            payload = self._payload(entry)
+            if payload is not None:
+                yield payload
+
+    def proven_entries(self) -> int:
+        """How many entries, from the first, have the payload that they had: what a crash of the host left.
+
+        0 if the file is not the log that the index belongs to.
+        """
+        header = system.pread(self._fd, hrl.HEADER_SIZE, 0)
+        try:
+            if hrl.unpack_header(header).unique_id != self.head.unique_id:
+                return 0
+        except HvfuseError:
+            return 0
+        for number, entry in enumerate(self.index.entries()):
+            try:
+                self._payload(entry)
+            except CorruptError:
+                return number
+        return self.index.count
+
+    def _payload(self, entry: np.void) -> Payload | None:
+        """What an entry wrote, verified; None for a flush mark. Raises CorruptError."""
+        kind, offset, length = Kind(int(entry["kind"])), int(entry["offset"]), int(entry["length"])
+        if kind is Kind.FLUSH:
+            return None
+        if kind is not Kind.WRITE:
+            return kind, offset, length
+        data = system.pread(self._fd, length, int(entry["location"]))
+        if xxhash.xxh3_64_intdigest(data) != int(entry["xxh3"]):
+            raise CorruptError(f"{self.path}: the payload at {int(entry['location'])} does not match its checksum")
+        return kind, offset, data
 
     def close(self) -> None:
         """Let go of the file without sealing it; the file stays."""

@@ -1,58 +1,73 @@
-"""What the tracker makes of its files when it attaches: continue, recover, or ask for a copy.
+"""What the tracker makes of its files when it attaches: continue, recover, or ask for a resynchronisation.
 
 - Detached cleanly, and the image is as it was left: nothing to do.
 - The process died but the host lived on (same boot id): the page cache is whole. What the index maps
   hold is sealed, and the tail of the newest log is done again on the image, since the process may
-  have died between log and image.
-- Anything else (the host died, the image changed behind our back, a disk came or went) cannot be
-  continued by logs: a reason for a resynchronisation is returned.
+  have died between log and image. Nothing is resynchronised.
+- The host died: sealed logs are durable and stay; of an unsealed one counts the prefix whose entries and
+  payloads check out. It is done again on the image and then given up, and the hot regions become dirty:
+  only they are compared with the replica. What was synced by the guest is on the image already, and
+  in that prefix, so doing it again cannot take it back.
+- Anything else (the image changed behind our back, a disk came or went): the whole disks are compared.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hvfuse import spool, system
 from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.formats.companion import UNCLEAN, Kind
-from hvfuse.formats.tracking import IndexHead
+from hvfuse.formats.tracking import IndexHead, Scope
 from hvfuse.tracker.disk import TrackedDisk
 from hvfuse.tracker.index import IndexMap
 from hvfuse.tracker.log import ReplicationLog
+from hvfuse.tracker.regions import DIRTY
+from hvfuse.tracker.resync import Tracked, origin_generation, regions_of
 from hvfuse.tracker.state import TrackingState
 
 REDONE = 128
 """Entries at a log's tail that are done again. Writes are handled one at a time, so one would do."""
 
-Tracked = tuple[TrackedDisk, TrackingState]
+_MIB = 1 << 20
 
 
-def recover(disks: list[Tracked], *, now_ns: int) -> tuple[str | None, str | None]:
-    """Bring the disks to a state from which their generation continues.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """`reason`: why a resynchronisation is required, None if it is not; `scope`: of what; `report`: what
+    was recovered, in words, None if there was nothing to recover."""
 
-    Returns (reason why a resynchronisation is required or None, what was recovered in words or None).
-    """
+    reason: str | None = None
+    scope: Scope = Scope.NONE
+    report: str | None = None
+
+
+def recover(disks: list[Tracked], *, now_ns: int) -> Finding:
+    """Bring the disks to a state from which their generation continues, or say what is required."""
+    known = next((state.record.resync_reason for _, state in disks if state.record.resync_reason), None)
     if not any(state.record.is_tracked for _, state in disks):
-        return _known_reason(disks), None
-    reason = _known_reason(disks) or _membership_changed(disks) or _cannot_continue(disks)
-    if reason is not None:
-        return reason, None
+        return Finding(reason=known, scope=Scope.FULL if known else Scope.NONE)
+    # Marks know as little as logs of what happened behind the mount: this comes before anything recorded.
+    changed = _membership_changed(disks) or _changed_offline(disks)
+    if changed is not None or known is not None:
+        recorded = max(state.record.scope for _, state in disks)
+        return Finding(reason=changed or known, scope=recorded if changed is None else Scope.FULL)
     if all(state.record.detached_cleanly for _, state in disks):
-        return None, None
+        return Finding()
+    boot = system.boot_id()
+    stopped = [disk.name for disk, state in disks if not state.record.detached_cleanly and state.record.boot_id != boot]
     try:
-        return None, _recover_logs(disks, now_ns=now_ns)
+        if stopped:
+            return _recover_from_power_loss(disks)
+        return Finding(report=_recover_logs(disks, now_ns=now_ns))
     except (HvfuseError, OSError) as error:
-        return f"the logs left by a crash could not be taken up: {error}", None
-
-
-def _known_reason(disks: list[Tracked]) -> str | None:
-    return next((state.record.resync_reason for _, state in disks if state.record.resync_reason), None)
+        return Finding(reason=f"the logs left by a crash could not be taken up: {error}", scope=Scope.FULL)
 
 
 def _membership_changed(disks: list[Tracked]) -> str | None:
-    generations = {state.record.generation for _, state in disks}
+    generations = {origin_generation(state.record) for _, state in disks}
     if len(generations) > 1:
         added = [disk.name for disk, state in disks if not state.record.is_tracked]
         return f"{', '.join(added) or 'a disk'} was added or exchanged while the VM was not mounted"
@@ -62,13 +77,10 @@ def _membership_changed(disks: list[Tracked]) -> str | None:
     return None
 
 
-def _cannot_continue(disks: list[Tracked]) -> str | None:
-    boot = system.boot_id()
+def _changed_offline(disks: list[Tracked]) -> str | None:
     for disk, state in disks:
         record = state.record
         if not record.detached_cleanly:
-            if record.boot_id != boot:
-                return f"the host stopped while {disk.name} was attached"
             continue
         stat = os.fstat(disk.fd)
         if stat.st_ino != record.image_inode:
@@ -80,12 +92,114 @@ def _cannot_continue(disks: list[Tracked]) -> str | None:
     return None
 
 
+# Unsealed logs ------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class _Unsealed:
     disk: TrackedDisk
     state: TrackingState
     index: IndexMap
     head: IndexHead
+
+
+def _unsealed(disk: TrackedDisk, state: TrackingState) -> list[_Unsealed]:
+    """The disk's logs that took writes and were not sealed, oldest first."""
+    files = {serial for serial, _ in spool.unsealed_logs(disk.folder, disk.name)}
+    found = []
+    for index in disk.index_maps():
+        head = index.head()
+        if (
+            head is not None
+            and head.active
+            and head.generation == state.record.generation
+            and head.disk_id == state.record.disk_id
+            and head.cycle > state.record.cycle
+            and head.serial in files
+        ):
+            found.append(_Unsealed(disk, state, index, head))
+    return sorted(found, key=lambda log: log.head.cycle)
+
+
+def _catch_up_with_companions(disk: TrackedDisk, state: TrackingState) -> None:
+    """A companion that became durable just before the death is ahead of the state."""
+    for log in spool.list_logs(disk.folder):
+        header = log.header
+        if log.disk == disk.name and header.generation == state.record.generation and header.cycle > state.record.cycle:
+            header, _ = spool.read_companion(log.companion_path)  # verified; perhaps compacted since it was listed
+            disk.note_sealed(header)
+
+
+def _drop_rest(disks: list[Tracked]) -> None:
+    """No log is in use any more. A head that is left over would be taken for that of the log which gets its
+    cycle and serial next."""
+    for disk, _ in disks:
+        for index in disk.index_maps():
+            index.forget()
+        disk.drop_strays()
+
+
+# The host died ------------------------------------------------------------------------------------
+
+
+def _recover_from_power_loss(disks: list[Tracked]) -> Finding:
+    """Redo what the logs prove, keep the cycles that are whole, mark the rest for comparison."""
+    redone = 0
+    for disk, state in disks:
+        _catch_up_with_companions(disk, state)
+        redone += _redo_durable_tail(_unsealed(disk, state))
+        system.fdatasync("recovery:image", disk.fd)
+        regions_of(disk).mark_hot_dirty()
+    _give_up_partial_cycles(disks)
+    _drop_rest(disks)
+    # Where no first copy is complete, marks add to nothing.
+    scope = max([Scope.REGIONS] + [state.record.scope for _, state in disks])
+    marked = sum(regions_of(disk).count(DIRTY) for disk, _ in disks)
+    doubtful = sum(extent.length for disk, _ in disks for extent in regions_of(disk).extents(DIRTY, disk.size()))
+    total = sum(disk.size() for disk, _ in disks)
+    reason = (
+        f"the host stopped while the VM was attached: {marked} regions, {_size(doubtful)} of {_size(total)} to compare"
+    )
+    if scope is Scope.FULL:
+        reason = f"the host stopped before the first copy was complete: {_size(total)} to compare"
+    return Finding(reason=reason, scope=scope, report=f"{reason}; {redone} logged writes done again")
+
+
+def _redo_durable_tail(logs: Sequence[_Unsealed]) -> int:
+    """Do again what the unsealed logs prove. An older log only if it is complete: beyond its first damaged
+    entry lie newer writes that may be on the image, and that a sync during a later log may have promised."""
+    recovered = [ReplicationLog.recover(log.disk.folder, log.disk.name, log.head, log.index) for log in logs]
+    proven = [log.proven_entries() for log in recovered]
+    first = 0
+    for number in range(len(logs) - 1):
+        if logs[number].head.first_seq + proven[number] != logs[number + 1].head.first_seq:
+            first = number + 1
+    for left, log, count in list(zip(logs, recovered, proven, strict=True))[first:]:
+        if left.head.start_size != left.head.previous_size:
+            system.truncate("recovery:truncate", left.disk.fd, left.head.start_size)
+        for payload in log.payloads(0, count):
+            _redo(left.disk.fd, *payload)
+    for log in recovered:
+        log.close()
+    return sum(proven[first:])
+
+
+def _give_up_partial_cycles(disks: list[Tracked]) -> None:
+    """A cycle that not all disks had sealed cannot be shipped: what it holds is marked instead."""
+    partial = [cycle for cycle in spool.list_cycles(disks[0][0].folder) if not cycle.is_whole]
+    for disk, _ in disks:
+        for log in (log for cycle in partial for log in cycle.logs if log.disk == disk.name):
+            regions_of(disk).mark_entries(log.entries())
+            regions_of(disk).mark_cut(log.header.previous_size, log.header.start_size)
+        regions_of(disk).save()
+    spool.release(partial)
+
+
+def _size(count: int) -> str:
+    return f"{count / _MIB:.1f} MiB" if count < 1024 * _MIB else f"{count / _MIB / 1024:.1f} GiB"
+
+
+# The process died ---------------------------------------------------------------------------------
 
 
 def _recover_logs(disks: list[Tracked], *, now_ns: int) -> str:
@@ -103,11 +217,7 @@ def _recover_logs(disks: list[Tracked], *, now_ns: int) -> str:
         sealed_ns = later[0] if later else _sealed_instant(disks, cycle) or now_ns
         for log in logs:
             entries += _seal(log, sealed_ns=sealed_ns, disk_count=len(disks), is_newest=cycle == newest, left=left)
-    for disk, _ in disks:
-        # A head that is left over would be taken for that of the log which gets its cycle and serial next.
-        for index in disk.index_maps():
-            index.forget()
-        disk.drop_strays()
+    _drop_rest(disks)
     return f"the tracker had died; {entries} logged writes were taken up"
 
 
@@ -126,32 +236,6 @@ def _demand_empty(given_up: Iterable[_Unsealed]) -> None:
             raise CorruptError(f"{log.index.path}: writes were logged for a cycle to which not all disks had come")
 
 
-def _catch_up_with_companions(disk: TrackedDisk, state: TrackingState) -> None:
-    """A companion that became durable just before the death is ahead of the state."""
-    for log in spool.list_logs(disk.folder):
-        header = log.header
-        if log.disk == disk.name and header.generation == state.record.generation and header.cycle > state.record.cycle:
-            log.entries()
-            disk.note_sealed(header)
-
-
-def _unsealed(disk: TrackedDisk, state: TrackingState) -> list[_Unsealed]:
-    files = {serial for serial, _ in spool.unsealed_logs(disk.folder, disk.name)}
-    found = []
-    for index in disk.index_maps():
-        head = index.head()
-        if (
-            head is not None
-            and head.active
-            and head.generation == state.record.generation
-            and head.disk_id == state.record.disk_id
-            and head.cycle > state.record.cycle
-            and head.serial in files
-        ):
-            found.append(_Unsealed(disk, state, index, head))
-    return found
-
-
 def _sealed_instant(disks: list[Tracked], cycle: int) -> int | None:
     """The barrier of a cycle that some disks sealed before the death."""
     for log in spool.list_logs(disks[0][0].folder):
@@ -164,7 +248,10 @@ def _seal(log: _Unsealed, *, sealed_ns: int, disk_count: int, is_newest: bool, l
     """Returns how many entries the log held."""
     recovered = ReplicationLog.recover(log.disk.folder, log.disk.name, log.head, log.index)
     if is_newest:
-        _redo(log, recovered)
+        if recovered.entry_count == 0 and log.disk.size() != log.head.start_size:
+            system.truncate("recovery:truncate", log.disk.fd, log.head.start_size)
+        for payload in recovered.payloads(max(0, recovered.entry_count - REDONE), recovered.entry_count):
+            _redo(log.disk.fd, *payload)
         end_size = log.disk.size()
     else:
         after = [other.head for other in left if other.disk is log.disk and other.head.cycle == log.head.cycle + 1]
@@ -182,15 +269,10 @@ def _seal(log: _Unsealed, *, sealed_ns: int, disk_count: int, is_newest: bool, l
     return header.entry_count
 
 
-def _redo(log: _Unsealed, recovered: ReplicationLog) -> None:
-    """Do the log's tail again on the image, in order; doing it twice changes nothing."""
-    fd = log.disk.fd
-    if recovered.entry_count == 0 and log.disk.size() != log.head.start_size:
-        system.truncate("recovery:truncate", fd, log.head.start_size)
-    for kind, offset, payload in recovered.last_payloads(REDONE):
-        if kind is Kind.WRITE:
-            assert isinstance(payload, bytes)
-            system.pwrite("recovery:redo", fd, payload, offset)
-        else:
-            assert isinstance(payload, int)
-            system.write_zeroes("recovery:redo", fd, offset, payload)
+def _redo(fd: int, kind: Kind, offset: int, payload: bytes | int) -> None:
+    """Do a logged write again; doing it twice changes nothing."""
+    if isinstance(payload, bytes):
+        system.pwrite("recovery:redo", fd, payload, offset)
+    else:
+        assert kind is not Kind.WRITE
+        system.write_zeroes("recovery:redo", fd, offset, payload)

@@ -3,7 +3,9 @@
 The main thread belongs to FUSE; one thread of the control socket takes requests (`hvfuse.wire`):
 
     status                          -> `TrackedVm.status`, and "mountpoint", "pid", "barriers"
-    begin    generation             -> begin a generation; as status
+    regions                         -> "scope", "disks": what has to be compared with the replica
+    begin    generation, scope      -> begin a generation; as status. scope: "full" (default), "regions"
+    resynced generation             -> {}; the target has the copy that began it
     rotate                          -> "generation", "cycle", "sealed_ns", "barrier_ns"
     release  generation, cycle      -> {}
     stop     force (default false)  -> {}; BusyError while somebody uses the mount, unless forced
@@ -15,26 +17,32 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from typing import Any
 
 from hvfuse import wire
 from hvfuse.errors import UsageError
+from hvfuse.formats.tracking import Scope
 from hvfuse.mountpoint import check_mountpoint, clear_dead_mount, stop, unmount
 from hvfuse.tracker.mount import serve
-from hvfuse.tracker.vm import TrackedVm
+from hvfuse.tracker.vm import HARD_LIMIT, TrackedVm
 
 SOCKET_NAME = "tracker.sock"
 
 
-def run_tracker(*, vm: str, folder: str, mountpoint: str, state_dir: str, exclude: frozenset[str]) -> None:
+def run_tracker(
+    *, vm: str, folder: str, mountpoint: str, state_dir: str, exclude: frozenset[str], hard_limit: float = HARD_LIMIT
+) -> None:
     """Serve one VM until it is unmounted or told to stop. Blocks; belongs in the main thread.
+
+    `hard_limit`: part of the disks' size that logs may take before they are given up.
 
     Raises NotFoundError, BusyError, CorruptError, UnsupportedError or PrerequisiteError before
     anything is mounted.
     """
     clear_dead_mount(mountpoint)
     check_mountpoint(mountpoint)
-    tracked = TrackedVm(vm, folder, exclude=exclude)
+    tracked = TrackedVm(vm, folder, exclude=exclude, hard_limit=hard_limit)
     tracked.attach()
     control = TrackerControl(tracked, mountpoint)
     listener: wire.Listener | None = None
@@ -64,30 +72,48 @@ class TrackerControl:
         self._vm = vm
         self._mountpoint = mountpoint
 
+        self._answers: dict[str, Callable[[wire.Message], dict[str, Any]]] = {
+            "status": lambda request: self._status(),
+            "regions": lambda request: vm.regions(),
+            "begin": self._begin,
+            "resynced": self._resynced,
+            "rotate": self._rotate,
+            "release": self._release,
+            "stop": self._stop,
+        }
+
     def handle(self, request: wire.Message) -> dict[str, Any]:
         """One request. Raises HvfuseErrors, which travel to the other side."""
-        match request.get("op"):
-            case "status":
-                return self._status()
-            case "begin":
-                self._vm.begin(_generation(request))
-                return self._status()
-            case "rotate":
-                rotation = self._vm.rotate()
-                return {
-                    "generation": rotation.generation.hex(),
-                    "cycle": rotation.cycle,
-                    "sealed_ns": rotation.sealed_ns,
-                    "barrier_ns": rotation.barrier_ns,
-                }
-            case "release":
-                self._vm.release(_generation(request), int(request["cycle"]))
-                return {}
-            case "stop":
-                (stop if request.get("force") else unmount)(self._mountpoint)
-                return {}
-            case other:
-                raise UsageError(f"the tracker knows no request {other!r}")
+        answer = self._answers.get(str(request.get("op")))
+        if answer is None:
+            raise UsageError(f"the tracker knows no request {request.get('op')!r}")
+        return answer(request)
+
+    def _begin(self, request: wire.Message) -> dict[str, Any]:
+        scope = Scope.REGIONS if request.get("scope") == "regions" else Scope.FULL
+        self._vm.begin(_generation(request), scope)
+        return self._status()
+
+    def _resynced(self, request: wire.Message) -> dict[str, Any]:
+        self._vm.resynced(_generation(request))
+        return {}
+
+    def _rotate(self, _request: wire.Message) -> dict[str, Any]:
+        rotation = self._vm.rotate()
+        return {
+            "generation": rotation.generation.hex(),
+            "cycle": rotation.cycle,
+            "sealed_ns": rotation.sealed_ns,
+            "barrier_ns": rotation.barrier_ns,
+        }
+
+    def _release(self, request: wire.Message) -> dict[str, Any]:
+        self._vm.release(_generation(request), int(request["cycle"]))
+        return {}
+
+    def _stop(self, request: wire.Message) -> dict[str, Any]:
+        (stop if request.get("force") else unmount)(self._mountpoint)
+        return {}
 
     def _status(self) -> dict[str, Any]:
         return {**self._vm.status(), "mountpoint": self._mountpoint, "pid": os.getpid()}

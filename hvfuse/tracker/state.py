@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -13,7 +14,8 @@ from hvfuse import spool, system
 from hvfuse.errors import BusyError, HvfuseError
 from hvfuse.formats import tracking
 from hvfuse.formats.companion import AddressSpace
-from hvfuse.formats.tracking import RECORD_SIZE, STATE_SIZE, TrackingRecord
+from hvfuse.formats.tracking import MAP_OFFSET, MAP_SIZE, RECORD_SIZE, STATE_SIZE, TrackingRecord
+from hvfuse.tracker.regions import RegionMap
 
 
 class TrackingState:
@@ -23,7 +25,7 @@ class TrackingState:
     disk, CorruptError or UnsupportedError for a file that cannot be read.
     """
 
-    def __init__(self, folder: str, disk: str, *, address_space: AddressSpace) -> None:
+    def __init__(self, folder: str, disk: str, *, address_space: AddressSpace, region_size: int) -> None:
         self.path = os.path.join(folder, spool.state_name(disk))
         self._changing = threading.Lock()
         is_new = not os.path.exists(self.path)
@@ -31,7 +33,7 @@ class TrackingState:
         try:
             self._lock()
             if is_new or os.fstat(self._fd).st_size < STATE_SIZE:
-                self._create(folder, address_space)
+                self._create(folder, address_space, region_size)
             else:
                 self.record = self._read()
         except BaseException:
@@ -47,10 +49,10 @@ class TrackingState:
                 hint="hvfuse status shows which VMs are mounted",
             ) from None
 
-    def _create(self, folder: str, address_space: AddressSpace) -> None:
+    def _create(self, folder: str, address_space: AddressSpace, region_size: int) -> None:
         """A file shorter than a state is one whose creation was cut off: nothing was tracked yet."""
         system.allocate("state:allocate", self._fd, 0, STATE_SIZE)
-        self.record = TrackingRecord(disk_id=uuid.uuid4().bytes, address_space=address_space)
+        self.record = TrackingRecord(disk_id=uuid.uuid4().bytes, address_space=address_space, region_size=region_size)
         self.update()
         system.fsync_directory("state:directory", folder)
 
@@ -72,6 +74,23 @@ class TrackingState:
             system.pwrite("state:write", self._fd, record.pack(), record.write_number % 2 * RECORD_SIZE)
             system.fdatasync("state:sync", self._fd)
             self.record = record
+
+    def give_up(self) -> None:
+        """The record cannot be written: without a file the disk is a new one, here as at the next attach."""
+        with contextlib.suppress(OSError):
+            system.unlink("state:give-up", self.path, missing_ok=True)
+        self.record = replace(self.record, generation=tracking.NOT_TRACKED)
+
+    def regions(self) -> RegionMap:
+        """The disk's region map, as it is on disk."""
+        marks = system.pread(self._fd, MAP_SIZE, MAP_OFFSET)
+        return RegionMap(marks, size=self.record.region_size, store=self._store_map, sync=self._sync_map)
+
+    def _store_map(self, marks: bytes) -> None:
+        system.pwrite("regions:write", self._fd, marks, MAP_OFFSET)
+
+    def _sync_map(self) -> None:
+        system.fdatasync("regions:sync", self._fd)
 
     def close(self) -> None:
         """Let go of the disk."""

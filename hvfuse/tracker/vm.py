@@ -4,30 +4,41 @@ Locks, always taken in this order:
 
 - `_rotation` serialises what changes logs: begin, rotate, resize, release, detach. Whoever seals holds
   it, so a log is sealed before the next switch needs its index map.
-- `gate` is held by every write and by the switch. It forbids that a write lands between the switch
-  of one disk and that of the next, and that a payload goes to a log while it is switched away.
-  Nothing is synced or sealed under it, so the barrier lasts microseconds, not disk time.
+- `gate` is held by every write, by the switch, and by whatever changes marks or ends logging. It forbids that
+  a write lands between the switch of one disk and that of the next, and that a payload goes to a log while
+  it is switched away. Logs are sealed and images synced outside of it, so the barrier itself lasts
+  microseconds; it waits for a write that is marking a cold region, which takes a sync.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hvfuse import spool, system
-from hvfuse.errors import NotFoundError, ResyncRequiredError
+from hvfuse.errors import (
+    BusyError,
+    HvfuseError,
+    NotFoundError,
+    ResyncRequiredError,
+    UnsupportedError,
+    UsageError,
+)
 from hvfuse.formats.image import is_disk_name, probe_for_tracking
-from hvfuse.formats.tracking import NOT_TRACKED
-from hvfuse.tracker import recovery
+from hvfuse.formats.tracking import NOT_TRACKED, Scope
+from hvfuse.tracker import recovery, resync
 from hvfuse.tracker.disk import TrackedDisk, address_space
+from hvfuse.tracker.regions import HOT, greatest_size, region_size
 from hvfuse.tracker.state import TrackingState
 
-_BARRIERS_KEPT = 1024
+HARD_LIMIT = 0.5
+"""Part of the disks' size that logs may take before they are given up, as in Hyper-V Replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,10 @@ class Rotation:
     barrier_ns: int
 
 
+LEAST_LIMIT = 8 << 20
+"""Bytes that the logs may always take, however small the disks."""
+
+
 class TrackedVm:
     """The disks directly in `folder`, those in `exclude` left out of tracking (they are still served)."""
 
@@ -49,6 +64,7 @@ class TrackedVm:
         folder: str,
         *,
         exclude: frozenset[str] = frozenset(),
+        hard_limit: float = HARD_LIMIT,
         clock: system.Clock | None = None,
     ) -> None:
         self.name = name
@@ -56,8 +72,10 @@ class TrackedVm:
         self.gate = threading.Lock()
         self.disks: dict[str, TrackedDisk] = {}
         self.recovered: str | None = None
-        self.barriers_ns: deque[int] = deque(maxlen=_BARRIERS_KEPT)
         self._exclude = exclude
+        self._hard_limit = hard_limit
+        self._sealed_bytes = 0
+        self._lost: str | None = None
         self._clock: system.Clock = clock or system.SystemClock()
         self._rotation = threading.RLock()
         self._generation = NOT_TRACKED
@@ -88,22 +106,36 @@ class TrackedVm:
             raise
 
     def _open(self, name: str) -> TrackedDisk:
-        info = probe_for_tracking(os.path.join(self.folder, name))
+        path = os.path.join(self.folder, name)
+        _refuse_other_ways_in(path)
+        info = probe_for_tracking(path)
         state = None
         if name not in self._exclude:
-            state = TrackingState(self.folder, name, address_space=address_space(info.format))
+            state = TrackingState(
+                self.folder,
+                name,
+                address_space=address_space(info.format),
+                region_size=region_size(greatest_size(info)),
+            )
         return TrackedDisk(self.folder, info, self, state=state)
 
     def _resume(self) -> None:
         """Continue the generation if every disk allows it; else remember why not, durably."""
         disks = self._tracked()
-        reason, self.recovered = recovery.recover(disks, now_ns=self._clock.now_ns())
+        found = recovery.recover(disks, now_ns=self._clock.now_ns())
+        self.recovered = found.report
         boot = system.boot_id()
-        for _, state in disks:
-            state.update(detached_cleanly=False, boot_id=boot, resync_reason=reason)
+        for disk, state in disks:
+            wider = max(found.scope, state.record.scope)
+            state.update(detached_cleanly=False, boot_id=boot, resync_reason=found.reason, scope=wider)
+            disk.marks_only = found.reason is not None and wider is Scope.REGIONS
+            if found.reason is not None:
+                # Where a sync has failed, the page cache may show what is not on the disk.
+                os.posix_fadvise(disk.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         if disks:
             self._generation, self._cycle = disks[0][1].record.generation, disks[0][1].record.cycle
-        if reason is None and self._generation != NOT_TRACKED:
+        self._count_sealed()
+        if found.reason is None and self._generation != NOT_TRACKED:
             with contextlib.suppress(ResyncRequiredError):  # the disks are served all the same
                 self._start_logs()
 
@@ -128,7 +160,14 @@ class TrackedVm:
                     self._seal(now)
             for disk, state in self._tracked():
                 disk.drop_logs()
-                system.fsync("detach:image", disk.fd)
+                try:
+                    disk.sync_image("detach:image", datasync=False)
+                except OSError as error:
+                    with self.gate:
+                        self.degrade(f"{disk.name} could not be synced: {error.strerror}")
+                    continue  # and it is not noted as detached cleanly
+                if state.record.resync_reason is None:
+                    resync.regions_of(disk).clear(HOT)
                 stat = os.fstat(disk.fd)
                 state.update(
                     detached_cleanly=True,
@@ -155,13 +194,15 @@ class TrackedVm:
     def resync_reason(self) -> str | None:
         """Why a resynchronisation is required; None when it is not."""
         reasons = (state.record.resync_reason for _, state in self._tracked())
-        return next((reason for reason in reasons if reason is not None), None)
+        return next((reason for reason in reasons if reason is not None), self._lost)
 
-    def begin(self, generation: bytes) -> None:
+    def begin(self, generation: bytes, scope: Scope = Scope.FULL) -> None:
         """Begin a generation: from one instant on, all writes to all disks are logged, as cycle 1.
 
-        Idempotent for the generation in progress. Earlier logs are given up: a copy is to follow.
-        Raises OSError, ResyncRequiredError.
+        A copy of the given scope is to follow; `resynced` says that the target has it. Logs that the
+        target has not acknowledged are given up; for scope REGIONS what they hold is marked.
+        Idempotent for the generation in progress. Raises OSError, ResyncRequiredError (the scope is too
+        narrow).
         """
         with self._rotation:
             if self.is_logging and self._generation == generation:
@@ -169,29 +210,43 @@ class TrackedVm:
             disks = self._tracked()
             if not disks:
                 raise NotFoundError(f"{self.name}: every disk is excluded from replication")
+            if scope is Scope.REGIONS and resync.scope(disks) is Scope.FULL:
+                raise ResyncRequiredError(f"{self.name}: marked regions are not enough: {self.resync_reason}")
             # Until the new generation stands on disk for all disks, a death in here must not leave a
-            # state that looks continuous.
-            for _, state in disks:
-                state.update(resync_reason="a new generation was being begun")
+            # state that looks continuous: the reason stays until then.
             with self.gate:
-                for disk, _ in disks:
-                    disk.drop_logs()
+                self.degrade(self.resync_reason or "a new generation was being begun", full=scope is Scope.FULL)
+            if scope is Scope.REGIONS and resync.scope(disks) is not Scope.REGIONS:
+                raise ResyncRequiredError(f"{self.name}: the marked regions are not enough: {self.resync_reason}")
             for disk, _ in disks:
                 disk.drop_retired()
                 disk.drop_strays()
-            for _, state in disks:
-                state.update(
-                    generation=generation,
-                    cycle=0,
-                    digest=bytes(16),
-                    unique_id=bytes(16),
-                    disk_count=len(disks),
-                )
-            spool.clear(self.folder)
+            resync.begin(disks, generation, scope)
             self._generation, self._cycle = generation, 0
+            self._count_sealed()
             self._start_logs()
+            self._sync_images()
             for _, state in disks:
                 state.update(resync_reason=None)
+            self._lost = None
+
+    def _sync_images(self) -> None:
+        """What was written before the logs began is in no hot region, and the copy that follows takes it
+        from the page cache: it must not be lost here once the replica has it. Raises ResyncRequiredError."""
+        try:
+            for disk, _ in self._tracked():
+                disk.sync_image("begin:image")
+        except OSError as error:
+            self._give_up(f"an image could not be synced: {error.strerror}")
+
+    def resynced(self, generation: bytes) -> None:
+        """The target has the copy that began `generation`. Idempotent. Raises OSError, UsageError."""
+        with self._rotation:
+            if generation != self._generation:
+                raise UsageError(f"{self.name}: generation {generation.hex()} is not the one in progress")
+            with self.gate:
+                if any(state.record.resyncing for _, state in self._tracked()):
+                    resync.finish(self._tracked())
 
     def rotate(self) -> Rotation:
         """Seal the cycle in progress. When this returns, its logs are durable and in the spool.
@@ -204,11 +259,16 @@ class TrackedVm:
     def rotate_for(self, disk: TrackedDisk, new_size: int | None) -> None:
         """Rotate, and resize `disk` within the barrier: the new size belongs to the next cycle."""
         with self._rotation:
+            if new_size is not None:
+                with self.gate:
+                    disk.about_to_shrink(new_size)
             if disk.log is not None:
                 # Where logging ends, durably noted, the guest's operation goes on without it.
                 with contextlib.suppress(ResyncRequiredError):
                     self._rotate(resized=disk if new_size is not None else None, new_size=new_size or 0)
             if new_size is not None and disk.size() != new_size:
+                with self.gate:
+                    disk.about_to_shrink(new_size)
                 system.truncate("disk:truncate", disk.fd, new_size)
 
     def _rotate(self, *, resized: TrackedDisk | None = None, new_size: int = 0) -> Rotation:
@@ -221,11 +281,11 @@ class TrackedVm:
             now = self._clock.now_ns()
             for disk in disks:
                 disk.switch(now_ns=now, start_size=new_size if disk is resized else None)
-            if resized is not None:
-                self._resize_image(resized, new_size)
+            refused = self._resize_image(resized, new_size) if resized is not None else None
             barrier = time.perf_counter_ns() - started
-        self.barriers_ns.append(barrier)
         self._seal(now)
+        if refused is not None:
+            raise refused
         return Rotation(self._generation, self._cycle, now, barrier)
 
     def _prepare(self, cycle: int) -> None:
@@ -235,13 +295,14 @@ class TrackedVm:
         except OSError as error:
             self._give_up(f"no log could be made: {error.strerror}")
 
-    def _resize_image(self, disk: TrackedDisk, new_size: int) -> None:
-        """Caller holds the gate; the new log already says `new_size`, so a failure must not keep it."""
+    def _resize_image(self, disk: TrackedDisk, new_size: int) -> OSError | None:
+        """Returns what refused the size, which the new log then does not claim. Caller holds the gate."""
         try:
             system.truncate("disk:truncate", disk.fd, new_size)
         except OSError as error:
-            self.degrade(f"{disk.name} could not be resized: {error.strerror}")
-            raise
+            disk.resize_refused()
+            return error
+        return None
 
     def _seal(self, sealed_ns: int) -> None:
         """Seal all logs that were switched away from, then have the next ones stand by."""
@@ -252,21 +313,44 @@ class TrackedVm:
         except OSError as error:
             self._give_up(f"a log could not be sealed: {error.strerror}")
         self._cycle += 1
+        self._count_sealed()
+        with self.gate:
+            self._settle()
         if self.is_logging:
             with contextlib.suppress(OSError):  # tried again, in earnest, when the next rotation needs it
                 for disk, _ in disks:
                     disk.prepare(generation=self._generation, cycle=self._cycle + 2)
 
-    def degrade(self, reason: str) -> None:
-        """Stop logging for all disks, durably; the guest's writes go on. Caller holds the gate."""
-        for disk, state in self._tracked():
-            try:
-                state.update(resync_reason=reason)
-            except OSError:
-                # With neither log nor mark the disk would look whole at the next attach; without a
-                # state file it looks new, which means a full copy as well.
-                system.unlink("state:give-up", state.path, missing_ok=True)
-            disk.drop_logs()
+    def _settle(self) -> None:
+        """Log and image of all disks are durable up to the last switch. Caller holds the gate."""
+        try:
+            for disk, _ in self._tracked():
+                if disk.log is not None:
+                    resync.regions_of(disk).settle()
+        except OSError as error:
+            self.degrade(f"a region map could not be written: {error.strerror}")
+
+    def degrade(self, reason: str, *, full: bool = False) -> None:
+        """Stop logging for all disks, durably; the guest's writes go on, and mark their regions unless
+        a full resynchronisation is required anyhow. Caller holds the gate."""
+        self._lost = reason
+        scope = resync.lose_logs(self._tracked(), reason, full=full)
+        for disk, _ in self._tracked():
+            disk.marks_only = scope is Scope.REGIONS
+
+    def over_budget(self) -> str | None:
+        """Why the logs must not grow any more; None while they may. Caller holds the gate."""
+        disks = [disk for disk, _ in self._tracked()]
+        active = sum(disk.log.stored for disk in disks if disk.log is not None)
+        capacity = sum(max(disk.capacity, disk.size()) for disk in disks)
+        if self._sealed_bytes + active <= max(self._hard_limit * capacity, LEAST_LIMIT):
+            return None
+        return f"the logs that the target has not taken have reached {self._hard_limit:.0%} of the disks' size"
+
+    def _count_sealed(self) -> None:
+        """Look at what waits in the spool. A log that cannot be read is the shipper's to complain of."""
+        with contextlib.suppress(HvfuseError, OSError):
+            self._sealed_bytes = sum(log.header.stored_bytes for log in spool.list_logs(self.folder))
 
     def _give_up(self, reason: str) -> NoReturn:
         with self.gate:
@@ -284,10 +368,28 @@ class TrackedVm:
             )
 
     def release(self, generation: bytes, cycle: int) -> None:
-        """Recycle the sealed logs of `generation` up to `cycle`, and those of all other generations."""
+        """Recycle the sealed logs of `generation`, the one in progress, up to `cycle`, and those of all
+        others. Raises UsageError, OSError."""
         with self._rotation:
+            if generation != self._generation or not self.disks:
+                raise UsageError(f"{self.name}: generation {generation.hex()} is not the one in progress")
+            resync.acknowledge(self._tracked(), cycle)
             cycles = spool.list_cycles(self.folder)
             spool.release([c for c in cycles if c.generation != generation or c.cycle <= cycle])
+            self._count_sealed()
+
+    def regions(self) -> dict[str, Any]:
+        """What has to be compared with the replica, for the control socket: offsets and lengths in bytes."""
+        with self.gate:
+            disks = self._tracked()
+            scope = resync.scope(disks)
+            return {
+                "scope": resync.status(disks)["resync_scope"],
+                "disks": [
+                    {"disk_id": state.record.disk_id.hex(), "extents": resync.extents(disk, scope)}
+                    for disk, state in disks
+                ],
+            }
 
     def _tracked(self) -> list[tuple[TrackedDisk, TrackingState]]:
         return [(disk, disk.state) for disk in self.disks.values() if disk.state is not None]
@@ -300,6 +402,7 @@ class TrackedVm:
             "generation": self._generation.hex() if self._generation != NOT_TRACKED else None,
             "cycle": self._cycle + 1,
             "resync_required": self.resync_reason,
+            **resync.status(self._tracked()),
             "recovered": self.recovered,
             "untracked": sorted(present - set(self.disks)),
             "excluded": sorted(name for name, disk in self.disks.items() if disk.state is None),
@@ -312,7 +415,34 @@ class TrackedVm:
                     "log_bytes": disk.log.size if disk.log is not None else 0,
                     "log_entries": disk.log.entry_count if disk.log is not None else 0,
                     "open_handles": disk.open_handles,
+                    "resync_bytes": sum(length for _, length in resync.extents(disk, resync.scope(self._tracked()))),
                 }
                 for disk, state in self._tracked()
             ],
         }
+
+
+def _refuse_other_ways_in(path: str) -> None:
+    """A disk must have no name but its own, and nobody may be writing to it: that would bypass the log.
+
+    Raises BusyError, UnsupportedError, OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if os.fstat(fd).st_nlink > 1:
+            raise UnsupportedError(
+                f"{path}: has a hard link; what is written through the other name would not be logged",
+                hint="remove the other name, or make it a copy",
+            )
+        # The kernel grants a read lease only where no descriptor is open for writing.
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except BlockingIOError:
+        raise BusyError(
+            f"{path}: another program has it open for writing", hint="it can be mounted once that has ended"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise  # those: a file system without leases
+    finally:
+        os.close(fd)

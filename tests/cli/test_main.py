@@ -102,6 +102,20 @@ def test_with_json_an_error_is_one_object_on_stdout_as_well(
     assert captured.err == "hvfuse: in use\n"
 
 
+def test_an_error_is_one_line_whatever_a_path_holds(
+    failing: list[BaseException], capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing.append(BusyError("a\nb\x1b[2J\udcff: in use", hint="mv 'a\nb' c"))
+    assert run("status") == 6
+    assert capsys.readouterr().err == "hvfuse: a\\nb\\x1b[2J\\udcff: in use\n  hint: mv 'a\\nb' c\n"
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("stauts", "status"), ("umoutn", "umount")])
+def test_a_misspelt_command_is_guessed(typed: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(typed) == 2
+    assert capsys.readouterr().err.splitlines()[0] == f"hvfuse: there is no command '{typed}'; did you mean {meant}?"
+
+
 OS_ERRORS = {
     errno.ENOSPC: 9,
     errno.EDQUOT: 9,

@@ -122,3 +122,13 @@ def test_umount_leaves_the_mounts_of_a_running_supervisor_to_it(hvfuse: CommandL
         assert hvfuse("umount", "vm") == 6
         assert f"with pid {os.getpid()}" in hvfuse.err
     assert hvfuse("umount", "vm") == 0
+
+
+def test_a_vm_whose_folder_was_renamed_can_be_unmounted_all_the_same(hvfuse: CommandLine) -> None:
+    disk = hvfuse.add_vm("vm")
+    assert hvfuse("mount", "vm") == 0
+    os.rename(hvfuse.root / "disks" / "vm", hvfuse.root / "elsewhere")
+    assert hvfuse("umount", "vm") == 0, hvfuse.err
+    assert not os.path.ismount(disk.parent)
+    assert hvfuse("umount", "nosuch") == 5
+    assert "there is no VM nosuch" in hvfuse.err

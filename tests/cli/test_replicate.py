@@ -50,8 +50,10 @@ def test_the_status_of_a_replicated_vm_has_exactly_these_fields(hvfuse: CommandL
     (vm,) = hvfuse.json("status")["vms"]
     assert list(vm) == [
         "name", "state", "health", "last_cycle", "last_replication_time", "rpo_seconds", "pending_bytes", "points",
-        "disks",
+        "disks", "reasons",
     ]  # fmt: skip
+    assert [list(reason) for reason in vm["reasons"]] == [["id", "health", "text", "next_command"]]
+    assert (vm["reasons"][0]["id"], vm["reasons"][0]["next_command"]) == ("shipper-down", "hvfuse run")
     assert (vm["name"], vm["state"], vm["last_cycle"], vm["points"]) == ("vm", "Replicating", report["cycle"], 1)
     assert 0 <= vm["rpo_seconds"] < 60
     assert vm["pending_bytes"] == 0
@@ -147,3 +149,24 @@ def test_a_test_failover_that_cannot_be_mounted_leaves_nothing(hvfuse: CommandLi
     assert hvfuse("failover", "test", "other", "--mount", str(tmp_path / "t")) == 5
     assert hvfuse("failover", "cleanup") == 2
     assert hvfuse.json("failover", "list")["tests"] == []
+
+
+def test_a_test_failover_is_not_to_be_mounted_over_what_is_in_use(hvfuse: CommandLine, disk: Path) -> None:
+    assert hvfuse("replicate", "vm") == 0
+    assert hvfuse("failover", "test", "vm", "--mount", str(disk.parent)) == 6
+    assert hvfuse.err.splitlines()[1] == "  hint: choose another directory"
+    assert hvfuse("failover", "list") == 0
+    assert hvfuse.out == ""
+
+
+def test_cleaning_up_after_a_vm_that_does_not_exist_is_refused(hvfuse: CommandLine, disk: Path) -> None:
+    assert hvfuse("replicate", "vm") == 0
+    assert hvfuse("failover", "cleanup", "vm") == 0
+    assert hvfuse("failover", "cleanup", "nosuch") == 5
+    assert "nosuch" in hvfuse.err
+
+
+def test_the_store_is_told_in_words_that_agree_with_their_numbers(hvfuse: CommandLine, disk: Path) -> None:
+    assert hvfuse("replicate", "vm") == 0
+    assert hvfuse("store", "check") == 0
+    assert hvfuse.out.startswith("1 VM, 1 recovery point, ")

@@ -7,13 +7,14 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from hvfuse.control import daemon as daemon_module
 from hvfuse.control.daemon import Daemon, Restarts, rotate_log, serving_pid, start_and_wait, wait_for_end
-from hvfuse.errors import CorruptError, HvfuseError
+from hvfuse.errors import CorruptError, HvfuseError, UnreachableError
 from tests.control.children import REFUSER, HandClock, server, until
 
 Make = Callable[..., Daemon]
@@ -160,3 +161,15 @@ def test_a_log_that_is_too_long_is_put_aside(tmp_path: Path, monkeypatch: pytest
     rotate_log(str(log))
     assert not log.exists()
     assert (tmp_path / "x.log.1").read_text() == "much longer than that"
+
+
+def test_a_process_that_lets_nobody_in_any_more_is_told_from_one_that_is_gone(tmp_path: Path) -> None:
+    path = str(tmp_path / "busy.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, ExitStack() as stack:
+        listener.bind(path)
+        listener.listen(0)
+        waiting = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        waiting.connect(path)
+        with pytest.raises(UnreachableError, match=path):
+            serving_pid(path)
+    assert serving_pid(path) is None

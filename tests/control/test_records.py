@@ -151,3 +151,22 @@ def test_what_a_later_version_added_is_kept(tmp_path: Path) -> None:
     with env.begin() as txn:
         assert b'"colour": "blue"' in txn.get(b"vm/a")
     env.close()
+
+
+def test_records_open_and_read_while_another_process_writes(tmp_path: Path) -> None:
+    with Records(str(tmp_path)) as records:
+        records.update("a", cycle=4)
+    code = (
+        "import lmdb, sys\n"
+        "env = lmdb.open(sys.argv[1], map_size=1 << 30)\n"
+        "with env.begin(write=True):\n    print('writing', flush=True)\n    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        with Records(str(tmp_path)) as records:
+            assert records.read("a").cycle == 4
+        assert writer.poll() is None
+        writer.communicate()

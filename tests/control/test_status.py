@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from hvfuse import wire
+from hvfuse.control import status as status_module
 from hvfuse.control.config import Config, VmPolicy
 from hvfuse.control.home import Home
 from hvfuse.control.records import VmRecord
@@ -89,8 +92,46 @@ def test_a_folder_that_was_never_replicated_is_disabled_and_nothing_is_known(ask
 
 
 def test_a_clock_that_was_set_back_does_not_make_the_age_negative(ask: Ask) -> None:
-    record = VmRecord(state=ReplicationState.REPLICATING, last_replication_time_ns=NOW_NS + 10**12)
-    assert ask(record).rpo_seconds == 0.0
+    record = VmRecord(state=ReplicationState.REPLICATING, last_replication_time_ns=NOW_NS + 59 * 10**9)
+    status = ask(record)
+    assert (status.rpo_seconds, status.health) == (0.0, Health.NORMAL)
+
+
+def test_a_point_of_the_future_has_no_age_and_that_is_told(ask: Ask) -> None:
+    record = VmRecord(state=ReplicationState.REPLICATING, last_replication_time_ns=NOW_NS + 61 * 10**9)
+    status = ask(record)
+    assert (status.rpo_seconds, status.health, reasons(status)) == (None, Health.WARNING, ["clock-set-back"])
+
+
+def test_a_process_that_is_there_but_says_nothing_is_busy_and_not_missing(
+    ask: Ask, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_module, "ANSWER_SECONDS", 0.05)
+    with ExitStack() as stack:
+        for path in (home.tracker_socket("vm"), home.shipper_socket("vm")):
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            directory = os.open(os.path.dirname(path), os.O_PATH)
+            stack.callback(os.close, directory)
+            listener.bind(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+            listener.listen(8)
+        status = ask(tracker=None, shipper=False)
+    assert (status.state, status.health) == (ReplicationState.REPLICATING, Health.WARNING)
+    assert reasons(status) == ["tracker-busy", "shipper-busy"]
+
+
+def test_a_first_copy_that_nobody_goes_on_with_is_critical_and_says_how_to_go_on(ask: Ask) -> None:
+    record = VmRecord(state=ReplicationState.INITIAL_REPLICATION_IN_PROGRESS, progress=0.3)
+    status = ask(record, tracker=None, shipper=False)
+    assert status.health is Health.CRITICAL
+    assert [reason.next_command for reason in status.reasons] == ["hvfuse run", "hvfuse run", None]
+
+
+def test_a_forgotten_test_failover_is_told_with_the_command_that_ends_it(home: Home) -> None:
+    status = vm_status(
+        home, "vm", record=VmRecord(), policy=VmPolicy(), points=lambda _: 1, forgotten=lambda _: [4], now_ns=NOW_NS
+    )
+    (reason,) = status.reasons
+    assert (reason.health, reason.next_command) == (Health.WARNING, "hvfuse failover cleanup vm 4")
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Health, list[str]]] = {
@@ -119,6 +160,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Health, list[str]]] = {
     "over an hour old": ({"last_replication_time_ns": NOW_NS - 3601 * 10**9}, {}, Health.WARNING, ["stale"]),
     "two intervals of an hour old": (
         {"last_replication_time_ns": NOW_NS - 7199 * 10**9}, {"policy": VmPolicy(frequency=3600)}, Health.NORMAL, []
+    ),
+    "an excluded disk that does not exist": (
+        {}, {"policy": VmPolicy(exclude=frozenset(["os.raw", "swpa.raw"]))}, Health.WARNING, ["exclude-unknown"]
     ),
     "a disk that is not tracked": (
         {}, {"tracker": {**TRACKER, "untracked": ["new.vhd"]}}, Health.WARNING, ["untracked-disk"]

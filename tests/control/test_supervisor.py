@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from hvfuse.control.arrivals import STILL_SECONDS
 from hvfuse.control.config import Config
-from hvfuse.control.daemon import Daemon
+from hvfuse.control.daemon import Daemon, serving_pid
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records
 from hvfuse.control.sample import make_sample
 from hvfuse.control.supervisor import SCAN_SECONDS, Supervisor, find_vms, only_supervisor, require_no_supervisor
 from hvfuse.errors import BusyError
 from hvfuse.formats.image import ImageFormat, probe
+from hvfuse.manifest import ReplicationState
 from hvfuse.system import Clock
 from tests.control.children import REFUSER, HandClock, server, until
 
@@ -45,6 +48,7 @@ def add_vm(home: Home, vm: str, disk: str = "os.raw") -> None:
     folder = Path(home.folder(vm))
     folder.mkdir(exist_ok=True)
     (folder / disk).write_bytes(bytes(512))
+    os.utime(folder / disk, (0, 0))  # long ago, also by the clock of the tests
 
 
 def story(home: Home) -> Path:
@@ -133,6 +137,14 @@ def test_a_second_supervisor_of_the_same_home_is_refused_by_pid(home: Home) -> N
         pass
 
 
+def test_who_only_asks_for_a_supervisor_is_taken_for_none(home: Home) -> None:
+    with only_supervisor(home):
+        pass
+    with open(home.run_lock, encoding="ascii") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        require_no_supervisor(home)
+
+
 def test_every_vm_gets_a_tracker_and_then_a_shipper_and_new_ones_are_noticed(
     home: Home, clock: HandClock, make: Callable[[], Supervisor]
 ) -> None:
@@ -142,8 +154,54 @@ def test_every_vm_gets_a_tracker_and_then_a_shipper_and_new_ones_are_noticed(
     add_vm(home, "b")
     supervisor.tick()
     assert list(supervisor.vms) == ["a"]
-    clock.at += SCAN_SECONDS
+    for _ in range(3):
+        clock.at += SCAN_SECONDS
+        supervisor.tick()
     until(lambda: all_ready(supervisor, "a", "b"))
+    supervisor.stop(asked=lambda: 1, tell=print)
+
+
+def test_a_disk_that_is_still_being_copied_in_is_left_alone_until_it_stands_still(
+    home: Home, clock: HandClock, make: Callable[[], Supervisor]
+) -> None:
+    supervisor = make()
+    supervisor.tick()
+    for size in range(1, 6):
+        add_vm(home, "late")
+        os.truncate(Path(home.folder("late")) / "os.raw", 512 * size)
+        os.utime(Path(home.folder("late")) / "os.raw", (size, size))
+        clock.at += SCAN_SECONDS
+        supervisor.tick()
+        assert not supervisor.vms
+    add_vm(home, "late", "data.raw")
+    clock.at += SCAN_SECONDS
+    supervisor.tick()
+    assert not supervisor.vms
+    clock.at += STILL_SECONDS
+    supervisor.tick()
+    assert list(supervisor.vms) == ["late"]
+    supervisor.stop(asked=lambda: 1, tell=print)
+
+
+def test_at_start_only_a_folder_that_was_written_to_just_now_has_to_wait(
+    home: Home, records: Records, clock: HandClock, make: Callable[[], Supervisor]
+) -> None:
+    for vm in ("old", "fresh", "known"):
+        add_vm(home, vm)
+    for vm in ("fresh", "known"):
+        os.utime(Path(home.folder(vm)) / "os.raw", (clock.at - 1, clock.at - 1))
+    records.update("known", state=ReplicationState.REPLICATING)
+    supervisor = make()
+    supervisor.tick()
+    assert list(supervisor.vms) == ["known", "old"]
+    supervisor.stop(asked=lambda: 1, tell=print)
+
+
+def test_the_sample_is_taken_up_at_once(make: Callable[[], Supervisor]) -> None:
+    supervisor = make()
+    supervisor.prepare()
+    supervisor.tick()
+    assert list(supervisor.vms) == ["sample"]
     supervisor.stop(asked=lambda: 1, tell=print)
 
 
@@ -195,6 +253,22 @@ def test_processes_that_outlived_their_supervisor_are_adopted(home: Home, make: 
     assert sorted(story(home).read_text().splitlines()) == ["a shipper.sock ended", "a tracker.sock ended"]
 
 
+def test_a_shipper_that_outlived_its_supervisor_ends_though_its_tracker_and_folder_are_gone(
+    home: Home, make: Callable[[], Supervisor]
+) -> None:
+    add_vm(home, "a")
+    first = make()
+    until(lambda: all_ready(first, "a"))
+    first.vms["a"].tracker.send(signal.SIGKILL)
+    os.rename(home.folder("a"), home.root + "/elsewhere")
+    second = make()
+    until(lambda: serving_pid(home.tracker_socket("a")) is None)
+    assert second.vms["a"].shipper.pid == first.vms["a"].shipper.pid
+    second.stop(asked=lambda: 1, tell=print)
+    assert serving_pid(home.shipper_socket("a")) is None
+    assert story(home).read_text() == "a shipper.sock ended\n"
+
+
 def test_the_shippers_end_before_the_trackers(home: Home, make: Callable[[], Supervisor]) -> None:
     add_vm(home, "a")
     add_vm(home, "b")
@@ -244,3 +318,27 @@ def test_a_tracker_that_hangs_can_be_left_behind(home: Home, make: Callable[[], 
     Path(f"{story(home)}.busy").touch()
     with pytest.raises(BusyError, match=rf"a \(pid {pid}\)"):
         supervisor.stop(asked=lambda: 3, tell=print)
+
+
+def test_a_tracker_that_hangs_keeps_no_other_from_ending_and_can_be_forced(
+    home: Home, make: Callable[[], Supervisor]
+) -> None:
+    add_vm(home, "a")
+    add_vm(home, "b")
+    supervisor = make()
+    until(lambda: all_ready(supervisor, "a", "b"))
+    stuck = supervisor.vms["a"].tracker
+    stuck.send(signal.SIGSTOP)
+    turns = 0
+
+    def asked() -> int:
+        nonlocal turns
+        turns += 1
+        if turns == 100:
+            assert not supervisor.vms["b"].tracker.is_running
+            stuck.send(signal.SIGCONT)
+            return 2
+        return 1 if turns < 100 else 2
+
+    supervisor.stop(asked=asked, tell=print)
+    assert story(home).read_text().splitlines()[-2:] == ["b tracker.sock ended", "a tracker.sock ended"]

@@ -9,7 +9,8 @@ whole host (power cut), or the shipper with the store's code. Then all is starte
 - I3: each recovery point equals the model at its barrier, for all disks, byte for byte.
 - Sealed is sealed: the logs of a rotation that was answered are there after a power cut, whole, and the
   image holds what they hold.
-- Nobody copies the disks anew unless `AFTER_POWER_LOSS`, or an interrupted copy, says so.
+- Nobody copies the disks anew, but for a first copy that was interrupted: a process's death compares nothing,
+  a power cut marked regions only.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from enum import Enum, auto
+from enum import Enum
 from typing import Any
 
 from hvfuse import spool
@@ -50,21 +51,6 @@ VICTIMS = {
 }
 
 
-class Expectation(Enum):
-    """What a host's crash may cost."""
-
-    FULL_COPY = auto()
-    """The disks are copied anew; existing points stay."""
-    HOT_REGIONS = auto()
-    """Logs and marked regions are enough: a full copy is a failure."""
-
-
-AFTER_POWER_LOSS = Expectation.FULL_COPY
-SHIPS_WITHOUT_TRACKER = False
-"""Whether the shipper goes on between a tracker's death and its restart. Off: it releases logs that the
-tracker's recovery needs, so the disks are copied anew (`test_found.py` has the case)."""
-
-
 class Violation(AssertionError):
     """A promise was broken."""
 
@@ -78,6 +64,8 @@ class Tally:
     labels: Counter[str] = field(default_factory=Counter)
     points: int = 0
     copies: int = 0
+    resyncs: int = 0
+    bytes_in_doubt: int = 0
     bytes_compared: int = 0
 
     def add(self, other: Tally) -> None:
@@ -121,6 +109,7 @@ class World:
         self._unreleased: set[tuple[bytes, int]] = set()
         self._logged: dict[str, tuple[bytes, int]] = {}
         self._may_copy = True
+        self._in_doubt = False
 
     # Rounds -----------------------------------------------------------------------------------
 
@@ -220,9 +209,13 @@ class World:
         if barrier is not None:
             self._note_barrier(barrier)
         if request == "begin":
-            if not self._may_copy:
+            if fields["scope"] == "regions":
+                self.tally.resyncs += 1
+                self.tally.bytes_in_doubt += sum(disk["resync_bytes"] for disk in vm.status()["disks"])
+            elif self._may_copy:
+                self.tally.copies += 1
+            else:
                 raise Violation(f"the disks are copied anew: {vm.resync_reason or 'logs are missing'}")
-            self.tally.copies += 1
             self._unreleased.clear()
             self._logged.clear()
         if request == "release":
@@ -237,6 +230,8 @@ class World:
     def _answered(self, request: str) -> None:
         if request == "rotate":
             self._sealed()
+        if request == "resynced":
+            self._in_doubt = False
 
     def _sealed(self) -> None:
         """A rotation was answered: its logs and the images are durable."""
@@ -256,11 +251,11 @@ class World:
         self._reaper.disarm()
         if self._dice.randrange(2):
             self._restart_shipper()
-        if SHIPS_WITHOUT_TRACKER and self._dice.randrange(2):
+        if self._dice.randrange(2):
             with contextlib.suppress(UnreachableError):
                 self.host.replication.cycle_now()  # what was sealed goes over all the same
         self._attach(Fault.TRACKER)
-        if self._vm.resync_reason is not None and not self._may_copy:
+        if self._vm.resync_reason is not None and not (self._may_copy or self._in_doubt):
             raise Violation(f"no process's death costs a copy: {self._vm.resync_reason}")
         found = self._check_disks(floors)
         for name, disk in self._disks.items():
@@ -300,8 +295,7 @@ class World:
         self.host.cut_power()
         self._check_left()
         self.host.open_target()
-        if AFTER_POWER_LOSS is Expectation.FULL_COPY:
-            self._may_copy = True
+        self._in_doubt = True
         self._attach(Fault.POWER)
         self._restart_shipper()  # the folder is another one after each cut
         found = self._check_disks({name: disk.synced for name, disk in self._disks.items()})

@@ -22,6 +22,7 @@ from hvfuse import system, wire
 from hvfuse.errors import UnreachableError
 from hvfuse.formats import vhd
 from hvfuse.formats.tracking import IndexHead
+from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.replication import Replication, ShippingPolicy
 from hvfuse.shipper.source import TrackerSource
@@ -152,6 +153,9 @@ class _NoRecords:
     def cycle(self, report: CycleReport) -> None:
         pass
 
+    def copied(self, report: CopyReport) -> None:
+        pass
+
 
 class Host:
     """Everything below `root`. Enter it, then `attach`.
@@ -247,7 +251,7 @@ class Host:
     def attach(self) -> TrackedVm:
         """Start the tracker."""
         with self._tracker():
-            self.vm = TrackedVm(VM, self.folder, clock=self._clock)
+            self.vm = TrackedVm(VM, self.folder, hard_limit=1000, clock=self._clock)
             self.vm.attach()
         return self.vm
 

@@ -58,7 +58,8 @@ class State:
         deaths = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.deaths.items()))
         return (
             f"crashtest: {'FAILED' if broken else 'all promises kept'}: {tally.rounds} rounds, seed {self.seed}: "
-            f"{deaths} (at {len(tally.labels)} kinds of calls); {tally.copies} whole copies; "
+            f"{deaths} (at {len(tally.labels)} kinds of calls); {tally.copies} whole copies, "
+            f"{tally.resyncs} resynchronisations of {tally.bytes_in_doubt >> 20} MiB; "
             f"{tally.points} recovery points and disks, {tally.bytes_compared / 2**30:.1f} GiB, compared "
             f"in {self.seconds:.0f} s{f'; {broken}' if broken else ''}"
         )
@@ -106,7 +107,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--resume", metavar="FILE", help="keep progress here, and go on from it")
     parser.add_argument("--folder", default=FAST_FOLDER, help="where to work (default: in memory if possible)")
     options = parser.parse_args(arguments)
-    logging.getLogger("hvfuse").setLevel(logging.ERROR)
     state = State(options.resume if options.world is None else None, seed=options.seed)
     if options.world is None:
         broken = campaign(state, rounds=options.rounds, folder=options.folder)
@@ -118,4 +118,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("hvfuse").setLevel(logging.ERROR)
     sys.exit(main(sys.argv[1:]))

@@ -55,7 +55,7 @@ def test_a_campaign_goes_on_where_it_was_left(tmp_path: Path, capsys: pytest.Cap
 def test_a_broken_promise_ends_the_campaign_and_says_how_to_see_it_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(recovery, "_redo", lambda log, recovered: None)
+    monkeypatch.setattr(recovery, "_redo", lambda fd, kind, offset, payload: None)
     assert run.main(["--rounds", "400", "--seed", "1"]) == 1
     verdict = capsys.readouterr().out
     assert verdict.startswith("crashtest: FAILED")

@@ -58,7 +58,6 @@ def test_logs_are_taken_up_although_an_earlier_death_within_the_barrier_left_oth
     assert replicated(host) == host.images()
 
 
-@pytest.mark.xfail(strict=True, reason="the shipper releases logs that the tracker's recovery still needs")
 def test_a_shipper_that_goes_on_after_the_tracker_died_at_sealing_costs_no_copy(host: Host) -> None:
     """The tracker dies when all companions are in place, but the last disk's state does not say so yet."""
     die(host, Operation(Action.ROTATE), "seal:companion:directory", nth=3)

@@ -13,19 +13,21 @@ from typing import Any
 import pytest
 
 from hvfuse import spool, system
+from hvfuse.formats.tracking import Scope
 from hvfuse.shipper import replication
 from hvfuse.shipper.cycle import CycleReport, ship
 from hvfuse.spool import SealedCycle
 from hvfuse.target.images import ReplicaImages
+from hvfuse.target.journal import PointReader
 from hvfuse.target.local import LocalReplica
 from hvfuse.tracker import recovery
 from hvfuse.tracker.disk import TrackedDisk
 from hvfuse.tracker.index import IndexMap
 from hvfuse.tracker.log import ReplicationLog
+from hvfuse.tracker.regions import HOT, RegionMap
 from hvfuse.tracker.vm import TrackedVm
-from tests.crash import campaign
 from tests.crash.campaign import Fault, Violation, World
-from tests.crash.host import FAST_FOLDER
+from tests.crash.host import FAST_FOLDER, VM, Host, Reaper
 from tests.crash.powerloss import BypassError, PowerLoss
 
 WORLDS = 30
@@ -74,35 +76,94 @@ def every(nth: int, planted: Callable[..., Any], original: Callable[..., Any]) -
         ("seal:image", "I1"),
         ("seal:log", "sealed, but entry"),
         ("seal:companion:sync", "companion is truncated"),
-        ("seal:companion:directory", "sealed, but the log"),
+        ("seal:companion:directory log:prepare-directory", "sealed, but the log"),
         ("state:sync", ""),
     ],
 )
 def test_a_sync_that_is_left_out_is_found(root: str, monkeypatch: pytest.MonkeyPatch, label: str, broken: str) -> None:
-    monkeypatch.setattr(PowerLoss, "ignored", frozenset({label}))
+    monkeypatch.setattr(PowerLoss, "ignored", frozenset(label.split()))
     assert broken in found(root, Fault.POWER)
 
 
 def test_taking_up_logs_after_a_power_cut_as_if_only_the_process_had_died_is_found(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "_cannot_continue", lambda disks: None)
-    assert "I3" in found(root, Fault.POWER)
+    def taken_up(disks: list[recovery.Tracked]) -> recovery.Finding:
+        return recovery.Finding(report=recovery._recover_logs(disks, now_ns=1))
+
+    monkeypatch.setattr(recovery, "_recover_from_power_loss", taken_up)
+    assert re.search("I3|copied anew|could not be taken up", found(root, Fault.POWER))
 
 
-def test_a_whole_copy_after_a_power_cut_is_found_once_it_counts_as_a_failure(
-    root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is planted: this is the expectation that replaces today's."""
-    monkeypatch.setattr(campaign, "AFTER_POWER_LOSS", campaign.Expectation.HOT_REGIONS)
+def test_a_whole_copy_after_a_power_cut_is_found(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def everything(disks: list[recovery.Tracked]) -> recovery.Finding:
+        return recovery.Finding(reason="planted", scope=Scope.FULL)
+
+    monkeypatch.setattr(recovery, "_recover_from_power_loss", everything)
     assert "copied anew" in found(root, Fault.POWER)
+
+
+def test_whatever_a_power_cut_leaves_the_marked_regions_cover_every_difference(root: str) -> None:
+    """Nothing is planted: power cuts alone, and after each the next point equals the disks."""
+    for number in range(4):
+        path = os.path.join(root, str(number))
+        os.mkdir(path)
+        tally = World(path, seed=f"power/{number}", faults=[Fault.POWER]).run()
+        assert tally.resyncs > 0
+        assert tally.copies == 1
+
+
+def test_a_region_that_is_not_marked_is_found(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RegionMap, "cover", every(4, lambda self, *range_: None, RegionMap.cover))
+    assert re.search("I2|I3", found(root, Fault.POWER))
+
+
+def test_a_mark_that_is_not_synced_is_found(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PowerLoss, "ignored", frozenset({"regions:sync"}))
+    assert re.search("I2|I3", found(root, Fault.POWER))
+
+
+def test_a_mark_that_is_cleared_too_early_is_found(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = RegionMap.switched
+
+    def switched(self: RegionMap) -> None:
+        original(self)
+        self.clear(HOT)  # before log and image are synced
+
+    monkeypatch.setattr(RegionMap, "switched", switched)
+    assert re.search("I2|I3", found(root, Fault.POWER))
+
+
+def written_before_the_first_copy_and_cut_off_after_it(root: str, seed: int) -> bool:
+    """Whether the newest point equals the disks after a power cut right behind the first cycle."""
+    path = os.path.join(root, str(seed))
+    os.mkdir(path)
+    with Host(path, Reaper(), seed=seed) as host:
+        host.attach().disks["a.raw"].write(os.urandom(200_000), 0)
+        host.replication.cycle_now()
+        host.kill()
+        host.close_target()
+        host.cut_power()
+        host.open_target()
+        host.attach()
+        reader = PointReader(host.store, VM, host.replication.cycle_now().point)
+        same = all(reader.pread(name, 0, len(image)) == image for name, image in host.images().items())
+        reader.close()
+    return same
+
+
+def test_an_image_that_is_not_synced_before_its_copy_is_found(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(written_before_the_first_copy_and_cut_off_after_it(root, seed) for seed in range(5))
+    # Sealing syncs the image as well, but what it syncs there has been copied by then.
+    monkeypatch.setattr(PowerLoss, "ignored", frozenset({"begin:image", "seal:image"}))
+    assert not all(written_before_the_first_copy_and_cut_off_after_it(root, seed) for seed in range(5, 15))
 
 
 # A process's death finds what was not thought through ----------------------------------------------------
 
 
 def test_a_log_that_is_not_done_again_on_the_image_is_found(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recovery, "_redo", lambda log, recovered: None)
+    monkeypatch.setattr(recovery, "_redo", lambda fd, kind, offset, payload: None)
     assert "I3" in found(root, Fault.TRACKER)
 
 

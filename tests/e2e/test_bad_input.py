@@ -156,6 +156,7 @@ def test_a_store_of_a_newer_version_is_left_alone(installation: Installation) ->
 def small_store(installation: Installation) -> Iterator[Path]:
     store = installation.root / "store"
     store.mkdir(parents=True, mode=0o700)
+    (installation.root / "hvfuse.toml").write_text("[replication]\nhard_limit = 1000\n")
     run("mount", "-t", "tmpfs", "-o", "size=24M,mode=700", "tmpfs", store)
     yield store
     subprocess.run(["umount", "-l", str(store)], check=False)
@@ -198,6 +199,7 @@ def test_a_log_that_fills_the_disk_never_fails_the_guest(
 ) -> None:
     """32 MiB of disk and 80 MiB of room: the log of 60 MiB of writes does not fit."""
     name, fmt = make_disk(small_disks, "raw", size="32M")
+    (installation.root / "hvfuse.toml").write_text("[replication]\nhard_limit = 1000\n")
     run("fallocate", "-l", "32M", small_disks / name)
     installation.hvfuse("mount", "vm1")
     old = installation.json("replicate", "vm1")["point"]

@@ -7,11 +7,11 @@ is printed, and HVFUSE_SEED repeats a run.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Sequence
 
 import hypothesis
 from hypothesis import HealthCheck, settings
@@ -25,16 +25,16 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hvfuse import spool
+from hvfuse import wire
 from hvfuse.shipper.replication import Replication, ShippingPolicy
-from hvfuse.shipper.source import SourceDisk, SourceStatus
-from hvfuse.spool import SealedCycle
+from hvfuse.shipper.source import TrackerSource
 from hvfuse.system import SystemClock
 from hvfuse.target.journal import PointReader
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.retention import RetentionPolicy
 from hvfuse.target.store import Store
 from hvfuse.target.view import View
+from hvfuse.tracker.service import TrackerControl
 from hvfuse.tracker.vm import TrackedVm
 
 STEPS = 50
@@ -43,49 +43,18 @@ MAX_SIZE = 1 << 20
 DISKS = ("a.raw", "b.img")
 
 
-class InProcess:
-    """The tracker as a `Source`, without its socket."""
+class InProcess(TrackerSource):
+    """The tracker as a source, without its socket."""
 
     def __init__(self, machine: Machine) -> None:
+        super().__init__("/none", machine.folder)
         self._machine = machine
 
-    def status(self) -> SourceStatus:
-        answer = self._machine.vm.status()
-        generation = answer["generation"]
-        return SourceStatus(
-            vm="vm",
-            generation=bytes.fromhex(generation) if generation else None,
-            cycle=answer["cycle"],
-            resync_required=answer["resync_required"],
-            disks=tuple(
-                SourceDisk(
-                    name=disk["name"],
-                    disk_id=bytes.fromhex(disk["disk_id"]),
-                    format=disk["format"],
-                    size=disk["size"],
-                    log_bytes=disk["log_bytes"],
-                )
-                for disk in answer["disks"]
-            ),
-        )
-
-    def begin(self, generation: bytes) -> SourceStatus:
-        self._machine.vm.begin(generation)
-        return self.status()
-
-    def rotate(self) -> int:
-        rotation = self._machine.vm.rotate()
-        self._machine.note_barrier(rotation.generation, rotation.cycle)
-        return rotation.cycle
-
-    def cycles(self) -> list[SealedCycle]:
-        return spool.list_cycles(self._machine.folder)
-
-    def release(self, generation: bytes, cycle: int) -> None:
-        self._machine.vm.release(generation, cycle)
-
-    def discard_damaged(self) -> Sequence[str]:
-        return []
+    def ask(self, op: str, **fields: object) -> wire.Message:
+        answer = json.loads(json.dumps(TrackerControl(self._machine.vm, "/none").handle({"op": op, **fields})))
+        if op == "rotate":
+            self._machine.note_barrier(bytes.fromhex(answer["generation"]), answer["cycle"])
+        return dict(answer)
 
 
 class Records:
@@ -94,6 +63,8 @@ class Records:
     def update(self, **fields: object) -> None: ...
 
     def cycle(self, report: object) -> None: ...
+
+    def copied(self, report: object) -> None: ...
 
 
 class Clock(SystemClock):
@@ -135,7 +106,7 @@ class Machine(RuleBasedStateMachine):
         self.attach()
 
     def attach(self) -> None:
-        self.vm = TrackedVm("vm", self.folder, clock=self.clock)
+        self.vm = TrackedVm("vm", self.folder, hard_limit=1000, clock=self.clock)
         self.vm.attach()
         self.replica = LocalReplica(self.store, "vm")
         self.replication = Replication(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hvfuse.cli.main import main
+from hvfuse.formats import companion
 from hvfuse.formats.companion import AddressSpace
 from hvfuse.formats.image import ImageFormat, create_image, open_image
 from tests import independent_hrl
@@ -216,3 +218,14 @@ def test_apply_twice_changes_nothing_more(run: Run, tmp_path: Path) -> None:
     for _ in range(2):
         assert run("apply", "--yes", log, image)[0] == 0
     assert contents(image) == SAMPLE.applied(bytes(SIZE))
+
+
+def test_a_companion_is_compared_with_the_log_that_it_describes_and_with_no_other(run: Run, tmp_path: Path) -> None:
+    header, entries = companion.unpack(SAMPLE.companion)
+    for flags, described in ((0, "x.raw.0000000017.hrl"), (companion.COMPACTED, "x.raw.0000000017.c.hrl")):
+        for name in ("x.raw.0000000017.hrl", "x.raw.0000000017.c.hrl"):
+            (tmp_path / name).write_bytes(SAMPLE.log)
+            (tmp_path / "x.raw.0000000017.hrc").write_bytes(replace(header, flags=flags).pack() + entries.tobytes())
+            code, out, _ = run("verify", "--json", tmp_path / name)
+            assert code == 0
+            assert one_object(out)["logs"][0]["companion"] == (name == described)

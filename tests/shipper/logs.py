@@ -10,13 +10,15 @@ import numpy as np
 import xxhash
 
 from hvfuse import frames, spool
-from hvfuse.errors import CorruptError
+from hvfuse.errors import CorruptError, ResyncRequiredError
+from hvfuse.extent import Extent
 from hvfuse.formats import companion
 from hvfuse.formats.companion import AddressSpace, CompanionHeader, Kind
+from hvfuse.formats.digests import BLOCK, Digests, digest_blocks
 from hvfuse.frames import Fill
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint, point_id
 from hvfuse.position import NO_DIGEST, Position, PositionMismatchError
-from hvfuse.shipper.source import SourceDisk, SourceStatus
+from hvfuse.shipper.source import Regions, ResyncScope, SourceDisk, SourceStatus
 from hvfuse.spool import SealedCycle
 
 
@@ -92,6 +94,7 @@ class Disk:
             previous_digest=self.digest, previous_size=self.previous_size, start_size=self.start_size,
             end_size=len(self.image), eol=len(payload), opened_ns=0, sealed_ns=sealed_ns,
             disk_count=disk_count, address_space=AddressSpace.LOGICAL, flags=0,
+            stored_bytes=sum(op.length for op in self.ops if op.kind is Kind.WRITE),
             entries_digest=xxhash.xxh3_128_digest(body),
         )  # fmt: skip
         with open(os.path.join(folder, spool.log_name(self.name, self.serial)), "wb") as file:
@@ -110,6 +113,10 @@ class Disk:
         )  # fmt: skip
 
 
+REGION = 1 << 16
+"""Bytes; what `Tracked` marks at once."""
+
+
 @dataclass
 class Tracked:
     """A source without a process: disks in memory, their images and logs in `folder`."""
@@ -120,25 +127,92 @@ class Tracked:
     generation: bytes | None = None
     cycle: int = 0
     resync_required: str | None = None
+    scope: ResyncScope | None = None
+    resyncing: bool = False
+    acknowledged: int = 0
+    bases: list[tuple[bytes, int]] = field(default_factory=list)
+    dirty: dict[bytes, set[int]] = field(default_factory=dict)
     now_ns: int = 1_700_000_000_000_000_000
     barriers: dict[tuple[bytes, int], list[bytes]] = field(default_factory=dict)
 
     def status(self) -> SourceStatus:
         return SourceStatus(
             vm=self.vm, generation=self.generation, cycle=self.cycle,
-            resync_required=self.resync_required,
+            resync_required=self.resync_required, resync_scope=self.scope, resyncing=self.resyncing,
+            resync_bases=tuple(self.bases), acknowledged=self.acknowledged,
             disks=tuple(
                 SourceDisk(name=d.name, disk_id=d.disk_id, format="raw", size=len(d.image), log_bytes=0)
                 for d in self.disks
             ),
         )  # fmt: skip
 
-    def begin(self, generation: bytes) -> SourceStatus:
-        self.generation, self.cycle, self.resync_required = generation, 1, None
+    def begin(self, generation: bytes, scope: ResyncScope) -> SourceStatus:
+        if scope is ResyncScope.REGIONS:
+            if self.scope is not scope:
+                raise ResyncRequiredError("the marked regions are not enough")
+            self.lose_logs()
+            old = self.bases[:1] if self.resyncing else [(self.generation, self.acknowledged)]
+            self.bases = [*old, (generation, 0)]
+        else:
+            self.bases = []
+        self.generation, self.cycle, self.acknowledged, self.resync_required = generation, 1, 0, None
+        self.scope, self.resyncing = scope, True
         for disk in self.disks:
             disk.ops, disk.digest, disk.unique_id = [], NO_DIGEST, bytes(16)
+            disk.previous_size = disk.start_size = len(disk.image)
         self.flush()
         return self.status()
+
+    def lose_logs(self) -> None:
+        """Mark what the logs hold, and let them go."""
+        logs = [log for cycle in self.cycles() if cycle.generation == self.generation for log in cycle.logs]
+        for disk in self.disks:
+            written = [(op.offset, op.length) for op in disk.ops if op.kind is not Kind.FLUSH]
+            for log in logs:
+                if log.header.disk_id == disk.disk_id:
+                    entries = log.entries()
+                    changes = entries[entries["kind"] != Kind.FLUSH]
+                    written += zip(changes["offset"].tolist(), changes["length"].tolist(), strict=True)
+            for offset, length in written:
+                self.dirty.setdefault(disk.disk_id, set()).update(
+                    range(offset // REGION, -(-(offset + length) // REGION))
+                )
+            disk.ops = []
+        spool.release(self.cycles())
+
+    def end_logging(self, reason: str) -> None:
+        """What a full disk does to the tracker: from here on, writes are only marked."""
+        self.lose_logs()
+        if self.scope is None:
+            self.scope, self.bases = ResyncScope.REGIONS, [(self.generation, self.acknowledged)]
+        self.resync_required = reason
+
+    def crash(self, reason: str, *, hot: Sequence[int] = ()) -> None:
+        """The host dies: sealed cycles stay, the active one is lost; its regions, and `hot` ones, are marked."""
+        kept = self.cycles()
+        self.cycles = lambda: []
+        self.end_logging(reason)
+        self.cycles = lambda: [c for c in spool.list_cycles(self.folder) if c.cycle <= kept[-1].cycle] if kept else []
+        for disk in self.disks:
+            self.dirty.setdefault(disk.disk_id, set()).update(hot)
+
+    def regions(self) -> Regions:
+        return {
+            disk.disk_id: [
+                Extent(region * REGION, min(REGION, len(disk.image) - region * REGION))
+                for region in sorted(self.dirty.get(disk.disk_id, ()))
+                if region * REGION < len(disk.image)
+            ]
+            for disk in self.disks
+        }
+
+    def resynced(self, generation: bytes) -> None:
+        assert generation == self.generation
+        if self.resyncing and not self.resync_required:
+            self.scope, self.bases, self.dirty = None, [], {}
+        elif self.resyncing:
+            self.bases = [(generation, 0)]
+        self.resyncing = False
 
     def flush(self) -> None:
         for disk in self.disks:
@@ -147,6 +221,8 @@ class Tracked:
 
     def rotate(self) -> int:
         assert self.generation is not None
+        if self.resync_required:
+            raise ResyncRequiredError(self.resync_required)
         self.now_ns += 1_000_000_000
         self.flush()
         for disk in self.disks:
@@ -162,6 +238,8 @@ class Tracked:
         return spool.list_cycles(self.folder)
 
     def release(self, generation: bytes, cycle: int) -> None:
+        if generation == self.generation:
+            self.acknowledged = max(self.acknowledged, cycle)
         spool.release([c for c in self.cycles() if c.generation != generation or c.cycle <= cycle])
 
     def discard_damaged(self) -> list[str]:
@@ -173,7 +251,8 @@ def tracked(folder: str, sizes: Sequence[int] = (1 << 20,), *, begun: bool = Tru
     source = Tracked(folder, disks)
     source.flush()
     if begun:
-        source.begin(b"G" * 16)
+        source.begin(b"G" * 16, ResyncScope.FULL)
+        source.resynced(b"G" * 16)
     return source
 
 
@@ -192,6 +271,9 @@ class MemoryReplica:
     images: dict[bytes, bytearray] = field(default_factory=dict)
     stands: Position | None = None
     staged_for: tuple[bytes, int] | None = None
+    previous: Position | None = None
+    asked: list[tuple[bytes, int, int]] = field(default_factory=list)
+    made_from: bytes = NO_DIGEST
     staged: dict[int, bytes] = field(default_factory=dict)
     all_points: list[RecoveryPoint] = field(default_factory=list)
     puts: list[tuple[bytes, int, int]] = field(default_factory=list)
@@ -205,12 +287,26 @@ class MemoryReplica:
         return self.stands
 
     def begin(self, manifest: CycleManifest) -> frozenset[int]:
-        if manifest.kind is CycleKind.DELTA and manifest.previous != self.stands:
+        if manifest.previous != self.stands and (manifest.kind is CycleKind.DELTA or manifest.previous is not None):
             raise PositionMismatchError(f"the replica stands at {self.stands}", theirs=self.stands)
         key = manifest.generation, manifest.cycle
-        if self.staged_for != key:
-            self.staged_for, self.staged = key, {}
+        if (self.staged_for, self.made_from) != (key, manifest.made_from):
+            self.staged_for, self.made_from, self.staged = key, manifest.made_from, {}
+        self.previous = manifest.previous
         return frozenset(self.staged)
+
+    def extent(self, disk_id: bytes) -> int:
+        return len(self.images.get(disk_id, b""))
+
+    def digests(self, disk_id: bytes, extents: Sequence[Extent], seed: int) -> Digests:
+        assert self.previous is not None and self.previous == self.stands
+        image = bytes(self.images.get(disk_id, b""))
+        found = []
+        for extent in extents:
+            assert extent.offset % BLOCK == extent.length % BLOCK == 0
+            self.asked.append((disk_id, extent.offset, extent.length))
+            found.append(digest_blocks(image[extent.offset : extent.end].ljust(extent.length, b"\0"), seed))
+        return np.concatenate(found)
 
     def put(self, frame: bytes) -> None:
         decoded = frames.decode(frame)
@@ -229,7 +325,7 @@ class MemoryReplica:
         position = manifest.position()
         if self.stands == position:
             return self.all_points[-1] if self.all_points else None
-        assert self.staged_for == (manifest.generation, manifest.cycle)
+        assert (self.staged_for, self.made_from) == ((manifest.generation, manifest.cycle), manifest.made_from)
         if len(self.staged) != frame_count:
             raise CorruptError(f"{len(self.staged)} frames are staged, {frame_count} were promised")
         for disk in manifest.disks:

@@ -1,6 +1,7 @@
 import errno
 import itertools
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hvfuse.errors import UnsupportedError
 from hvfuse.formats.companion import Kind
 from hvfuse.frames import Fill, FrameWriter
 from hvfuse.shipper import coalesce
-from hvfuse.shipper.coalesce import FRAME_PLAIN, DamagedLogError, close_logs, open_logs, plan
+from hvfuse.shipper.coalesce import FRAME_PLAIN, DamagedLogError, close_logs, logs_by_disk, open_logs, plan
 from hvfuse.spool import SealedLog
 
 from .logs import Op, Tracked, apply_frame, random_bytes, tracked, write
@@ -58,6 +59,27 @@ def sealed(folder, *ops: Op, size: int = MIB) -> Tracked:
         source.disks[0].do(op)
     source.rotate()
     return source
+
+
+def test_logs_of_different_disks_are_refused_in_one_plan(tmp_path):
+    source = tracked(str(tmp_path), [MIB, MIB])
+    source.rotate()
+    source.rotate()
+    first, second = source.cycles()
+    with pytest.raises(DamagedLogError, match=r"disk1\.raw\.0000000002\.hrc.*disk0\.raw\.0000000001\.hrc"):
+        plan([first.logs[0], second.logs[1]])
+
+
+def test_logs_are_paired_by_disk_and_not_by_place(tmp_path):
+    source = tracked(str(tmp_path), [MIB, MIB])
+    for _ in range(3):
+        source.rotate()
+    first, second, third = source.cycles()
+    turned = replace(second, logs=second.logs[::-1])
+    assert logs_by_disk([first, turned, third]) == [logs_of(source, 0), logs_of(source, 1)]
+    assert logs_by_disk([first, turned]) == [logs_of(source, 1)[:2], logs_of(source, 0)[:2]]
+    with pytest.raises(DamagedLogError, match=r"disk1\.raw\.0000000003\.hrc: an earlier cycle has no log"):
+        logs_by_disk([replace(first, logs=first.logs[:1]), third])
 
 
 SIZE = 96 * KIB

@@ -2,11 +2,12 @@ import os
 
 import pytest
 
-from hvfuse import frames
+from hvfuse import frames, system
 from hvfuse.errors import UnsupportedError
 from hvfuse.position import NO_DIGEST, Position
-from hvfuse.shipper import copy as copy_module
-from hvfuse.shipper.copy import GROUP, MAX_DISK, SLOT, SLOTS, copy
+from hvfuse.shipper import slots
+from hvfuse.shipper.copy import copy
+from hvfuse.shipper.slots import GROUP, MAX_DISK, SLOT, SLOTS
 from hvfuse.shipper.source import SourceDisk
 from hvfuse.system import SystemClock
 
@@ -37,6 +38,23 @@ def assert_equal(folder, disks, replica) -> None:
     for disk in disks:
         with open(folder / disk.name, "rb") as file:
             assert replica.images[disk.disk_id] == file.read(), disk.name
+
+
+def test_an_image_that_is_cut_while_its_holes_are_looked_for_is_taken_as_far_as_it_goes(tmp_path, monkeypatch):
+    image(tmp_path, "a.raw", 4 * MIB, (0, b"x" * 4096), (2 * MIB, b"y" * 4096))
+    lseek = os.lseek
+
+    def cut(fd, at, how):
+        if how == os.SEEK_HOLE and at == 2 * MIB:
+            os.truncate(tmp_path / "a.raw", MIB)
+        return lseek(fd, at, how)
+
+    monkeypatch.setattr(os, "lseek", cut)
+    fd = os.open(tmp_path / "a.raw", os.O_RDONLY)
+    try:
+        assert list(system.data_extents(fd, 0, 4 * MIB)) == [(0, 4096)]
+    finally:
+        os.close(fd)
 
 
 def test_a_replica_that_held_other_data_equals_the_disks_after_a_copy(tmp_path):
@@ -74,8 +92,8 @@ def test_an_empty_disk_of_many_terabytes_takes_one_small_frame_for_each_group(tm
 
 
 def test_killed_at_every_put_and_resumed_no_number_is_sent_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(copy_module, "GROUP", 2 * SLOT)
-    monkeypatch.setattr(copy_module, "SLOTS", 2)
+    monkeypatch.setattr(slots, "GROUP", 2 * SLOT)
+    monkeypatch.setattr(slots, "SLOTS", 2)
     disks = [
         image(tmp_path, "a.raw", 5 * SLOT, (0, b"1"), (3 * SLOT, b"2"), (4 * SLOT, b"3")),
         image(tmp_path, "b.raw", 2 * SLOT, (SLOT, b"4")),
@@ -143,6 +161,6 @@ def test_progress_may_stop_the_copy_which_then_resumes(tmp_path):
 
 def test_disks_for_which_the_numbers_do_not_suffice_are_refused(tmp_path):
     disk = SourceDisk(name="a.raw", disk_id=bytes(16), format="raw", size=MAX_DISK + 1, log_bytes=0)
-    assert MAX_DISK > 127 << 40 and MAX_DISK // GROUP * (SLOTS + 1) <= copy_module.NUMBERS_PER_DISK
+    assert MAX_DISK > 127 << 40 and MAX_DISK // GROUP * (SLOTS + 1) <= slots.NUMBERS_PER_DISK
     with pytest.raises(UnsupportedError):
         run(tmp_path, [disk], MemoryReplica())

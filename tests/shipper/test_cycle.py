@@ -75,6 +75,19 @@ def test_a_cycle_without_writes_still_makes_a_point(tmp_path):
     assert len(replica.all_points) == 1
 
 
+def test_cycles_that_list_their_disks_in_other_orders_do_not_exchange_them(tmp_path):
+    source = tracked(str(tmp_path), [4 * MIB, 4 * MIB])
+    replica = copied(source)
+    for number in range(2):
+        source.disks[0].do(write(number * MIB, b"A" * 4096))
+        source.disks[1].do(write(number * MIB + 8192, b"B" * 4096))
+        source.rotate()
+    first, second = source.cycles()
+    turned = dataclasses.replace(first, logs=first.logs[::-1])
+    ship([turned, second], vm="vm1", formats=FORMATS, replica=replica, level=1, clock=SystemClock())
+    contents(source, replica)
+
+
 @pytest.mark.parametrize("before_or_after", [-1, 1])
 def test_killed_at_every_put_and_resumed_nothing_is_sent_twice(tmp_path, monkeypatch, before_or_after):
     source = tracked(str(tmp_path), [4 * MIB, 3 * MIB])

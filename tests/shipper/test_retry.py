@@ -1,6 +1,10 @@
+import errno
+import os
+
 import pytest
 
-from hvfuse.shipper.retry import next_attempt, next_interval
+from hvfuse.errors import NoSpaceError
+from hvfuse.shipper.retry import next_attempt, next_interval, refusal
 
 
 @pytest.mark.parametrize(
@@ -37,3 +41,20 @@ def test_the_next_attempt_always_lies_ahead():
 )
 def test_an_overrun_starts_the_next_cycle_at_once_and_counts_the_missed(finished, expected):
     assert next_interval(100, finished, 30) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "recoverable"),
+    [
+        (errno.EMFILE, True), (errno.ENOMEM, True), (errno.ENOENT, True), (errno.ESTALE, True),
+        (errno.EIO, False), (errno.EACCES, False),
+    ],
+)  # fmt: skip
+def test_what_the_system_refuses_is_tried_again_unless_only_an_administrator_can_help(code, recoverable):
+    error = refusal(OSError(code, os.strerror(code)), "/vms/a.raw")
+    assert error.recoverable is recoverable
+    assert str(error) == f"/vms/a.raw: {os.strerror(code)}"
+
+
+def test_a_full_disk_is_no_space():
+    assert isinstance(refusal(OSError(errno.ENOSPC, "full", "/x")), NoSpaceError)

@@ -1,7 +1,7 @@
 import math
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -15,6 +15,7 @@ from hvfuse.errors import (
     UsageError,
 )
 from hvfuse.manifest import ReplicationState
+from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.replication import ShippingPolicy
 from hvfuse.shipper.service import Shipper, StoppedError
@@ -47,15 +48,21 @@ class Kept:
     fields: dict = field(default_factory=dict)
     states: list = field(default_factory=list)
     reports: list[CycleReport] = field(default_factory=list)
+    copies: list[CopyReport] = field(default_factory=list)
+    reasons: list[object] = field(default_factory=list)
 
     def update(self, **fields: object) -> None:
         self.fields.update(fields)
+        self.reasons += [fields["resync_reason"]] if fields.get("resync_reason") else []
         state = fields.get("state")
         if state is not None and self.states[-1:] != [state]:
             self.states.append(state)
 
     def cycle(self, report: CycleReport) -> None:
         self.reports.append(report)
+
+    def copied(self, report: CopyReport) -> None:
+        self.copies.append(report)
 
 
 @dataclass
@@ -109,7 +116,8 @@ def test_a_new_vm_is_copied_and_has_a_point_after_its_first_cycle(site):
         "progress": None, "generation": None, "cycle": 1, "point": report.point,
         "last_replication_time_ns": report.sealed_ns,
     }  # fmt: skip
-    assert site.records.reports == [report]
+    assert site.records.reports == [replace(report, notes=())]
+    assert report.notes == (site.records.copies[0].text,)
     assert site.housekept == 1
     assert site.source.cycles() == []
 

@@ -2,22 +2,25 @@
 
 import os
 import random
+import shutil
 from collections.abc import Iterator
 
 import pytest
 
 from hvfuse.frames import unpack_header
-from hvfuse.shipper import copy as copy_module
+from hvfuse.shipper import slots
 from hvfuse.shipper.replication import ShippingPolicy
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import TrackerSource
+from hvfuse.target.check import check
 from hvfuse.target.journal import PointReader
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.retention import RetentionPolicy
 from hvfuse.target.store import Store
+from hvfuse.tracker import regions
 
 from .logs import Killed
-from .test_service import Clock, Kept
+from .test_service import Clock
 from .test_with_tracker import SIZES, Host
 
 
@@ -34,8 +37,24 @@ class StoredHost(Host):
         self.replica = Counted(self)
         return Shipper(
             vm="vm1", folder=self.folder, source=TrackerSource(self.socket, self.folder),
-            replica=self.replica, records=Kept(), policy=ShippingPolicy(), clock=Clock(),
+            replica=self.replica, records=self.records, policy=ShippingPolicy(), clock=Clock(),
         )  # fmt: skip
+
+    def lose_logs(self) -> None:
+        """What a full disk does; the guest writes on."""
+        with self.vm.gate:
+            self.vm.degrade("the disk is full")
+
+    def roll_back(self, copy: str) -> None:
+        """Put back a store as it was when it was copied."""
+        self.replica.close()
+        self.store.close()
+        shutil.rmtree(self.store.path)
+        shutil.copytree(copy, self.store.path)
+        self.store = Store(self.store.path, map_size=1 << 28)
+
+    def marked(self) -> int:
+        return sum(disk["resync_bytes"] for disk in self.vm.status()["disks"])
 
     def at(self, point: str) -> dict[str, bytes]:
         reader = PointReader(self.store, "vm1", point)
@@ -118,8 +137,8 @@ def survives(host: StoredHost, *, seed: int) -> bool:
 
 
 def test_a_resync_leaves_the_older_points_as_they_were(host, monkeypatch):
-    monkeypatch.setattr(copy_module, "SLOT", 1 << 18)
-    monkeypatch.setattr(copy_module, "GROUP", copy_module.SLOTS << 18)
+    monkeypatch.setattr(slots, "SLOT", 1 << 18)
+    monkeypatch.setattr(slots, "GROUP", slots.SLOTS << 18)
     dice = random.Random(3)
     shipper = host.shipper()
     were = {}
@@ -141,3 +160,78 @@ def test_a_resync_leaves_the_older_points_as_they_were(host, monkeypatch):
     assert len(host.replica.points()) == 4
     assert {point: host.at(point) for point in were} == were
     assert len(set(host.puts)) == len(host.puts)
+
+
+def test_after_lost_logs_only_marked_regions_are_compared_and_every_point_is_right(host, monkeypatch):
+    monkeypatch.setattr(regions, "_SOON", 0.0)  # nothing is marked ahead
+    dice = random.Random(5)
+    shipper = host.shipper()
+    were = {}
+    for _ in range(3):
+        host.scribble(dice, 20)
+        were[shipper.cycle_now().point] = host.images()
+        host.lose_logs()
+        host.scribble(dice, 5)
+        marked = host.marked()
+        assert 0 < marked < sum(SIZES.values())
+        were[shipper.cycle_now().point] = host.images()
+        assert host.records.copies[-1].bytes_compared == marked
+    assert {point: host.at(point) for point in were} == were
+    host.replica.housekeep(RetentionPolicy(keep_all_seconds=0, hourly=0), 2 << 60)
+    assert host.at(point := host.replica.points()[-1].id) == were[point]
+    assert check(host.store).findings == ()
+
+
+def test_killed_at_every_put_of_a_resync_both_sides_go_on_whatever_died(tmp_path):
+    kill, killed = 0, True
+    while killed:
+        kill += 1
+        (tmp_path / str(kill)).mkdir()
+        host = StoredHost(tmp_path / str(kill))
+        dice = random.Random(kill)
+        host.scribble(dice, 20)
+        first = host.shipper().cycle_now().point
+        were = {first: host.images()}
+        host.lose_logs()
+        host.scribble(dice, 4)
+        host.die_at, host.puts = kill, []
+        killed = not survives(host, seed=kill)
+        host.die_at = None
+        if kill % 2:
+            host.detach()
+            host.attach()
+        host.scribble(dice, 5)
+        were[host.shipper().cycle_now().point] = host.images()
+        assert {point: host.at(point) for point in were} == were
+        assert len(set(host.puts)) == len(host.puts)
+        assert all(copied.regions for copied in host.records.copies[1:])
+        host.replica.close()
+        host.store.close()
+        host.detach()
+    assert kill > 4
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_store_rolled_back_to_an_older_copy_is_named_and_its_points_stay_right(host, tmp_path, lost):
+    dice = random.Random(6)
+    were, points = {}, []
+    for number in range(4):
+        host.scribble(dice, 20)
+        points.append(host.shipper().cycle_now().point)
+        were[points[-1]] = host.images()
+        host.replica.close()
+        if number == 1:
+            shutil.copytree(host.store.path, tmp_path / "older")
+    host.roll_back(str(tmp_path / "older"))
+    host.scribble(dice, 20)
+    if lost:
+        host.lose_logs()
+        host.scribble(dice, 20)
+    newest = host.shipper().cycle_now().point
+    were[newest] = host.images()
+    assert any("rolled back" in str(reason) for reason in host.records.reasons)
+    assert host.records.copies[-1].regions is None
+    assert [point.id for point in host.replica.points()] == [*points[:2], newest]
+    assert {point: host.at(point) for point in [*points[:2], newest]} == {
+        point: were[point] for point in [*points[:2], newest]
+    }

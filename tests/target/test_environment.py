@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import contextmanager
 
 import lmdb
 import pytest
@@ -17,6 +18,7 @@ from hvfuse.target import environment, schema
 from hvfuse.target.check import check
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.store import Store
+from hvfuse.target.usage import usage
 from tests.target.model import Source, check_points
 
 TINY = 64 << 10
@@ -115,12 +117,12 @@ def test_a_map_that_another_process_has_grown_is_taken_over(tmp_path):
         size = store.env.map_size()
         grown = run_python(
             """
-            import sys
+            import os, sys
             from hvfuse.target.store import Store
             with Store(sys.argv[1]) as store:
                 for number in range(300):
                     store.env.write("x", lambda txn: txn.put(b"%d" % number, bytes(3000), db=store.env.db(b"meta")))
-                print(store.env.used_bytes())
+                print(os.path.getsize(store.env.path + "/data.mdb"))
             """,
             path,
         )
@@ -215,3 +217,71 @@ def test_readers_of_dead_processes_are_cleared(tmp_path):
         )
         assert store.env.reader_check() == 1
         assert store.env.reader_check() == 0
+
+
+STANDS_STILL = """
+    import lmdb, sys
+    txn = lmdb.open(sys.argv[1], max_dbs=32).begin(write=True)
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def writer_that_stands_still(path):
+    """A process in the middle of a write transaction of the store."""
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(STANDS_STILL), os.path.join(path, "store.lmdb")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "writing\n"
+        try:
+            yield
+        finally:
+            process.stdin.close()
+
+
+def test_whoever_only_reads_does_not_wait_for_a_writer(tmp_path):
+    path = str(tmp_path / "store")
+    source = Source("web01", {"a.raw": 50_000})
+    with Store(path) as store:
+        replica = LocalReplica(store, "web01")
+        source.copy_to(replica)
+        source.ship_to(replica)
+        replica.close()
+    with writer_that_stands_still(path), Store(path, create=False, read_only=True) as store:
+        assert [point.cycle for point in store.points("web01")] == [1]
+        assert store.pins() == []
+        assert [vm.points for vm in usage(store).vms] == [1]
+        assert check(store).findings == ()
+        check_points(store, source)
+
+
+def test_a_reader_follows_when_another_process_grows_the_map(tmp_path):
+    path = str(tmp_path / "store")
+    Store(path).close()
+    grow = """
+        import sys
+        from hvfuse.target.store import Store
+        from hvfuse.target import schema
+        with Store(sys.argv[1], create=False) as store:
+            store.write("test", lambda txn: txn.put(b"big", bytes(3 << 20), db=store.env.db(schema.META)))
+    """
+    with Store(path, create=False, read_only=True, map_size=1 << 20) as store:
+        assert store.epoch() == 0
+        run_python(grow, path)
+        with store.env.read() as txn:
+            assert len(txn.get(b"big", db=store.env.db(schema.META))) == 3 << 20
+
+
+def test_a_writer_joins_a_reader_of_its_process(tmp_path):
+    path = str(tmp_path / "store")
+    Store(path).close()
+    with Store(path, create=False, read_only=True) as reader:
+        with pytest.raises(AssertionError, match="opened for reading"):
+            reader.raise_epoch()
+        with Store(path) as writer:
+            assert writer.env is reader.env
+            assert writer.raise_epoch() == 1
+            assert reader.epoch() == 1
+        assert reader.epoch() == 1

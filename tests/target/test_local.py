@@ -109,6 +109,23 @@ def test_another_first_copy_begins_on_blank_images(store, replica, source):
     check_points(store, source)
 
 
+def test_a_first_copy_removes_the_images_of_disks_that_the_vm_has_no_more(store, replica):
+    old = Source("web01", {"kept.raw": 5000, "gone.raw": 5000})
+    old.copy_to(replica)
+    strange = store.image_path("web01", "letters.txt")
+    open(strange, "w").close()
+    interrupted = Source("web01", {"kept.raw": 5000, "passing.raw": 5000})
+    replica.begin(interrupted.begin_copy()[0])
+    new = Source("web01", {"kept.raw": 5000, "new.raw": 5000}, seed=2)
+    replica.begin(new.begin_copy()[0])
+    assert os.path.exists(store.image_path("web01", "gone.raw"))
+    new.copy_to(replica)
+    assert sorted(os.listdir(store.replica_folder("web01"))) == ["kept.raw", "letters.txt", "new.raw"]
+    new.ship_to(replica)
+    check_points(store, new)
+    assert check(store).findings == ()
+
+
 def test_the_position_is_unknown_while_another_first_copy_is_under_way(replica, source):
     source.copy_to(replica)
     old = source.begin_cycle()[0]

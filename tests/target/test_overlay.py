@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,31 @@ def test_a_block_map_is_a_set(ranges: list[tuple[int, int]], window: tuple[int, 
     )
     assert [n for start, stop, _ in runs for n in range(start, stop)] == list(range(first, end))
     assert all((n in blocks) == (n in model) for n in (first, end, 0, PAGE_BLOCKS))
+
+
+def test_a_trim_of_16_tib_takes_no_memory_to_speak_of(tmp_path: Path) -> None:
+    blocks = BlockMap()
+    tracemalloc.start()
+    try:
+        blocks.add(1, 1 << 32)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 32 << 20
+    assert 0 not in blocks
+    assert 1 in blocks
+    assert (1 << 32) - 1 in blocks
+    blocks = BlockMap()
+    blocks.add(0, PAGE_BLOCKS - 1)
+    blocks.add(PAGE_BLOCKS - 1, 5 * PAGE_BLOCKS)
+    fd = os.open(tmp_path / "map", os.O_RDWR | os.O_CREAT)
+    try:
+        blocks.save(fd, 4096)
+        again = BlockMap()
+        again.load(fd, 4096)
+    finally:
+        os.close(fd)
+    assert len({id(page) for page in again._pages.values()} | {id(page) for page in blocks._pages.values()}) == 1
 
 
 def test_the_block_map_stands_where_the_layout_says(tmp_path: Path) -> None:

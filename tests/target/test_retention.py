@@ -16,6 +16,8 @@ POLICIES = st.builds(
     hourly=st.integers(0, 30),
     daily=st.integers(0, 5),
 )
+YEAR = 365 * DAY
+GAPS = st.lists(st.integers(0, HOUR), min_size=1, max_size=60)
 TIMES = st.lists(st.integers(NOW - 4 * DAY, NOW + HOUR), min_size=1, max_size=60)
 
 
@@ -56,19 +58,90 @@ def test_the_newest_stays_and_nothing_is_made_up(times, policy):
     assert kept <= set(range(1, len(times) + 1))
 
 
-@given(times=TIMES, policy=POLICIES, later=st.integers(0, 3 * DAY))
-def test_what_was_let_go_would_not_be_wanted_later_either(times, policy, later):
-    points = list(enumerate(sorted(times), 1))
+@given(gaps=GAPS, policy=POLICIES, later=st.integers(0, 20 * HOUR))
+def test_what_was_let_go_would_not_be_wanted_later_either(gaps, policy, later):
+    points = [(-n, NOW - sum(gaps[: n + 1])) for n in range(len(gaps))]
     kept = retain(points, policy, NOW)
     left = [point for point in points if point[0] in kept]
     assert retain(left, policy, NOW) == kept
     assert retain(points, policy, NOW + later) == retain(left, policy, NOW + later)
 
 
-@given(times=TIMES, policy=POLICIES)
-def test_a_more_generous_policy_keeps_no_less(times, policy):
-    points = list(enumerate(times, 1))
+@given(gaps=GAPS, policy=POLICIES)
+def test_a_more_generous_policy_keeps_no_less(gaps, policy):
+    points = [(-n, NOW - sum(gaps[: n + 1])) for n in range(len(gaps))]
     more = RetentionPolicy(
         keep_all_seconds=policy.keep_all_seconds + 60, hourly=policy.hourly + 1, daily=policy.daily + 1
     )
     assert retain(points, policy, NOW) <= retain(points, more, NOW)
+
+
+def regular(count, *, end, first_seq=1):
+    """Points every 30 seconds, the last at `end`."""
+    return [(first_seq + n, end - (count - 1 - n) * 30 * SECOND) for n in range(count)]
+
+
+def replicated(points, cycles, now, policy):
+    """What is left of points after more cycles, each followed by thinning; and the time it is then."""
+    for _ in range(cycles):
+        now += 30 * SECOND
+        points = [*points, (points[-1][0] + 1, now)]
+        kept = retain(points, policy, now)
+        points = [point for point in points if point[0] in kept]
+    return points, now
+
+
+def test_one_cycle_with_the_clock_in_the_far_future_lets_go_of_no_hour():
+    policy = RetentionPolicy()
+    points = regular(2880, end=NOW)
+    before = retain(points, policy, NOW)
+    jumped = [*points, (2881, NOW + 12 * YEAR)]
+    kept = retain(jumped, policy, NOW + 12 * YEAR)
+    assert len(kept) >= len(before) - 4
+    assert min(kept) <= min(before) + 120
+
+
+def test_a_point_stamped_in_the_future_goes_like_its_neighbours():
+    policy = RetentionPolicy(hourly=2)
+    points = [*regular(10, end=NOW), (11, NOW + 12 * YEAR)]
+    points, _ = replicated(points, 120 * 5, NOW, policy)
+    assert min(seq for seq, _ in points) > 11
+    assert len(points) <= 121 + 3
+
+
+def test_a_clock_that_is_set_back_for_good_leaves_the_hours_before_it():
+    policy = RetentionPolicy()
+    points = regular(2880, end=NOW)
+    kept = retain(points, policy, NOW)
+    points, now = replicated([p for p in points if p[0] in kept], 240, NOW - YEAR, policy)
+    assert len([seq for seq, _ in points if seq <= 2880]) >= 18
+    points, _ = replicated(points, 120 * 27, now, policy)
+    assert min(seq for seq, _ in points) > 2880
+
+
+def test_a_clock_that_is_set_forward_for_good_leaves_the_hours_before_it_for_a_day():
+    policy = RetentionPolicy()
+    points = regular(2880, end=NOW)
+    kept = retain(points, policy, NOW)
+    points, now = replicated([p for p in points if p[0] in kept], 240, NOW + YEAR, policy)
+    assert len([seq for seq, _ in points if seq <= 2880]) >= 18
+    points, _ = replicated(points, 120 * 27, now, policy)
+    assert min(seq for seq, _ in points) > 2880
+
+
+def test_points_made_by_hand_once_a_week_do_not_pile_up():
+    points = [(week, NOW + week * 7 * DAY) for week in range(300)]
+    assert len(retain(points, RetentionPolicy(), points[-1][1])) <= 60 + 25
+
+
+def test_days_apart_by_more_than_24_hours_are_still_days():
+    points = [(day, NOW + day * DAY + day * SECOND) for day in range(10)]
+    assert retain(points, RetentionPolicy(daily=5), points[-1][1]) == {4, 5, 6, 7, 8, 9}
+
+
+@given(gaps=GAPS, policy=POLICIES, ahead=st.integers(1, 99 * YEAR))
+def test_a_point_from_the_future_costs_no_other_point(gaps, policy, ahead):
+    points = [(-n, NOW - sum(gaps[: n + 1])) for n in range(len(gaps))]
+    calm = retain([*points, (2, NOW)], policy, NOW)
+    wild = retain([*points, (1, NOW + ahead), (2, NOW)], policy, NOW)
+    assert calm <= wild

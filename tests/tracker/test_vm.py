@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from hvfuse import spool, system
-from hvfuse.errors import BusyError, ResyncRequiredError
+from hvfuse.errors import BusyError, ResyncRequiredError, UnsupportedError
 from hvfuse.formats.companion import Kind
+from hvfuse.formats.tracking import Scope
 from hvfuse.tracker.vm import TrackedVm
 from tests import independent_hrl
 
@@ -369,11 +370,11 @@ def test_a_write_past_the_end_that_failed_is_not_in_the_log_once_the_image_grows
     folder = make_folder(tmp_path, a=MIB)
     vm = attached(folder)
     disk = vm.disks["a.raw"]
-    full = OSError(errno.ENOSPC, "no space")
+    broken = OSError(errno.EIO, "broken")
 
     def fail(seen: str, _call: str, _size: int) -> None:
         if seen == "disk:write":
-            raise full
+            raise broken
 
     system.install(fail)
     with pytest.raises(OSError):
@@ -382,6 +383,258 @@ def test_a_write_past_the_end_that_failed_is_not_in_the_log_once_the_image_grows
     disk.write(b"end", MIB + 8000)
     vm.rotate()
     assert replayed(folder, "a.raw", bytes(MIB)) == contents(folder, "a.raw")
+    vm.detach()
+
+
+def marked(vm: TrackedVm, disk: str) -> list[list[int]]:
+    """What has to be compared of a disk: [offset, length]."""
+    answer = vm.regions()
+    number = list(vm.disks).index(disk)
+    return list(answer["disks"][number]["extents"])
+
+
+def is_within(extents: list[list[int]], offset: int, length: int) -> bool:
+    return any(start <= offset and offset + length <= start + size for start, size in extents)
+
+
+def test_every_unlogged_write_is_marked_durably_before_it_is_answered(tmp_path: Path, injector: None) -> None:
+    folder = make_folder(tmp_path, a=64 * MIB, b=64 * MIB)
+    vm = attached(folder)
+    vm.resynced(GENERATION)
+    a, b = vm.disks["a.raw"], vm.disks["b.raw"]
+    a.write(b"sealed and acknowledged", 0)
+    vm.release(GENERATION, vm.rotate().cycle)
+    for _ in range(2):  # regions that are left alone go cold
+        vm.release(GENERATION, vm.rotate().cycle)
+    a.write(b"sealed, not acknowledged", 10 * MIB)
+    vm.rotate()
+    b.write(b"in the active log", 20 * MIB)
+
+    def fail(seen: str, _call: str, _size: int) -> None:
+        if seen == "log:append":
+            raise OSError(errno.ENOSPC, "no space")
+
+    system.install(fail)
+    a.write(b"the write that did not fit", 30 * MIB)
+    system.install(None)
+    b.write(b"unlogged", 40 * MIB)
+    b.trim(50 * MIB, MIB)
+    assert vm.status()["resync_scope"] == "regions"
+    assert vm.status()["resync_bases"] == [[GENERATION.hex(), 3]]
+    kill(vm)
+    again = attached(folder, begin=False)
+    assert again.status()["resync_scope"] == "regions"
+    assert is_within(marked(again, "a.raw"), 10 * MIB, 100)
+    assert is_within(marked(again, "a.raw"), 30 * MIB, 100)
+    assert not is_within(marked(again, "a.raw"), 0, 100)
+    for offset, length in ((20 * MIB, 100), (40 * MIB, 100), (50 * MIB, MIB)):
+        assert is_within(marked(again, "b.raw"), offset, length)
+    again.disks["b.raw"].write(b"still marked after a restart", 60 * MIB)
+    generation = uuid.uuid4().bytes
+    again.begin(generation, Scope.REGIONS)
+    assert is_within(marked(again, "b.raw"), 60 * MIB, 100)
+    assert again.resync_reason is None
+    assert again.is_logging
+    assert again.status()["resync_bases"] == [[GENERATION.hex(), 3], [generation.hex(), 0]]
+    again.resynced(generation)
+    assert again.status()["resync_scope"] is None
+    assert marked(again, "b.raw") == []
+    again.detach()
+
+
+@pytest.mark.parametrize("label", ["regions:write", "regions:sync"])
+def test_a_map_that_cannot_be_written_asks_for_a_full_resynchronisation(
+    tmp_path: Path, label: str, injector: None
+) -> None:
+    folder = make_folder(tmp_path, a=4 * MIB)
+    vm = attached(folder)
+    vm.resynced(GENERATION)
+
+    def fail(seen: str, _call: str, _size: int) -> None:
+        if seen == label:
+            raise OSError(errno.EIO, "broken")
+
+    system.install(fail)
+    vm.disks["a.raw"].write(b"goes on", 0)
+    system.install(None)
+    assert vm.status()["resync_scope"] == "full"
+    kill(vm)
+    again = attached(folder, begin=False)
+    assert again.status()["resync_scope"] == "full"
+    again.detach()
+
+
+def test_after_the_death_of_the_host_only_hot_regions_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(tmp_path, a=1024 * MIB, b=MIB)
+    vm = attached(folder)
+    vm.resynced(GENERATION)
+    vm.disks["a.raw"].write(b"1" * 4096, 500 * MIB)
+    vm.rotate()
+    for _ in range(2):
+        vm.rotate()
+    vm.disks["a.raw"].write(b"2" * 4096, 700 * MIB)
+    kill(vm)
+    monkeypatch.setattr(system, "boot_id", lambda: b"another boot id!")
+    again = attached(folder, begin=False)
+    assert "the host stopped" in str(again.resync_reason)
+    assert "of 1.0 GiB to compare" in str(again.recovered)
+    assert "1 logged writes done again" in str(again.recovered)
+    assert is_within(marked(again, "a.raw"), 700 * MIB, 4096)
+    assert not is_within(marked(again, "a.raw"), 500 * MIB, 4096)
+    assert [cycle.cycle for cycle in spool.list_cycles(folder)] == [1, 2, 3], "sealed cycles are still shipped"
+    again.detach()
+
+
+def test_a_disk_that_outgrows_its_region_map_gets_larger_regions(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    vm.resynced(GENERATION)
+    disk = vm.disks["a.raw"]
+    disk.write(b"near", 0)
+    disk.truncate(2 << 30)
+    disk.write(b"far", (2 << 30) - 100)
+    kill(vm)
+    vm = attached(folder, begin=False)
+    assert vm.resync_reason is None
+    regions = vm.disks["a.raw"].regions
+    assert regions is not None and regions.reach >= 2 << 30
+    with vm.gate:
+        vm.degrade("for the test")
+    assert is_within(marked(vm, "a.raw"), 0, 4)
+    assert is_within(marked(vm, "a.raw"), (2 << 30) - 100, 3)
+    vm.detach()
+
+
+def test_logs_that_reach_the_hard_limit_are_given_up_and_the_guest_goes_on(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=32 * MIB)
+    vm = attached(folder, hard_limit=0.5)
+    vm.resynced(GENERATION)
+    disk = vm.disks["a.raw"]
+    for number in range(14):
+        disk.write(os.urandom(MIB), number * MIB)
+    vm.rotate()
+    assert vm.resync_reason is None
+    for number in range(6):
+        disk.write(os.urandom(MIB), number * MIB)
+    assert "50%" in str(vm.resync_reason)
+    assert spool.list_cycles(folder) == []
+    assert is_within(marked(vm, "a.raw"), 0, 14 * MIB)
+    vm.detach()
+
+
+def test_where_image_and_logs_fill_the_disk_the_logs_go_before_the_guests_write_does(
+    tmp_path: Path, injector: None
+) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    vm.resynced(GENERATION)
+    disk = vm.disks["a.raw"]
+    disk.write(b"1" * 5000, 0)
+    vm.rotate()
+
+    def fail(seen: str, _call: str, _size: int) -> None:
+        if seen == "disk:write" and any(name.endswith(".hrl") for name in os.listdir(folder)):
+            raise OSError(errno.ENOSPC, "no space")
+
+    system.install(fail)
+    disk.write(b"2" * 5000, 200_000)
+    system.install(None)
+    assert contents(folder, "a.raw")[200_000:205_000] == b"2" * 5000
+    assert is_within(marked(vm, "a.raw"), 0, 5000)
+    assert is_within(marked(vm, "a.raw"), 200_000, 5000)
+    vm.detach()
+
+
+def test_a_failed_sync_is_told_to_everybody_who_asks_from_then_on(tmp_path: Path, injector: None) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    vm.disks["a.raw"].write(b"1" * 512, 0)
+
+    def fail(seen: str, _call: str, _size: int) -> None:
+        if seen == "seal:image":
+            raise OSError(errno.EIO, "broken")
+
+    system.install(fail)
+    with pytest.raises(ResyncRequiredError):
+        vm.rotate()
+    system.install(None)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            vm.disks["a.raw"].sync(datasync=True)
+    kill(vm)
+
+
+def test_a_disk_with_another_name_or_another_writer_is_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    path = os.path.join(folder, "a.raw")
+    os.link(path, tmp_path / "other")
+    with pytest.raises(UnsupportedError, match="hard link"):
+        attached(folder)
+    os.unlink(tmp_path / "other")
+    with open(path, "r+b"), pytest.raises(BusyError, match="open for writing"):
+        attached(folder)
+    attached(folder).detach()
+
+
+@pytest.mark.parametrize("lost", ["active", "sealed", "before"])
+def test_what_a_shrink_cut_off_is_marked_when_its_log_is_lost(tmp_path: Path, lost: str) -> None:
+    folder = make_folder(tmp_path, a=64 * MIB)
+    vm = attached(folder)
+    vm.resynced(GENERATION)
+    disk = vm.disks["a.raw"]
+    disk.write(b"old data" * 1000, 50 * MIB)
+    vm.release(GENERATION, vm.rotate().cycle)
+    for _ in range(3):
+        vm.release(GENERATION, vm.rotate().cycle)
+    assert marked(vm, "a.raw") == []
+    if lost == "before":
+        with vm.gate:
+            vm.degrade("for the test")
+    disk.truncate(40 * MIB)
+    disk.truncate(64 * MIB)
+    if lost == "sealed":
+        for _ in range(3):
+            vm.rotate()
+    if lost != "before":
+        with vm.gate:
+            vm.degrade("for the test")
+    assert is_within(marked(vm, "a.raw"), 50 * MIB, 8000)
+    vm.detach()
+
+
+def test_a_disk_changed_behind_the_mount_while_a_resynchronisation_was_required_is_compared_whole(
+    tmp_path: Path,
+) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    vm.resynced(GENERATION)
+    with vm.gate:
+        vm.degrade("for the test")
+    vm.detach()
+    with open(os.path.join(folder, "a.raw"), "r+b") as file:
+        file.write(b"x")
+    again = attached(folder, begin=False)
+    assert again.status()["resync_scope"] == "full"
+    again.detach()
+
+
+def test_a_size_that_the_file_system_refuses_leaves_replication_as_it_was(tmp_path: Path, injector: None) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+
+    def fail(seen: str, _call: str, _size: int) -> None:
+        if seen == "disk:truncate":
+            raise OSError(errno.EFBIG, "too large")
+
+    system.install(fail)
+    with pytest.raises(OSError, match="too large"):
+        vm.disks["a.raw"].truncate(1 << 62)
+    system.install(None)
+    assert vm.is_logging
+    vm.rotate()
+    assert [log.header.start_size for log in spool.list_logs(folder)] == [MIB, MIB]
     vm.detach()
 
 
@@ -396,7 +649,7 @@ def test_a_second_tracker_on_the_same_disks_is_refused(tmp_path: Path) -> None:
 def test_rotations_race_with_writers_and_no_write_is_torn_between_cycles(tmp_path: Path) -> None:
     """A writer stamps a counter to the disks in turn; at every barrier the counters differ by one at most."""
     folder = make_folder(tmp_path, **{f"d{n}": MIB for n in range(4)})
-    vm = attached(folder)
+    vm = attached(folder, hard_limit=1000)
     stop = threading.Event()
 
     def write() -> None:
