@@ -58,7 +58,7 @@ class State:
         deaths = ", ".join(f"{count} {kind}" for kind, count in sorted(tally.deaths.items()))
         return (
             f"crashtest: {'FAILED' if broken else 'all promises kept'}: {tally.rounds} rounds, seed {self.seed}: "
-            f"{deaths} (at {len(tally.labels)} kinds of calls); {tally.copies} whole copies, "
+            f"{deaths} (at {len(tally.labels)} kinds of calls); {tally.copies} first copies, no other, "
             f"{tally.resyncs} resynchronisations of {tally.bytes_in_doubt >> 20} MiB; "
             f"{tally.points} recovery points and disks, {tally.bytes_compared / 2**30:.1f} GiB, compared "
             f"in {self.seconds:.0f} s{f'; {broken}' if broken else ''}"
