@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from hvfuse import system
-from hvfuse.formats.companion import ENTRY_DTYPE, ENTRY_SIZE, Entries, entry_seed
+from hvfuse.formats.companion import ENTRY_DTYPE, ENTRY_SIZE, Entries, entry_is_valid, entry_seed
 from hvfuse.formats.tracking import HEAD_SIZE, IndexHead, unpack_head
 
 _FIRST_ENTRIES = 4096
@@ -121,11 +121,8 @@ class IndexMap:
         return self.entries()
 
     def _holds(self, at: int, seq: int) -> bool:
-        stored_seq = _CHECK.unpack_from(self._view, at)[0]
-        check = _CHECK.unpack_from(self._view, at + _BODY.size)[0]
-        return bool(
-            stored_seq == seq and check == xxhash.xxh3_64_intdigest(self._view[at : at + _BODY.size], self._seed)
-        )
+        stored = int(_CHECK.unpack_from(self._view, at)[0])
+        return stored == seq and entry_is_valid(self._view[at : at + ENTRY_SIZE], self._seed)
 
     def sync(self) -> None:
         """Make the head and the entries durable. A failure is final."""

@@ -80,12 +80,12 @@ class DiskFile:
         if mode & system.FALLOC_FL_PUNCH_HOLE:
             self._disk.trim(offset, length)
             return
+        if not mode & system.FALLOC_FL_ZERO_RANGE:  # first, so that a full disk leaves the size as it was
+            system.fallocate("disk:allocate", self.fd, system.FALLOC_FL_KEEP_SIZE, offset, length)
         if not mode & system.FALLOC_FL_KEEP_SIZE and offset + length > self._disk.size():
             self._disk.truncate(offset + length)
         if mode & system.FALLOC_FL_ZERO_RANGE:
             self._disk.zero(offset, length)
-        else:
-            system.fallocate("disk:allocate", self.fd, system.FALLOC_FL_KEEP_SIZE, offset, length)
 
     def lseek(self, offset: int, whence: int) -> int:
         return os.lseek(self.fd, offset, whence)

@@ -2,7 +2,7 @@
 
 The main thread belongs to FUSE; one thread of the control socket takes requests (`hvfuse.wire`):
 
-    status                          -> `TrackedVm.status`, and "mountpoint", "pid", "barriers"
+    status                          -> `TrackedVm.status`, and "mountpoint", "pid"
     regions                         -> "scope", "disks": what has to be compared with the replica
     begin    generation, scope      -> begin a generation; as status. scope: "full" (default), "regions"
     resynced generation             -> {}; the target has the copy that began it
