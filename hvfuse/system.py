@@ -79,6 +79,17 @@ def pread(fd: int, length: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
+def pread_into(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from `offset`; returns the bytes read, fewer only at the end of the file."""
+    done = os.preadv(fd, [buffer], offset)
+    while done < len(buffer):
+        more = os.preadv(fd, [buffer[done:]], offset + done)
+        if more == 0:
+            break
+        done += more
+    return done
+
+
 def fsync(label: str, fd: int) -> None:
     """Make a file's data and metadata durable. A failure is final: never call again and believe it."""
     if _injector is not None:

@@ -65,13 +65,7 @@ class PlainFile:
         self._folder = folder
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        done = os.preadv(self.fd, [buffer], offset)
-        while done < len(buffer):
-            more = os.preadv(self.fd, [buffer[done:]], offset + done)
-            if more == 0:
-                break
-            done += more
-        return done
+        return system.pread_into(self.fd, buffer, offset)
 
     def write(self, data: memoryview, offset: int) -> int:
         _drop_privileges(self.fd)

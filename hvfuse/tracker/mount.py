@@ -53,13 +53,7 @@ class DiskFile:
         disk.opened()
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        done = os.preadv(self.fd, [buffer], offset)
-        while done < len(buffer):
-            more = os.preadv(self.fd, [buffer[done:]], offset + done)
-            if more == 0:
-                break
-            done += more
-        return done
+        return system.pread_into(self.fd, buffer, offset)
 
     def write(self, data: memoryview, offset: int) -> int:
         written = self._disk.write(data, offset)

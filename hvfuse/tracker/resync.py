@@ -20,6 +20,7 @@ from typing import Any
 from hvfuse import spool
 from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.formats.tracking import NOT_TRACKED, Scope, TrackingRecord
+from hvfuse.spool import SealedLog
 from hvfuse.tracker.disk import TrackedDisk
 from hvfuse.tracker.regions import DIRTY, RegionMap
 from hvfuse.tracker.state import TrackingState
@@ -69,9 +70,10 @@ def lose_logs(disks: list[Tracked], reason: str, *, full: bool) -> Scope:
     found = Scope.FULL if full or any(_needs_all(state) for _, state in disks) else Scope.REGIONS
     if found is Scope.REGIONS:
         try:
+            logs = spool.list_logs(disks[0][0].folder)
             if not any(state.record.resync_reason for _, state in disks):
-                _check_all_there(disks)
-            _mark_lost(disks)
+                _check_all_there(disks, logs)
+            _mark_lost(disks, logs)
         except (OSError, HvfuseError):
             found = Scope.FULL
     for disk, state in disks:
@@ -95,16 +97,13 @@ def _needs_all(state: TrackingState) -> bool:
     return not record.is_tracked or record.scope is Scope.FULL
 
 
-def _check_all_there(disks: list[Tracked]) -> None:
+def _check_all_there(disks: list[Tracked], logs: list[SealedLog]) -> None:
     """Raises CorruptError if a sealed log that the target has not acknowledged is gone: nobody knows what it held."""
-    cycles = spool.list_cycles(disks[0][0].folder)
     for disk, state in disks:
         record = state.record
         have = {
             cycle
-            for each in cycles
-            for log in each.logs
-            if log.disk == disk.name and log.header.generation == record.generation
+            for log in _logs_of(disk, state, logs)
             for cycle in range(log.header.first_cycle, log.header.cycle + 1)
         }
         missing = set(range(record.acknowledged + 1, record.cycle + 1)) - have
@@ -112,21 +111,25 @@ def _check_all_there(disks: list[Tracked]) -> None:
             raise CorruptError(f"{disk.name}: the log of cycle {min(missing)} is missing")
 
 
-def _mark_lost(disks: list[Tracked]) -> None:
+def _mark_lost(disks: list[Tracked], logs: list[SealedLog]) -> None:
     """Raises OSError, CorruptError."""
     for disk, state in disks:
         regions = regions_of(disk)
         regions.mark_hot_dirty()
-        for log in spool.list_logs(disk.folder):
-            if log.disk == disk.name and log.header.generation == state.record.generation:
-                try:
-                    header, entries = spool.read_companion(log.companion_path)
-                except FileNotFoundError:
-                    # Compacted since it was listed: a later log, which is still to be read, holds it too.
-                    continue
-                regions.mark_entries(entries)
-                regions.mark_cut(header.previous_size, header.start_size)
+        for log in _logs_of(disk, state, logs):
+            try:
+                header, entries = spool.read_companion(log.companion_path)
+            except FileNotFoundError:
+                # Compacted since it was listed: a later log, which is still to be read, holds it too.
+                continue
+            regions.mark_entries(entries)
+            regions.mark_cut(header.previous_size, header.start_size)
         regions.save()
+
+
+def _logs_of(disk: TrackedDisk, state: TrackingState, logs: list[SealedLog]) -> list[SealedLog]:
+    """The disk's own logs of its generation, by serial."""
+    return [log for log in logs if log.disk == disk.name and log.header.generation == state.record.generation]
 
 
 def begin(disks: list[Tracked], generation: bytes, found: Scope) -> None:

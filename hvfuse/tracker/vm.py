@@ -39,6 +39,8 @@ from hvfuse.tracker.state import TrackingState
 
 HARD_LIMIT = 0.5
 """Part of the disks' size that logs may take before they are given up, as in Hyper-V Replica."""
+LEAST_LIMIT = 8 << 20
+"""Bytes that the logs may always take, however small the disks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +51,6 @@ class Rotation:
     cycle: int
     sealed_ns: int
     barrier_ns: int
-
-
-LEAST_LIMIT = 8 << 20
-"""Bytes that the logs may always take, however small the disks."""
 
 
 class TrackedVm:
@@ -397,29 +395,33 @@ class TrackedVm:
     def status(self) -> dict[str, Any]:
         """What there is to know, for the control socket: JSON types, sizes in bytes."""
         present = {name for name in os.listdir(self.folder) if is_disk_name(name)}
+        disks = self._tracked()
+        scope = resync.scope(disks)
         return {
             "vm": self.name,
             "generation": self._generation.hex() if self._generation != NOT_TRACKED else None,
             "cycle": self._cycle + 1,
             "resync_required": self.resync_reason,
-            **resync.status(self._tracked()),
+            **resync.status(disks),
             "recovered": self.recovered,
             "untracked": sorted(present - set(self.disks)),
             "excluded": sorted(name for name, disk in self.disks.items() if disk.state is None),
-            "disks": [
-                {
-                    "name": disk.name,
-                    "disk_id": state.record.disk_id.hex(),
-                    "format": disk.format.value,
-                    "size": disk.size(),
-                    "log_bytes": disk.log.size if disk.log is not None else 0,
-                    "log_entries": disk.log.entry_count if disk.log is not None else 0,
-                    "open_handles": disk.open_handles,
-                    "resync_bytes": sum(length for _, length in resync.extents(disk, resync.scope(self._tracked()))),
-                }
-                for disk, state in self._tracked()
-            ],
+            "disks": [_disk_status(disk, state, scope) for disk, state in disks],
         }
+
+
+def _disk_status(disk: TrackedDisk, state: TrackingState, scope: Scope) -> dict[str, Any]:
+    log = disk.log  # which the guest's thread may give up at any moment
+    return {
+        "name": disk.name,
+        "disk_id": state.record.disk_id.hex(),
+        "format": disk.format.value,
+        "size": disk.size(),
+        "log_bytes": log.size if log is not None else 0,
+        "log_entries": log.entry_count if log is not None else 0,
+        "open_handles": disk.open_handles,
+        "resync_bytes": sum(length for _, length in resync.extents(disk, scope)),
+    }
 
 
 def _refuse_other_ways_in(path: str) -> None:
