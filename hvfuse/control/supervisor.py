@@ -79,23 +79,17 @@ def _lives(socket_path: str) -> bool:
 
 def tracker_daemon(home: Home, vm: str, *, clock: Clock) -> Daemon:
     """The VM's tracker as a background process."""
-    return Daemon(
-        "tracker",
-        command(home, "_tracker", vm),
-        socket_path=home.tracker_socket(vm),
-        log_path=home.log(vm, "tracker"),
-        clock=clock,
-    )
+    return _daemon(home, vm, "tracker", home.tracker_socket(vm), clock)
 
 
 def shipper_daemon(home: Home, vm: str, *, clock: Clock) -> Daemon:
     """The VM's shipper as a background process."""
+    return _daemon(home, vm, "shipper", home.shipper_socket(vm), clock)
+
+
+def _daemon(home: Home, vm: str, role: str, socket_path: str, clock: Clock) -> Daemon:
     return Daemon(
-        "shipper",
-        command(home, "_shipper", vm),
-        socket_path=home.shipper_socket(vm),
-        log_path=home.log(vm, "shipper"),
-        clock=clock,
+        role, command(home, f"_{role}", vm), socket_path=socket_path, log_path=home.log(vm, role), clock=clock
     )
 
 
