@@ -2,18 +2,27 @@
 
 A disk is cut into blocks of `BLOCK` bytes, block k beginning at k * BLOCK. A block's digest is the xxh3-128
 of its bytes with a seed that the two sides agree on anew for every run: two blocks that happen to collide
-under one seed do not under the next. Beyond the end of a disk, and in a hole, there are zeroes; hence every
-block has a digest, and "no block" and "a block of zeroes" have the same.
+under one seed do not under the next. Who may choose what a guest writes could still make blocks collide under
+xxh3, which is no cryptographic hash; where the guest is not trusted, the digest is a keyed BLAKE3, cut to
+128 bits. Beyond the end of a disk, and in a hole, there are zeroes; hence every block has a digest, and "no
+block" and "a block of zeroes" have the same.
+
+A *summary* is the digest of the digests of consecutive blocks: where two summaries are the same, so are all
+their blocks, and their digests need not travel.
 
     Digest, 16 bytes, as two unsigned 64-bit little-endian integers
     offset size field
-         0    8 low half of the xxh3-128
-         8    8 high half
+         0    8 low half of the xxh3-128; bytes 0 to 7 of the BLAKE3
+         8    8 high half; bytes 8 to 15
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import xxhash
@@ -30,23 +39,60 @@ Digests = NDArray[np.uint64]
 _ZERO = bytes(BLOCK)
 
 
-def zero_digests(count: int, seed: int) -> Digests:
+class Algorithm(StrEnum):
+    """How blocks are digested."""
+
+    XXH3 = "xxh3"
+    BLAKE3 = "blake3"
+
+
+@dataclass(frozen=True, slots=True)
+class DigestKey:
+    """What two sides agree on for one run. `seed`: 64 bits, drawn anew for each."""
+
+    algorithm: Algorithm
+    seed: int
+
+    @classmethod
+    def fresh(cls, algorithm: Algorithm = Algorithm.XXH3) -> DigestKey:
+        """A key that nobody had before."""
+        return cls(algorithm, int.from_bytes(os.urandom(8), "little"))
+
+    def digester(self) -> Callable[[Buffer], bytes]:
+        """What makes `DIGEST_SIZE` bytes of any bytes. For any thread."""
+        if self.algorithm is Algorithm.BLAKE3:
+            from blake3 import blake3  # for those alone who ask for it
+
+            key = self.seed.to_bytes(32, "little")
+            return lambda data: blake3(data, key=key).digest(length=DIGEST_SIZE)
+        seed = self.seed
+        return lambda data: xxhash.xxh3_128_intdigest(data, seed).to_bytes(DIGEST_SIZE, "little")
+
+
+def zero_digests(count: int, key: DigestKey) -> Digests:
     """The digests of `count` blocks of zeroes; shape (count, 2), writable."""
-    return np.tile(digest_blocks(_ZERO, seed), (count, 1))
+    return np.tile(_zero_digest(key), (count, 1))
 
 
-def digest_blocks(data: Buffer, seed: int) -> Digests:
+@functools.lru_cache(maxsize=8)
+def _zero_digest(key: DigestKey) -> Digests:
+    return digest_blocks(_ZERO, key)
+
+
+def digest_blocks(data: Buffer, key: DigestKey) -> Digests:
     """The digests of the blocks in `data`, which begins with one. The last may be short: zeroes follow."""
     view = memoryview(data)
     whole = round_down(len(view), BLOCK)
-    found = [
-        xxhash.xxh3_128_intdigest(view[at : at + BLOCK], seed).to_bytes(DIGEST_SIZE, "little")
-        for at in range(0, whole, BLOCK)
-    ]
+    digest = key.digester()
+    found = [digest(view[at : at + BLOCK]) for at in range(0, whole, BLOCK)]
     if whole < len(view):
-        last = bytes(view[whole:]).ljust(BLOCK, b"\0")
-        found.append(xxhash.xxh3_128_intdigest(last, seed).to_bytes(DIGEST_SIZE, "little"))
+        found.append(digest(bytes(view[whole:]).ljust(BLOCK, b"\0")))
     return np.frombuffer(b"".join(found), "<u8").astype(np.uint64).reshape(-1, 2)
+
+
+def summary(digests: Digests, key: DigestKey) -> Digests:
+    """The digest of the digests of consecutive blocks; shape (2,)."""
+    return np.frombuffer(key.digester()(digests.astype("<u8").tobytes()), "<u8").astype(np.uint64)
 
 
 def differ(ours: Digests, theirs: Digests) -> NDArray[np.bool_]:
@@ -81,7 +127,7 @@ def block_count(extents: Sequence[Extent]) -> int:
 
 def sparse_digests(
     extents: Sequence[Extent],
-    seed: int,
+    key: DigestKey,
     *,
     data: Callable[[int, int], Iterable[tuple[int, int]]],
     digest: Callable[[int, int], Digests],
@@ -91,7 +137,7 @@ def sparse_digests(
     `data(start, end)`: the ranges (offset, end) therein that may hold anything but zeroes. `digest(start,
     end)`: the digests of those whole blocks.
     """
-    found = zero_digests(block_count(extents), seed)
+    found = zero_digests(block_count(extents), key)
     first = 0
     for extent in extents:
         for low, high in touched_blocks(data(extent.offset, extent.end)):

@@ -161,7 +161,7 @@ class _Whole:
 
     def copy_group(self, group: Group) -> None:
         """Send the slots that have data, then zeroes for the others."""
-        occupied = group.occupied()
+        occupied = group.occupied_slots()
         covered = np.array([group.first + slot in self._outlet.held for slot in range(len(occupied))])
         missing = np.flatnonzero(occupied & ~covered).tolist()
         jobs = (

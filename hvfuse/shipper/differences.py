@@ -1,9 +1,7 @@
-"""The differences between disks and what the replica holds of them, found by digests of their blocks.
+"""The differences between disks and what the replica holds of them, as frames (`hvfuse.reconcile` finds them).
 
-The replica is asked for the digests of a few slots at a time, ahead of their being needed and in a thread of its
-own, while the pool's workers read the source's blocks, digest them, and make frames of those that differ.
-Holes are not read on either side; where both have one nothing happens at all. Equal slots have no frame. A
-group's closing frame is empty: it says that the group was compared.
+A group's spans are compared by the pool's workers, which make frames of the blocks that differ; a span is a
+slot. Equal slots have no frame. A group's closing frame is empty: it says that the group was compared.
 
 What is compared must not grow while a generation's copy is interrupted, since closed groups are not looked at
 again. It does not: from the generation's begin on, what changes on the disks is in its logs.
@@ -11,40 +9,43 @@ again. It does not: from the generation's begin on, what changes on the disks is
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import functools
-import os
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 
 from hvfuse.extent import Extent, round_up
-from hvfuse.formats.digests import (
-    BLOCK,
-    Digests,
-    aligned,
-    block_count,
-    differ,
-    digest_blocks,
-    sparse_digests,
-    zero_digests,
-)
-from hvfuse.shipper import slots
+from hvfuse.formats.digests import BLOCK, Algorithm, DigestKey, Digests, aligned
+from hvfuse.reconcile import plan
+from hvfuse.reconcile.compare import Candidate, Comparison, candidates
 from hvfuse.shipper.content import NOWHERE, Content, Pieces, compose, zeroes
 from hvfuse.shipper.pool import FramePool, Job
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.slots import Group, Outlet, Progress
 from hvfuse.shipper.source import SourceDisk
 
-BATCH = 32
-"""Slots whose digests are asked for at once: 128 MiB of disk, 32 KiB of digests."""
 
-Wanted = dict[int, list[Extent]]
-"""Slot of a group to the aligned extents on it that are to be compared; ascending."""
+@dataclass(frozen=True, slots=True)
+class HeldDisk:
+    """What the replica holds of one disk, as the other side of a comparison."""
+
+    replica: Replica
+    disk_id: bytes
+
+    def occupied(self, low: int, high: int) -> Sequence[Extent]:
+        return self.replica.occupied(self.disk_id, low, high)
+
+    def summaries(self, extents: Sequence[Extent], key: DigestKey) -> Digests:
+        return self.replica.summaries(self.disk_id, extents, key)
+
+    def digests(self, extents: Sequence[Extent], key: DigestKey) -> Digests:
+        return self.replica.digests(self.disk_id, extents, key)
 
 
 class Differences:
@@ -62,6 +63,7 @@ class Differences:
         outlet: Outlet,
         pool: FramePool,
         progress: Progress,
+        algorithm: Algorithm = Algorithm.XXH3,
     ) -> None:
         # What was cut off a disk is compared, too: it would be seen again if the disk grew.
         held = [max(disk.size, replica.extent(disk.disk_id)) for disk in disks]
@@ -75,13 +77,12 @@ class Differences:
         self._outlet = outlet
         self._pool = pool
         self._progress = progress
-        self._seed = int.from_bytes(os.urandom(8), "little")
-        self._zero = zero_digests(1, self._seed)
+        self._key = DigestKey.fresh(algorithm)
         self._asker = ThreadPoolExecutor(1, "hvfuse-digests")
-        self._done = self._within = 0  # bytes compared: in groups that are done, in the one under way
+        self._done = 0  # bytes of groups that are done, in this run or an earlier one
         self.compared = self.differing = 0
 
-    def __enter__(self) -> Differences:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -91,16 +92,23 @@ class Differences:
 
     def copy_group(self, group: Group) -> None:
         """Compare what is wanted of a group and not held, send what differs, and close the group."""
-        by_slot = _by_slot(self._extents[group.disk.disk_id], group)
-        if not by_slot:
+        wanted = self._wanted(group)
+        if not wanted:
             return
-        wanted = {slot: runs for slot, runs in by_slot.items() if group.first + slot not in self._outlet.held}
-        with contextlib.closing(self._pool.make(self._jobs(group, wanted))) as all_made:
+        spans = {group.number(span[0].offset // plan.SPAN): span for span in plan.spans(wanted)}
+        spans = {number: span for number, span in spans.items() if number not in self._outlet.held}
+        missing = [extent for span in spans.values() for extent in span]
+        ahead = deque((number, _length(span, group.disk.size)) for number, span in spans.items())
+        within = 0
+        with contextlib.closing(self._pool.make(self._jobs(group, missing))) as all_made:
             for made in all_made:
                 if made.frame:
                     self._outlet.put(made.frame)
                     self.differing += made.told_bytes
-                self._tell()
+                while ahead and ahead[0][0] <= made.number:  # with those on which both sides have a hole
+                    within += ahead.popleft()[1]
+                self._tell(within)
+        self.compared += _length(missing, group.disk.size)
         empty = np.empty(0, np.int64)
         closing = Job(group.closing_number, group.disk.disk_id, lambda: zeroes(empty, empty))
         for made in self._pool.make([closing]):
@@ -108,84 +116,46 @@ class Differences:
 
     def passed(self, group: Group) -> None:
         """The group is done, in this run or an earlier one."""
-        self._done += sum(
-            _length(extents, group.disk.size) for extents in _by_slot(self._extents[group.disk.disk_id], group).values()
-        )
-        self._within = 0
-        self._tell()
+        self._done += _length(self._wanted(group), group.disk.size)
+        self._tell(0)
 
-    def _tell(self) -> None:
-        self._progress(self._done + self._within, self._total, self._outlet.sent)
+    def _wanted(self, group: Group) -> list[Extent]:
+        whole = Extent(group.start, group.end - group.start)
+        return list(plan.intersect(self._extents[group.disk.disk_id], [whole]))
 
-    def _jobs(self, group: Group, wanted: Wanted) -> Iterator[Job]:
+    def _tell(self, within: int) -> None:
+        self._progress(self._done + within, self._total, self._outlet.sent)
+
+    def _jobs(self, group: Group, missing: Sequence[Extent]) -> Iterator[Job]:
         """One for each slot on which there may be a difference."""
-        occupied = group.occupied()
-        with contextlib.closing(self._theirs(group, wanted)) as all_theirs:
-            for slot, theirs in all_theirs:
-                if occupied[slot] or differ(theirs, self._zero).any():
-                    build = functools.partial(self._content, group, wanted[slot], theirs)
-                    yield Job(group.first + slot, group.disk.disk_id, build)
-                length = _length(wanted[slot], group.disk.size)
-                self.compared += length
-                self._within += length
+        other = HeldDisk(self._replica, group.disk.disk_id)
+        comparison = Comparison(group, other, self._key)
+        doubtful = candidates(missing, source=group, other=other, key=self._key, asker=self._asker)
+        with contextlib.closing(doubtful):
+            for candidate in doubtful:
+                build = functools.partial(_content, comparison, candidate, group.disk.size)
+                yield Job(group.number(candidate.place), group.disk.disk_id, build)
 
-    def _theirs(self, group: Group, wanted: Wanted) -> Generator[tuple[int, Digests]]:
-        """Slot by slot the replica's digests; the next batch is asked for while one is being used."""
-        asked: deque[tuple[list[int], Future[Digests]]] = deque()
-        order = list(wanted)
-        try:
-            for first in range(0, len(order), BATCH):
-                batch = order[first : first + BATCH]
-                extents = aligned((extent for slot in batch for extent in wanted[slot]), end=group.end)
-                future = self._asker.submit(self._replica.digests, group.disk.disk_id, extents, self._seed)
-                asked.append((batch, future))
-                if len(asked) == 2:
-                    yield from _cut(*asked.popleft(), wanted)
-            while asked:
-                yield from _cut(*asked.popleft(), wanted)
-        finally:
-            for _, future in asked:
-                if not future.cancel():
-                    future.exception()
 
-    def _content(self, group: Group, extents: Sequence[Extent], theirs: Digests) -> Content | None:
-        """The blocks of a slot's extents that differ; None if none does."""
-        starts: list[int] = []
-        ends: list[int] = []
-        origins: list[int] = []
-        data: list[memoryview] = []
-        first = 0
-        for extent in extents:
-            blocks, ours = self._ours(group, extent)
-            count = block_count([extent])
-            for block in np.flatnonzero(differ(ours, theirs[first : first + count])).tolist():
-                low = extent.offset + block * BLOCK
-                cut = min(max(group.disk.size, low), low + BLOCK)
-                starts += [low, cut]
-                ends += [cut, low + BLOCK]
-                origins += [low, NOWHERE]
-                data.append(blocks[block * BLOCK : block * BLOCK + cut - low])
-            first += count
-        bounds = np.array([starts, ends], np.int64)
-        real = bounds[1] > bounds[0]
-        if not real.any():
-            return None
-        pieces = Pieces(bounds[0][real], bounds[1][real], np.array(origins, np.int64)[real])
-        return compose(pieces, b"".join(data))
-
-    def _ours(self, group: Group, extent: Extent) -> tuple[memoryview, Digests]:
-        """The source's bytes of an aligned extent, zeroes in holes and beyond the end, and their digests."""
-        blocks = memoryview(bytearray(extent.length))
-        ranges = group.data(extent.offset, extent.end)
-        for low, high in ranges:
-            data = group.read(low, high)
-            blocks[low - extent.offset : low - extent.offset + len(data)] = data
-        return blocks, sparse_digests(
-            [extent],
-            self._seed,
-            data=lambda low, high: ranges,
-            digest=lambda low, high: digest_blocks(blocks[low - extent.offset : high - extent.offset], self._seed),
-        )
+def _content(comparison: Comparison, candidate: Candidate, size: int) -> Content | None:
+    """The blocks of a slot that differ, cut at the disk's end; None if none does."""
+    found = comparison.differences(candidate)
+    if found is None:
+        return None
+    starts: list[int] = []
+    ends: list[int] = []
+    origins: list[int] = []
+    data: list[memoryview] = []
+    for block, view in zip(found.blocks, found.data, strict=True):
+        cut = min(max(size, block.offset), block.end)
+        starts += [block.offset, cut]
+        ends += [cut, block.end]
+        origins += [block.offset, NOWHERE]
+        data.append(view[: cut - block.offset])
+    bounds = np.array([starts, ends], np.int64)
+    real = bounds[1] > bounds[0]
+    pieces = Pieces(bounds[0][real], bounds[1][real], np.array(origins, np.int64)[real])
+    return compose(pieces, b"".join(data))
 
 
 def _to_compare(disk: SourceDisk, regions: Sequence[Extent] | None, end: int) -> list[Extent]:
@@ -199,30 +169,6 @@ def _to_compare(disk: SourceDisk, regions: Sequence[Extent] | None, end: int) ->
         if region.offset < disk.size
     ]
     return aligned([*inside, Extent(disk.size, end - disk.size)], end=end)
-
-
-def _by_slot(extents: Sequence[Extent], group: Group) -> Wanted:
-    """Cut what lies within a group at the slots' edges."""
-    found: Wanted = {}
-    first = bisect.bisect_right(extents, group.start, key=lambda extent: extent.end)
-    last = bisect.bisect_left(extents, group.end, key=lambda extent: extent.offset)
-    for extent in extents[first:last]:
-        at, end = max(extent.offset, group.start), min(extent.end, group.end)
-        while at < end:
-            slot = (at - group.start) // slots.SLOT
-            stop = min(end, group.start + (slot + 1) * slots.SLOT)
-            found.setdefault(slot, []).append(Extent(at, stop - at))
-            at = stop
-    return found
-
-
-def _cut(batch: Sequence[int], asked: Future[Digests], wanted: Wanted) -> Iterator[tuple[int, Digests]]:
-    """The answer for a batch of slots, by slot."""
-    digests, first = asked.result(), 0
-    for slot in batch:
-        count = block_count(wanted[slot])
-        yield slot, digests[first : first + count]
-        first += count
 
 
 def _length(extents: Sequence[Extent], size: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hvfuse.extent import Extent
-from hvfuse.formats.digests import Digests
+from hvfuse.formats.digests import DigestKey, Digests
 from hvfuse.manifest import CycleManifest, RecoveryPoint
 from hvfuse.position import Position
 
@@ -40,13 +40,22 @@ class Replica(Protocol):
         Mostly the disk's size; more if what was cut off a disk might be seen again once it grew.
         """
 
-    def digests(self, disk_id: bytes, extents: Sequence[Extent], seed: int) -> Digests:
-        """Digests (`hvfuse.formats.digests`) of the blocks of aligned extents, ascending, of a disk as it is
-        at the `previous` of the open COPY: frames put for it are not seen.
-
-        May be called in another thread than the one that puts, at the same time. Asked for at most
-        128 MiB of the disk at once.
+    def occupied(self, disk_id: bytes, low: int, high: int) -> Sequence[Extent]:
+        """The ranges within [low, high) that may hold anything but zeroes, ascending and apart, of a disk as it
+        is at the `previous` of the open COPY: frames put for it are not seen. Reads no data. Asked for at
+        most a group (`hvfuse.shipper.slots`) at once.
         """
+
+    def summaries(self, disk_id: bytes, extents: Sequence[Extent], key: DigestKey) -> Digests:
+        """The summary (`hvfuse.formats.digests`) of the blocks of each of the aligned extents, ascending, each
+        within a span (`hvfuse.reconcile.plan`): shape (len(extents), 2). Of the same state as `occupied`.
+
+        This and `digests` may be called in other threads than the one that puts, at the same time. Asked for
+        at most 128 MiB of the disk at once.
+        """
+
+    def digests(self, disk_id: bytes, extents: Sequence[Extent], key: DigestKey) -> Digests:
+        """The digests of the blocks of aligned extents, ascending; otherwise as `summaries`."""
 
     def put(self, frame: bytes) -> None:
         """Stage one encoded frame of the open cycle. Verified before it is kept (CorruptError)."""
@@ -60,6 +69,9 @@ class Replica(Protocol):
         Committing the cycle at which the replica already stands returns the same point.
         `manifest` is the same as at `begin`, except that a COPY may give later sizes.
         """
+
+    def abandon(self) -> None:
+        """Drop what is staged of an unfinished cycle. The replica stands where it stood. Idempotent."""
 
     def points(self) -> Sequence[RecoveryPoint]:
         """The recovery points, oldest first."""

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from hvfuse import system
+from hvfuse.extent import Extent
+from hvfuse.reconcile import plan
 from hvfuse.shipper.content import Flags
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.retry import refusal
 from hvfuse.shipper.source import SourceDisk
 
-SLOT = 4 << 20
+SLOT = plan.SPAN
 SLOTS = 1024
 GROUP = SLOT * SLOTS
 NUMBERS_PER_DISK = 1 << 25
@@ -50,7 +52,22 @@ class Group:
     def closing_number(self) -> int:
         return self.first + SLOTS
 
-    def occupied(self) -> Flags:
+    def number(self, place: int) -> int:
+        """The number of the slot that begins at byte `place * SLOT` of the disk."""
+        return self.first + place - self.start // SLOT
+
+    def occupied(self, low: int, high: int) -> list[Extent]:
+        """As `data`, as extents."""
+        return [Extent(begin, end - begin) for begin, end in self.data(low, high)]
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fill `view`; returns the bytes read, fewer where the image was just cut. Raises HvfuseError."""
+        try:
+            return system.pread_into(self.fd, view, offset)
+        except OSError as error:
+            raise refusal(error, self.path) from error
+
+    def occupied_slots(self) -> Flags:
         """Which slots have anything allocated, shape (slots,)."""
         flags = np.zeros(-(-(self.end - self.start) // SLOT), np.bool_)
         for low, high in self.data(self.start, self.end):

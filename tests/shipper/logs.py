@@ -14,10 +14,11 @@ from hvfuse.errors import CorruptError, ResyncRequiredError
 from hvfuse.extent import Extent
 from hvfuse.formats import companion
 from hvfuse.formats.companion import AddressSpace, CompanionHeader, Kind
-from hvfuse.formats.digests import BLOCK, Digests, digest_blocks
+from hvfuse.formats.digests import BLOCK, DigestKey, Digests, digest_blocks, summary
 from hvfuse.frames import Fill
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint, point_id
 from hvfuse.position import NO_DIGEST, Position, PositionMismatchError
+from hvfuse.reconcile import plan
 from hvfuse.shipper.source import Regions, ResyncScope, SourceDisk, SourceStatus
 from hvfuse.spool import SealedCycle
 
@@ -298,14 +299,27 @@ class MemoryReplica:
     def extent(self, disk_id: bytes) -> int:
         return len(self.images.get(disk_id, b""))
 
-    def digests(self, disk_id: bytes, extents: Sequence[Extent], seed: int) -> Digests:
+    def abandon(self) -> None:
+        self.staged_for, self.staged = None, {}
+
+    def occupied(self, disk_id: bytes, low: int, high: int) -> Sequence[Extent]:
+        assert self.previous is not None and self.previous == self.stands
+        image = bytes(self.images.get(disk_id, b""))
+        found = [at for at in range(low, min(high, len(image)), BLOCK) if image[at : at + BLOCK].strip(b"\0")]
+        return [Extent(at, min(BLOCK, high - at)) for at in found]
+
+    def summaries(self, disk_id: bytes, extents: Sequence[Extent], key: DigestKey) -> Digests:
+        assert all(extent.offset // plan.SPAN == (extent.end - 1) // plan.SPAN for extent in extents)
+        return np.array([summary(self.digests(disk_id, [extent], key), key) for extent in extents])
+
+    def digests(self, disk_id: bytes, extents: Sequence[Extent], key: DigestKey) -> Digests:
         assert self.previous is not None and self.previous == self.stands
         image = bytes(self.images.get(disk_id, b""))
         found = []
         for extent in extents:
             assert extent.offset % BLOCK == extent.length % BLOCK == 0
             self.asked.append((disk_id, extent.offset, extent.length))
-            found.append(digest_blocks(image[extent.offset : extent.end].ljust(extent.length, b"\0"), seed))
+            found.append(digest_blocks(image[extent.offset : extent.end].ljust(extent.length, b"\0"), key))
         return np.concatenate(found)
 
     def put(self, frame: bytes) -> None:

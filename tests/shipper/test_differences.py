@@ -9,6 +9,7 @@ from hvfuse import frames, system
 from hvfuse.extent import Extent
 from hvfuse.formats.digests import BLOCK
 from hvfuse.position import NO_DIGEST, Position
+from hvfuse.reconcile import plan
 from hvfuse.shipper import slots
 from hvfuse.shipper.copy import CopyReport, Over, copy
 from hvfuse.shipper.slots import GROUP, SLOT
@@ -47,6 +48,7 @@ def test_whatever_differs_within_the_regions_is_equal_afterwards_and_nothing_els
     dice = random.Random(seed)
     slot_blocks = dice.choice([2, 4, 64])
     monkeypatch.setattr(slots, "SLOT", slot_blocks * BLOCK)
+    monkeypatch.setattr(plan, "SPAN", slot_blocks * BLOCK)
     monkeypatch.setattr(slots, "SLOTS", dice.choice([2, 3, 1024]))
     monkeypatch.setattr(slots, "GROUP", slots.SLOT * slots.SLOTS)
     disks, regions, outside = [], {}, {}
@@ -139,15 +141,15 @@ def test_holes_are_not_read_and_zeroes_not_sent(tmp_path, monkeypatch):
     disks = [image(tmp_path, "a.raw", 64 * MIB, (0, bytes(BLOCK)), (40 * MIB, random_bytes(1, BLOCK)))]
     replica = replica_of(tmp_path, disks)
     replica.images[disks[0].disk_id][20 * MIB : 21 * MIB] = random_bytes(2, MIB)
-    read, pread = [], system.pread
+    read, pread_into = [], system.pread_into
 
-    def counted(fd: int, length: int, offset: int) -> bytes:
-        read.append(length)
-        return pread(fd, length, offset)
+    def counted(fd: int, view: memoryview, offset: int) -> int:
+        read.append(len(view))
+        return pread_into(fd, view, offset)
 
-    monkeypatch.setattr(system, "pread", counted)
+    monkeypatch.setattr(system, "pread_into", counted)
     report = run(tmp_path, disks, replica)
-    monkeypatch.setattr(system, "pread", pread)
+    monkeypatch.undo()
     assert_equal(tmp_path, disks, replica)
     assert sum(read) == 2 * BLOCK
     assert report.bytes_sent < 1000
@@ -184,6 +186,7 @@ def test_a_disk_that_the_replica_does_not_know_is_compared_with_zeroes(tmp_path)
 
 
 def small(monkeypatch) -> None:
+    monkeypatch.setattr(plan, "SPAN", 2 * BLOCK)
     monkeypatch.setattr(slots, "SLOT", 2 * BLOCK)
     monkeypatch.setattr(slots, "SLOTS", 2)
     monkeypatch.setattr(slots, "GROUP", 4 * BLOCK)
@@ -242,11 +245,11 @@ def test_an_error_of_the_replica_while_it_is_asked_ahead_ends_the_run(tmp_path, 
     disks = [image(tmp_path, "a.raw", 40 * SLOT, (0, b"1"), (39 * SLOT, b"2"))]
     replica, asked = replica_of(tmp_path, disks), []
 
-    def fail(disk_id, extents, seed):
+    def fail(disk_id, extents, key):
         asked.append(len(extents))
         raise Killed
 
-    replica.digests = fail
+    replica.summaries = fail
     with pytest.raises(Killed):
         run(tmp_path, disks, replica)
     assert asked and replica.stands == BEFORE

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from hvfuse.frames import unpack_header
+from hvfuse.reconcile import plan
 from hvfuse.shipper import slots
 from hvfuse.shipper.replication import ShippingPolicy
 from hvfuse.shipper.service import Shipper
@@ -138,6 +139,7 @@ def survives(host: StoredHost, *, seed: int) -> bool:
 
 def test_a_resync_leaves_the_older_points_as_they_were(host, monkeypatch):
     monkeypatch.setattr(slots, "SLOT", 1 << 18)
+    monkeypatch.setattr(plan, "SPAN", 1 << 18)
     monkeypatch.setattr(slots, "GROUP", slots.SLOTS << 18)
     dice = random.Random(3)
     shipper = host.shipper()
