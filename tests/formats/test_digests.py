@@ -83,14 +83,14 @@ def test_a_sparse_disk_has_the_digests_of_its_bytes_and_its_holes_are_not_read()
 
     def digest(low, high):
         read.append((low, high))
-        return digest_blocks(disk[low:high], 9)
+        return digest_blocks(disk[low:high], KEYS[9])
 
     def data(start, end):
         return [(max(low, start), min(high, end)) for low, high in ranges if low < end and high > start]
 
     extents = [Extent(BLOCK, 9 * BLOCK), Extent(12 * BLOCK, 28 * BLOCK)]
-    expected = np.concatenate([digest_blocks(disk[e.offset : e.end], 9) for e in extents])
-    assert np.array_equal(sparse_digests(extents, 9, data=data, digest=digest), expected)
+    expected = np.concatenate([digest_blocks(disk[e.offset : e.end], KEYS[9]) for e in extents])
+    assert np.array_equal(sparse_digests(extents, KEYS[9], data=data, digest=digest), expected)
     assert block_count(extents) == len(expected)
     assert sum(high - low for low, high in read) < len(expected) * BLOCK
 
