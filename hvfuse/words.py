@@ -13,3 +13,15 @@ def bytes_text(count: int) -> str:
         if size < 1023.95 or unit == "PiB":
             break
     return f"{size:.1f} {unit}".replace(".0 ", " ")
+
+
+def duration_text(seconds: float) -> str:
+    """A span of time in words: "0.4 s", "12 s", "3 min 5 s", "2 h 10 min", "3 d 4 h"."""
+    if seconds < 9.95:
+        return f"{max(seconds, 0):.1f} s"
+    whole = round(seconds)
+    for unit, name, part, part_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= unit:
+            rest = whole % unit // part
+            return f"{whole // unit} {name}" + (f" {rest} {part_name}" if rest else "")
+    return f"{whole} s"

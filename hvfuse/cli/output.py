@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import click
 
+from hvfuse.words import duration_text as duration_text
+
 OUTPUT_VERSION = 1
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -48,18 +50,6 @@ def counted(count: int, name: str) -> str:
 def is_terminal() -> bool:
     """Whether a person looks at stdout."""
     return sys.stdout.isatty()
-
-
-def duration_text(seconds: float) -> str:
-    """A span of time in words: "0.4 s", "12 s", "3 min 5 s", "2 h 10 min", "3 d 4 h"."""
-    if seconds < 9.95:
-        return f"{max(seconds, 0):.1f} s"
-    whole = round(seconds)
-    for unit, name, part, part_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= unit:
-            rest = whole % unit // part
-            return f"{whole // unit} {name}" + (f" {rest} {part_name}" if rest else "")
-    return f"{whole} s"
 
 
 def time_text(time_ns: int) -> str:
