@@ -15,8 +15,6 @@ from typing import Any, TypeVar
 
 import click
 
-from hvfuse.words import duration_text as duration_text
-
 OUTPUT_VERSION = 1
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])

@@ -8,13 +8,13 @@ import click
 
 from hvfuse import wire
 from hvfuse.cli.main import Session
-from hvfuse.cli.output import duration_text, emit_json, json_option
+from hvfuse.cli.output import emit_json, json_option
 from hvfuse.cli.progress import showing_copy
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records
 from hvfuse.errors import UnreachableError
-from hvfuse.words import bytes_text
+from hvfuse.words import bytes_text, duration_text
 
 PATIENCE = 30 * 86400.0
 """Seconds: the cycle may have to wait for a whole copy of large disks."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvfuse.cli.main import Session
-from hvfuse.cli.output import duration_text, emit_json, is_terminal, json_option, one_line, time_text
+from hvfuse.cli.output import emit_json, is_terminal, json_option, one_line, time_text
 from hvfuse.cli.wiring import store_facts
 from hvfuse.control.records import Records, VmRecord
 from hvfuse.control.status import Health, VmStatus, is_protected, vm_status
 from hvfuse.control.supervisor import find_vms
 from hvfuse.errors import NotFoundError, UsageError
-from hvfuse.words import bytes_text
+from hvfuse.words import bytes_text, duration_text
 
 if TYPE_CHECKING:
     from rich.table import Table

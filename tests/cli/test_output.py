@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hvfuse.cli.output import duration_text, time_text
-from hvfuse.words import bytes_text
+from hvfuse.cli.output import time_text
+from hvfuse.words import bytes_text, duration_text
 
 
 @pytest.mark.parametrize(
