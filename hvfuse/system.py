@@ -28,6 +28,7 @@ Injector = Callable[[str, str, int], int | None]
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
+_FICLONE = 0x40049409
 
 _injector: Injector | None = None
 
@@ -119,6 +120,24 @@ def fsync_directory(label: str, path: str) -> None:
         fsync(label, fd)
     finally:
         os.close(fd)
+
+
+def syncfs(label: str, fd: int) -> None:
+    """Make all of the file system that `fd` lies on durable. Fails also for what could not be written back since
+    the last time that this was asked, of whatever file (Linux 5.8). A failure is final, as with `fsync`."""
+    if _injector is not None:
+        _before(label, "syncfs", 0)
+    if _libc().syncfs(fd) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def clone(label: str, fd: int, source_fd: int) -> None:
+    """Make a file share all of another's blocks, copied when written to. Raises OSError where the file system
+    cannot (EOPNOTSUPP, EXDEV and so on); nothing happened then."""
+    if _injector is not None:
+        _before(label, "clone", 0)
+    fcntl.ioctl(fd, _FICLONE, source_fd)
 
 
 def truncate(label: str, fd: int, size: int) -> None:

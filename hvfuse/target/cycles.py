@@ -25,6 +25,15 @@ def placements(
         yield seq, number, Placement.unpack(value)
 
 
+def data_ends(txn: Txn, env: Environment, vm: VmRecord, *, seq: int) -> dict[int, int]:
+    """By disk number, the first byte after what the frames of a cycle have of DATA; disks without any are not
+    told. Looks at all of the cycle's placements."""
+    ends: dict[int, int] = {}
+    for _, _, placed in placements(txn, env, vm, first=seq, last=seq):
+        ends[placed.disk] = max(ends.get(placed.disk, 0), placed.data_end)
+    return ends
+
+
 def store_frame(
     txn: Txn, env: Environment, vm: VmRecord, *, seq: int, disk: int, frame: Frame, raw: bytes, entered: Entered
 ) -> None:

@@ -100,6 +100,11 @@ class ReplicaImages:
             system.fsync("store:folder-sync", self._directory)
             system.fsync_directory("store:replicas-sync", os.path.dirname(self._folder))
 
+    def sync_file_system(self) -> None:
+        """Make everything on the images' file system durable; fails also if anything was lost there before."""
+        with file_faults(self._folder):
+            system.syncfs("store:filesystem-sync", self._directory)
+
     def remove(self, name: str) -> None:
         """Remove the image of a disk that the VM has no more."""
         with self._faults(name):

@@ -82,6 +82,9 @@ class Layer:
         return Layer(self.entries[which], self.seqs[which], self.numbers[which])
 
 
+EMPTY = Layer(np.empty(0, ENTRY_DTYPE), np.empty(0, np.int64), np.empty(0, np.int64))
+
+
 def read_wide(txn: Txn, env: Environment, *, vm: int, disk: int, after: int, upto: int) -> Layer:
     """The disk's wide entries of the cycles after < seq <= upto."""
     return _read_layer(txn, env, schema.WIDE, schema.wide_key(vm, disk, after + 1), schema.wide_key(vm, disk, upto + 1))
@@ -96,6 +99,22 @@ def read_region(txn: Txn, env: Environment, *, vm: int, disk: int, region: int, 
         schema.index_key(vm, disk, region, after + 1),
         schema.index_key(vm, disk, region, upto + 1),
     )
+
+
+def occupied_regions(txn: Txn, env: Environment, *, vm: int, disk: int, low: int, high: int, upto: int) -> list[int]:
+    """The regions low <= region < high that have entries of their own of cycles seq <= upto, ascending. Takes a
+    look-up for each of them, however many entries they have."""
+    found = []
+    with txn.cursor(db=env.db(schema.INDEX)) as cursor:
+        region = low
+        while region < high and cursor.set_range(schema.index_key(vm, disk, region, 0)):
+            its_vm, its_disk, its_region, seq, _ = schema.unpack_index_key(cursor.key())
+            if (its_vm, its_disk) != (vm, disk) or its_region >= high:
+                break
+            if seq <= upto:  # those of one region are in the order of their cycles
+                found.append(its_region)
+            region = its_region + 1
+    return found
 
 
 def _read_layer(txn: Txn, env: Environment, database: bytes, start: bytes, stop: bytes) -> Layer:

@@ -15,102 +15,33 @@ from __future__ import annotations
 import os
 import stat
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 
 from hvfuse import system
-from hvfuse.errors import CorruptError, HvfuseError, NotFoundError
-from hvfuse.frames import Fill, Frame, decode
+from hvfuse.errors import CorruptError, NotFoundError
+from hvfuse.extent import round_down
+from hvfuse.frames import Fill
 from hvfuse.manifest import DiskManifest, RecoveryPoint
 from hvfuse.target import schema
 from hvfuse.target.environment import Txn, file_faults
-from hvfuse.target.index import Layer, RegionMap, read_region, read_wide, resolve
+from hvfuse.target.index import EMPTY, Layer, RegionMap, occupied_regions, read_region, read_wide, resolve
+from hvfuse.target.kept import ByteLru, FrameGoneError, FrameReader
 from hvfuse.target.schema import REGION, DiskRecord, PointRecord, VmRecord
 from hvfuse.target.store import Store
 
-FRAME_CACHE = 64 << 20
 MAP_CACHE = 32 << 20
-"""Bytes that decoded frames and resolved regions of one reader may take."""
+"""Bytes that resolved regions of one reader may take."""
 _MAP_OVERHEAD = 2048
+_SCAN_REGIONS = 64
+"""Regions whose ranges are looked for at once: 4 GiB."""
 _ATTEMPTS = 8
 """Times that a region is resolved anew for one read: each takes another merge in between."""
 
-_Key = TypeVar("_Key", bound=Hashable)
 _Value = TypeVar("_Value")
-
-
-class ByteLru(Generic[_Key, _Value]):
-    """Keeps what was used last, within `limit` bytes; `cost` tells the bytes of a value."""
-
-    def __init__(self, limit: int, cost: Callable[[_Value], int]) -> None:
-        self._limit = limit
-        self._cost = cost
-        self._held = 0
-        self._values: OrderedDict[_Key, _Value] = OrderedDict()
-
-    def get(self, key: _Key) -> _Value | None:
-        """The value, now the one used last; None if it is not kept."""
-        value = self._values.get(key)
-        if value is not None:
-            self._values.move_to_end(key)
-        return value
-
-    def put(self, key: _Key, value: _Value) -> None:
-        """Keep a value; what was not used for longest goes. The newest stays even if it is too large."""
-        self._values[key] = value
-        self._held += self._cost(value)
-        while self._held > self._limit and len(self._values) > 1:
-            self._held -= self._cost(self._values.popitem(last=False)[1])
-
-    def clear(self) -> None:
-        """Keep nothing."""
-        self._values.clear()
-        self._held = 0
-
-
-class FrameGoneError(Exception):
-    """The frame was merged into an image meanwhile."""
-
-
-class FrameReader:
-    """Decoded frames of one VM, those used last kept. Errors name `what`, such as the point."""
-
-    def __init__(self, store: Store, vm_id: int, what: str) -> None:
-        self._store = store
-        self._vm_id = vm_id
-        self._what = what
-        self._kept: ByteLru[tuple[int, int], Frame] = ByteLru(FRAME_CACHE, lambda frame: frame.header.plain_length)
-
-    def data(self, seq: int, number: int, position: int, length: int) -> memoryview:
-        """`length` bytes at `position` in a frame's data. Raises FrameGoneError, CorruptError."""
-        frame = self._kept.get((seq, number))
-        if frame is None:
-            frame = self._load(seq, number)
-            self._kept.put((seq, number), frame)
-        piece = frame.data[position : position + length]
-        if len(piece) != length:
-            raise CorruptError(f"{self._what}: frame {number} is shorter than its index entries say")
-        return piece
-
-    def _load(self, seq: int, number: int) -> Frame:
-        key = schema.frame_key(self._vm_id, seq, number)
-        with self._store.env.read() as txn:
-            raw = txn.get(key, db=self._store.env.db(schema.FRAMES))
-        if raw is None:
-            raise FrameGoneError
-        try:
-            frame = decode(raw)
-        except HvfuseError as error:
-            raise CorruptError(
-                f"{self._what}: frame {number} of stored cycle {seq} is damaged: {error}",
-                hint="hvfuse store check",
-            ) from None
-        if frame.header.number != number:
-            raise CorruptError(f"{self._what}: frame {number} of stored cycle {seq} is another frame")
-        return frame
 
 
 class CycleReader:
@@ -131,7 +62,12 @@ class CycleReader:
         )
         self._wide: dict[int, Layer] = {}
         self._images: dict[str, int] = {}
-        self._lock = threading.RLock()  # guards the caches and descriptors above
+        self._seen: tuple[bytes, VmRecord] | None = None  # the VM's record as it was last, packed and unpacked
+        self._base: tuple[int, dict[int, str]] = (-1, {})  # a base's seq, and its images by disk number
+        # Guards all of the above; taken before a transaction, never within one. `_users`: reads that are using
+        # descriptors; they do so without the lock, and `close` waits for them.
+        self._lock = threading.Condition(threading.RLock())
+        self._users = 0
 
     @property
     def disks(self) -> tuple[DiskManifest, ...]:
@@ -144,29 +80,33 @@ class CycleReader:
         Raises NotFoundError (no such disk, or the point was let go), CorruptError naming the damaged
         frame; other ranges stay readable.
         """
-        disk = self._disk(disk_name)
-        end = min(offset + length, disk.size)
+        end = min(offset + length, self._disk(disk_name).size)
         if offset < 0 or end <= offset:
             return b""
         out = bytearray(end - offset)
-        with self._lock:
-            at = offset
-            while at < end:
-                stop = min(end, at - at % REGION + REGION)
-                self._retried(self._fill, disk, at, stop, memoryview(out)[at - offset : stop - offset])
-                at = stop
+        self.pread_into(disk_name, offset, memoryview(out))
         return bytes(out)
 
+    def pread_into(self, disk_name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with a disk's bytes from `offset` on, and zeroes beyond its end. Raises as `pread`."""
+        disk = self._disk(disk_name)
+        end = min(offset + len(out), max(disk.size, offset))
+        out[end - offset :] = bytes(len(out) - (end - offset))
+        at = offset
+        while at < end:
+            stop = min(end, round_down(at, REGION) + REGION)
+            self._retried(self._fill, disk, at, stop, out[at - offset : stop - offset])
+            at = stop
+
     def extents(self, disk_name: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The ranges (offset, end) within [start, end) that may hold data, ascending; the rest is zeroes."""
+        """The ranges (offset, end) within [start, end) that may hold data, ascending and apart; the rest is
+        zeroes. Reads no data."""
         disk = self._disk(disk_name)
         end = min(end, disk.size)
         low = high = at = max(start, 0)
         while at < end:
-            stop = min(end, at - at % REGION + REGION)
-            with self._lock:
-                found = self._retried(self._data_ranges, disk, at, stop)
-            for begin, finish in found:
+            stop = min(end, round_down(at, _SCAN_REGIONS * REGION) + _SCAN_REGIONS * REGION)
+            for begin, finish in self._retried(self._data_ranges, disk, at, stop):
                 if begin != high:
                     if high > low:
                         yield low, high
@@ -177,8 +117,9 @@ class CycleReader:
             yield low, high
 
     def close(self) -> None:
-        """Let files and memory go."""
+        """Let files and memory go, once the reads under way are done."""
         with self._lock:
+            self._lock.wait_for(lambda: not self._users)
             for fd in self._images.values():
                 os.close(fd)
             self._images.clear()
@@ -191,62 +132,81 @@ class CycleReader:
         return disk
 
     def _forget(self) -> None:
-        self._maps.clear()
-        self._wide.clear()
+        with self._lock:
+            self._maps.clear()
+            self._wide.clear()
+
+    @contextmanager
+    def _using_images(self) -> Iterator[None]:
+        """Descriptors that are looked up within stay open as long."""
+        with self._lock:
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                self._lock.notify_all()
 
     def _retried(self, act: Callable[..., _Value], *arguments: object) -> _Value:
         """Run `act` again with everything resolved anew while merges take frames away under it."""
         for _ in range(_ATTEMPTS):
             try:
-                return act(*arguments)
+                with self._using_images():
+                    return act(*arguments)
             except FrameGoneError:
                 self._forget()
         raise CorruptError(f"{self.point.vm}: point {self.point.id}: a frame is missing", hint="hvfuse store check")
 
     def _fill(self, disk: DiskRecord, start: int, end: int, out: memoryview) -> None:
         """Fill `out` with the bytes [start, end), which lie in one region."""
-        found, image = self._map(disk, start // REGION)
-        from_image = False
-        at = start
-        for low, high, kind, piece in _pieces(found, start, end):
-            if low > at:
-                from_image |= self._read_image(image, at, out[at - start : low - start])
-            if kind == Fill.DATA:
-                seq, number = int(found.seqs[piece]), int(found.numbers[piece])
-                position = int(found.positions[piece]) + low - int(found.starts[piece])
-                out[low - start : high - start] = self._frames.data(seq, number, position, high - low)
-            else:
-                out[low - start : high - start] = bytes(high - low)
-            at = high
-        if end > at:
-            from_image |= self._read_image(image, at, out[at - start :])
-        if from_image:
+        with self._lock:
+            found, image = self._map(disk, start // REGION)
+            pieces = [
+                (low - start, high - start, self._piece_data(found, piece, low, high) if kind == Fill.DATA else None)
+                for low, high, kind, piece in _pieces(found, start, end)
+            ]
+            fd = self._image(image)
+        gaps = _gaps(pieces, end - start)
+        if fd is None:
+            for low, high in gaps:
+                out[low:high] = bytes(high - low)
+        elif 2 * sum(high - low for low, high in gaps) > end - start:
+            _read_image(fd, start, out)  # one call, and what the journal has over it
+        else:
+            for low, high in gaps:
+                _read_image(fd, start + low, out[low:high])
+        for low, high, data in pieces:
+            out[low:high] = bytes(high - low) if data is None else data
+        if gaps and fd is not None:
             self._check_still_there()
 
+    def _piece_data(self, found: RegionMap, piece: int, low: int, high: int) -> memoryview:
+        seq, number = int(found.seqs[piece]), int(found.numbers[piece])
+        position = int(found.positions[piece]) + low - int(found.starts[piece])
+        return self._frames.data(seq, number, position, high - low)
+
     def _data_ranges(self, disk: DiskRecord, start: int, end: int) -> list[tuple[int, int]]:
-        """What may hold data within one region."""
-        found, image = self._map(disk, start // REGION)
-        fd = self._image(image)
+        """What may hold data within [start, end)."""
+        span = {"low": start // REGION, "high": -(-end // REGION)}
+        with self._lock, self._store.env.read() as txn:
+            vm = self._load_vm(txn)
+            own = occupied_regions(txn, self._store.env, vm=vm.id, disk=disk.number, upto=self._seq, **span)
+            wide = self._wide_layer(txn, vm, disk.number)
+            fd = self._image(self._base_image(txn, vm, disk.number))
         ranges: list[tuple[int, int]] = []
         at = start
-        for low, high, kind, _ in _pieces(found, start, end):
-            if low > at and fd is not None:
-                ranges.extend(system.data_extents(fd, at, low))
-            if kind == Fill.DATA:
-                ranges.append((low, high))
+        for region in own:
+            low, high = max(region * REGION, start), min((region + 1) * REGION, end)
+            ranges += _ranges(_wide_map(wide, at, low), fd, at, low)
+            with self._lock:
+                found, image = self._map(disk, region)
+                own_fd = self._image(image)
+            ranges += _ranges(found, own_fd, low, high)
             at = high
-        if end > at and fd is not None:
-            ranges.extend(system.data_extents(fd, at, end))
+        ranges += _ranges(_wide_map(wide, at, end), fd, at, end)
         self._check_still_there()
         return ranges
-
-    def _read_image(self, image: str | None, offset: int, out: memoryview) -> bool:
-        """Fill `out` from a replica image, zeroes beyond its end. Returns whether there is an image."""
-        fd = self._image(image)
-        data = b"" if fd is None else system.pread(fd, len(out), offset)
-        out[: len(data)] = data
-        out[len(data) :] = bytes(len(out) - len(data))
-        return fd is not None
 
     def _image(self, name: str | None) -> int | None:
         if name is None:
@@ -262,24 +222,41 @@ class CycleReader:
         known = self._maps.get((disk.number, region))
         if known is not None:
             return known
-        with self._store.env.read() as txn:
+        env, number = self._store.env, disk.number
+        with env.read() as txn:
             vm = self._load_vm(txn)
-            own, wide = self._layers(txn, vm, disk.number, region)
-            image = base_image(self._store, txn, vm, disk.number)
+            own = read_region(
+                txn, env, vm=vm.id, disk=number, region=region, after=vm.base_seq, upto=self._seq
+            )  # fmt: skip
+            wide = self._wide_layer(txn, vm, number)
+            image = self._base_image(txn, vm, number)
         found = resolve(own, wide, start=region * REGION, end=(region + 1) * REGION)
-        self._maps.put((disk.number, region), (found, image))
+        self._maps.put((number, region), (found, image))
         return found, image
 
-    def _layers(self, txn: Txn, vm: VmRecord, disk: int, region: int) -> tuple[Layer, Layer]:
-        env, after = self._store.env, vm.base_seq
+    def _wide_layer(self, txn: Txn, vm: VmRecord, disk: int) -> Layer:
         if disk not in self._wide:
+            env, after = self._store.env, vm.base_seq
             self._wide[disk] = read_wide(txn, env, vm=vm.id, disk=disk, after=after, upto=self._seq)
         # A merge since then has taken away entries that were newer than some of these.
-        wide = self._wide[disk].select(self._wide[disk].seqs > after)
-        return read_region(txn, env, vm=vm.id, disk=disk, region=region, after=after, upto=self._seq), wide
+        wide = self._wide[disk]
+        return wide.select(wide.seqs > vm.base_seq) if len(wide.seqs) else wide
+
+    def _base_image(self, txn: Txn, vm: VmRecord, disk: int) -> str | None:
+        """File name of the image that holds the disk of that number at the base point; None if none does."""
+        if self._base[0] != vm.base_seq:
+            base = self._store.load_cycle(txn, vm, vm.base_seq)
+            self._base = (vm.base_seq, {record.number: record.name for record in base.disks})
+        return self._base[1].get(disk)
 
     def _load_vm(self, txn: Txn) -> VmRecord:
-        vm = self._store.load_vm(txn, self.point.vm)
+        raw = txn.get(schema.vm_key(self.point.vm), db=self._store.env.db(schema.VMS))
+        seen = self._seen
+        if seen is None or seen[0] != raw:
+            vm = self._store.load_vm(txn, self.point.vm)
+            self._seen = None if raw is None else (raw, vm)
+        else:
+            vm = seen[1]
         if vm.id != self._vm_id or vm.floor_seq > self._seq:
             raise NotFoundError(
                 f"{self.point.vm}: recovery point {self.point.id} was let go by retention",
@@ -317,10 +294,42 @@ def _pieces(found: RegionMap, start: int, end: int) -> Iterator[tuple[int, int, 
         yield max(low, start), min(high, end), kind, index
 
 
-def base_image(store: Store, txn: Txn, vm: VmRecord, disk: int) -> str | None:
-    """File name of the image that holds the disk of that number at the base point; None if none does."""
-    base = store.load_cycle(txn, vm, vm.base_seq)
-    return next((record.name for record in base.disks if record.number == disk), None)
+def _gaps(pieces: Sequence[tuple[int, int, memoryview | None]], length: int) -> list[tuple[int, int]]:
+    """What ascending pieces leave free of [0, length)."""
+    gaps, at = [], 0
+    for low, high, _ in pieces:
+        if low > at:
+            gaps.append((at, low))
+        at = high
+    if length > at:
+        gaps.append((at, length))
+    return gaps
+
+
+def _read_image(fd: int, offset: int, out: memoryview) -> None:
+    """Fill `out` from a replica image, zeroes beyond its end."""
+    done = system.pread_into(fd, out, offset)
+    out[done:] = bytes(len(out) - done)
+
+
+def _wide_map(wide: Layer, start: int, end: int) -> RegionMap | None:
+    """What the journal says of [start, end), where there are wide entries alone; None: nothing."""
+    return resolve(EMPTY, wide, start=start, end=end) if start < end and len(wide.seqs) else None
+
+
+def _ranges(found: RegionMap | None, fd: int | None, start: int, end: int) -> list[tuple[int, int]]:
+    """What may hold data within [start, end), of which the journal says `found`; `fd`: of the image below."""
+    ranges: list[tuple[int, int]] = []
+    at = start
+    for low, high, kind, _ in () if found is None else _pieces(found, start, end):
+        if low > at and fd is not None:
+            ranges.extend(system.data_extents(fd, at, low))
+        if kind == Fill.DATA:
+            ranges.append((low, high))
+        at = high
+    if end > at and fd is not None:
+        ranges.extend(system.data_extents(fd, at, end))
+    return ranges
 
 
 def open_image(path: str) -> int:

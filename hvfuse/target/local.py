@@ -4,8 +4,8 @@ A cycle's frames go into the journal as they come, under the seq that the cycle 
 there until the one transaction that adds the cycle's record and moves the position. A crash before it
 leaves a staged cycle to be taken up again, a crash after it a committed one.
 
-The first copy of a VM that has no recovery points goes straight into the replica images instead. Its
-frames count as held only once they are durable there. Meanwhile there is no position.
+The first copy of a VM that has no recovery points goes straight into the replica images instead
+(`hvfuse.target.direct`). Meanwhile there is no position.
 
 A COPY that says no `previous` is whole: what its frames do not cover is zeroes, whatever an earlier copy
 had there. One that names the replica's position lies over what that has (differences only), and over zeroes
@@ -14,30 +14,33 @@ for a disk that the replica does not know yet. While it is open, digests tell wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from hvfuse.errors import BusyError, CorruptError, HvfuseError, ResyncRequiredError
+from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.extent import Extent
-from hvfuse.formats.digests import Digests
-from hvfuse.frames import Fill, Frame, unpack_header
+from hvfuse.formats.digests import DigestKey, Digests
+from hvfuse.frames import Frame, unpack_header
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint
 from hvfuse.position import Position, PositionMismatchError
-from hvfuse.target import cycles, schema
+from hvfuse.target import cycles, schema, staging, unsynced
 from hvfuse.target.admission import admit_frame, check_manifest, check_name, is_same
 from hvfuse.target.digests import HeldBlocks
+from hvfuse.target.direct import DirectCopy
 from hvfuse.target.environment import Txn
-from hvfuse.target.images import ReplicaImages
-from hvfuse.target.index import enter
+from hvfuse.target.index import Entered, enter
 from hvfuse.target.merge import merge
 from hvfuse.target.retention import RetentionPolicy, retain
 from hvfuse.target.schema import DiskRecord, Placement, PointRecord, StagingRecord, VmRecord
 from hvfuse.target.store import Store
 
-DIRECT_BATCH = 128 << 20
-"""Bytes put straight into images before they are synced and noted as held: what a crash repeats."""
-PENDING_OVERHEAD = 64 << 10
-"""Bytes that any frame stands for, however small: bounds the number in a batch."""
+SMALL_FRAME = 512
+"""Bytes; a staged frame of a copy that is no larger, such as the closing one of a group without data, need not
+have a transaction of its own."""
+SMALL_FRAMES = 256
+SMALL_PERIOD = 0.25
+"""How many of them wait at most, and the seconds since the last transaction within which one waits: what a
+death repeats is what was done that quickly."""
 
 
 class IncompleteCycleError(HvfuseError):
@@ -54,6 +57,16 @@ class Housekeeping:
     cycles_merged: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Admitted:
+    """A frame that was verified, and as it came."""
+
+    frame: Frame
+    disk: DiskRecord
+    raw: bytes
+    entered: Entered
+
+
 class LocalReplica:
     """The replica of VM `vm` in `store`. For one thread at a time; several processes may each have one.
 
@@ -67,20 +80,19 @@ class LocalReplica:
         self._env = store.env
         self._vm = vm
         self._open: StagingRecord | None = None
-        self._images: ReplicaImages | None = None
+        self._direct: DirectCopy | None = None
         self._blocks: HeldBlocks | None = None
-        # Frames of a direct copy that are in the images, but not yet durably, and what they stand for.
-        self._pending: set[int] = set()
-        self._pending_bytes = 0
+        # Small frames that wait for the next transaction, and when (monotonic, seconds) there was one.
+        self._waiting: list[_Admitted] = []
+        self._written_at = 0.0
 
     def close(self) -> None:
-        """Let files go. What was put but is not durable counts as never put."""
+        """Let files go. What waits to be staged counts as never put."""
         self._open = None
-        self._pending.clear()
-        self._pending_bytes = 0
-        if self._images is not None:
-            self._images.close()
-            self._images = None
+        self._waiting = []
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
         if self._blocks is not None:
             self._blocks.close()
             self._blocks = None
@@ -109,96 +121,55 @@ class LocalReplica:
         """
         self._check_manifest(manifest)
         self.close()
-        staging, held = self._store.write("store:begin", lambda txn: self._begin(txn, manifest))
-        self._open = staging
-        if staging is not None and staging.direct:
-            self._images = ReplicaImages(self._store.replica_folder(self._vm))
-            if not held:
-                with self._images.lock():
-                    self._images.blank(disk.name for disk in staging.disks)
-        if staging is not None and staging.kind is CycleKind.COPY and staging.previous is not None:
-            numbers = {disk.disk_id: disk.number for disk in staging.disks}
-            self._blocks = HeldBlocks(self._store, self._vm, numbers)
+        opened, held = self._store.write("store:begin", lambda txn: staging.begin(txn, self._store, self._vm, manifest))
+        try:
+            if opened is not None:
+                held = self._prepare(opened, held)
+        except BaseException:
+            self.close()
+            raise
+        self._open = opened
         return held
 
-    def _begin(self, txn: Txn, manifest: CycleManifest) -> tuple[StagingRecord | None, frozenset[int]]:
-        vm = self._store.find_vm(txn, self._vm) or self._store.create_vm(txn, self._vm)
-        if vm.position == manifest.position():
-            return None, self._staged_numbers(txn, vm, vm.head_seq)
-        if manifest.previous is not None and manifest.previous != vm.position:
-            raise PositionMismatchError(
-                f"{self._vm}: cycle {manifest.cycle} continues {manifest.previous}, the replica is at "
-                f"{vm.position or 'no position'}",
-                theirs=vm.position,
-            )
-        staging = self._store.load_staging(txn, vm)
-        if staging is not None and is_same(staging, manifest):
-            held = cycles.held_numbers(txn, self._env, vm) if staging.direct else ()
-            return staging, frozenset(held) or self._staged_numbers(txn, vm, staging.seq)
-        self._drop_staged(txn, vm)
-        if staging is not None and staging.direct:
-            vm = replace(vm, disks=_by_name([*vm.disks, *staging.disks]))
-        return self._stage(txn, vm, manifest), frozenset()
+    def _prepare(self, opened: StagingRecord, held: frozenset[int]) -> frozenset[int]:
+        """Open what the cycle needs. Returns the frames that count as held."""
+        if opened.direct:
+            self._direct = DirectCopy(self._store, self._vm, opened)
+            return self._direct.take_up(held)
+        if opened.kind is CycleKind.COPY:
+            unsynced.drop(self._store.unsynced_path(self._vm))  # of a first copy that was given up
+            if opened.previous is not None:
+                self._blocks = HeldBlocks(self._store, self._vm, {disk.disk_id: disk.number for disk in opened.disks})
+        return held
 
-    def _staged_numbers(self, txn: Txn, vm: VmRecord, seq: int) -> frozenset[int]:
-        return frozenset(number for _, number, _ in cycles.placements(txn, self._env, vm, first=seq, last=seq))
+    def abandon(self) -> None:
+        """See `Replica`. What a first copy has put into the images stays there, unseen, until the next one."""
+        self.close()
+        with self._env.read() as txn:
+            vm = self._store.find_vm(txn, self._vm)
+            staged = vm is not None and self._store.load_staging(txn, vm) is not None
+        if staged:
+            self._store.write("store:abandon", self._abandon)
+        unsynced.drop(self._store.unsynced_path(self._vm))
 
-    def _drop_staged(self, txn: Txn, vm: VmRecord) -> None:
-        cycles.drop_frames(txn, self._env, vm, first=vm.head_seq + 1, last=vm.head_seq + 1)
-        cycles.drop_held(txn, self._env, vm)
-        txn.delete(schema.u32(vm.id), db=self._env.db(schema.STAGING))
-
-    def _stage(self, txn: Txn, vm: VmRecord, manifest: CycleManifest) -> StagingRecord:
-        """Note that a cycle is begun, and how: straight into the images if nobody can read them."""
-        whole = manifest.previous is None
-        direct = whole and not self._store.listed(txn, vm) and not self._is_pinned(txn)
-        numbers = {} if whole else self._known_disks(vm, manifest)
-        for disk in manifest.disks:
-            if disk.disk_id not in numbers:
-                numbers[disk.disk_id] = vm.next_disk
-                vm = replace(vm, next_disk=vm.next_disk + 1)
-        if direct:
-            # Until the commit, these are the disks that may have an image: it says which of them can go.
-            merged = self._store.scan_cycles(txn, vm, first=vm.base_seq, last=vm.floor_seq)
-            images = _by_name([*vm.disks, *(disk for cycle in merged for disk in cycle.disks)])
-            cycles.drop_frames(txn, self._env, vm, first=0, last=vm.head_seq)
-            cycles.drop_records(txn, self._env, vm, before=vm.head_seq + 1)
-            vm = replace(vm, position=None, base_seq=vm.head_seq, floor_seq=vm.head_seq, disks=images)
-        self._store.save_vm(txn, vm)
-        staging = StagingRecord(
-            seq=vm.head_seq + 1,
-            direct=direct,
-            kind=manifest.kind,
-            generation=manifest.generation,
-            cycle=manifest.cycle,
-            previous=manifest.previous,
-            made_from=manifest.made_from,
-            disks=tuple(DiskRecord.of(disk, numbers[disk.disk_id]) for disk in manifest.disks),
-        )
-        txn.put(schema.u32(vm.id), staging.pack(), db=self._env.db(schema.STAGING))
-        return staging
-
-    def _is_pinned(self, txn: Txn) -> bool:
-        return any(pin.vm == self._vm for pin in self._store.scan_pins(txn))
-
-    def _known_disks(self, vm: VmRecord, manifest: CycleManifest) -> dict[bytes, int]:
-        """The numbers of those of the manifest's disks that continue disks of the replica: all of a cycle's."""
-        known = {(disk.disk_id, disk.name): disk.number for disk in vm.disks}
-        for disk in manifest.disks:
-            if manifest.kind is CycleKind.DELTA and (disk.disk_id, disk.name) not in known:
-                raise ResyncRequiredError(
-                    f"{self._vm}: the replica has no copy of disk {disk.name}; its log alone does not make one"
-                )
-        found = ((disk.disk_id, known.get((disk.disk_id, disk.name))) for disk in manifest.disks)
-        return {disk_id: number for disk_id, number in found if number is not None}
+    def _abandon(self, txn: Txn) -> None:
+        self._store.save_vm(txn, staging.drop(txn, self._store, self._store.load_vm(txn, self._vm)))
 
     def extent(self, disk_id: bytes) -> int:
         """See `Replica`: of a disk of the open COPY."""
         return self._held_blocks().extent(disk_id)
 
-    def digests(self, disk_id: bytes, extents: Sequence[Extent], seed: int) -> Digests:
+    def occupied(self, disk_id: bytes, low: int, high: int) -> Sequence[Extent]:
         """See `Replica`: of a disk of the open COPY. For any thread."""
-        return self._held_blocks().digests(disk_id, extents, seed)
+        return self._held_blocks().occupied(disk_id, low, high)
+
+    def summaries(self, disk_id: bytes, extents: Sequence[Extent], key: DigestKey) -> Digests:
+        """See `Replica`: of a disk of the open COPY. For any thread."""
+        return self._held_blocks().summaries(disk_id, extents, key)
+
+    def digests(self, disk_id: bytes, extents: Sequence[Extent], key: DigestKey) -> Digests:
+        """See `Replica`: of a disk of the open COPY. For any thread."""
+        return self._held_blocks().digests(disk_id, extents, key)
 
     def _held_blocks(self) -> HeldBlocks:
         if self._blocks is None:
@@ -214,73 +185,51 @@ class LocalReplica:
             self._check_repeated(frame)
             return
         admitted, disk = admit_frame(frame, self._open)
-        if self._open.direct:
-            self._put_direct(admitted, disk)
+        if self._direct is not None:
+            self._direct.put(admitted, disk)
             return
-        entered = enter(admitted)
+        frames = [*self._waiting, _Admitted(admitted, disk, frame, enter(admitted))]
+        if self._may_wait(frame):
+            self._waiting = frames
+        else:
+            self._stage(frames)
 
-        def act(txn: Txn) -> None:
-            vm, staging = self._load_open(txn)
-            key = schema.frame_key(vm.id, staging.seq, admitted.header.number)
+    def _may_wait(self, frame: bytes) -> bool:
+        """Whether a frame may share a transaction with those to come."""
+        assert self._open is not None
+        return (
+            self._open.kind is CycleKind.COPY
+            and len(frame) <= SMALL_FRAME
+            and len(self._waiting) < SMALL_FRAMES
+            and self._store.clock.monotonic() - self._written_at < SMALL_PERIOD
+        )
+
+    def _stage(self, frames: Sequence[_Admitted]) -> None:
+        """Put those that waited, and perhaps one more, in one transaction."""
+        self._store.write("store:put", lambda txn: self._stage_frames(txn, frames))
+        self._waiting = []
+        self._written_at = self._store.clock.monotonic()
+
+    def _stage_frames(self, txn: Txn, frames: Sequence[_Admitted]) -> None:
+        vm = staging.load_open(txn, self._store, self._vm, self._open)
+        assert self._open is not None
+        for each in frames:
+            number = each.frame.header.number
+            key = schema.frame_key(vm.id, self._open.seq, number)
             known = txn.get(key, db=self._env.db(schema.PLACEMENTS))
             if known is None:
                 cycles.store_frame(
-                    txn, self._env, vm, seq=staging.seq, disk=disk.number, frame=admitted, raw=frame,
-                    entered=entered,
+                    txn, self._env, vm, seq=self._open.seq, disk=each.disk.number, frame=each.frame, raw=each.raw,
+                    entered=each.entered,
                 )  # fmt: skip
-            elif staging.kind is CycleKind.DELTA and Placement.unpack(known).digest != admitted.header.digest:
-                raise CorruptError(f"{self._vm}: frame {admitted.header.number} came before with other contents")
-
-        self._store.write("store:put", act)
+            elif self._open.kind is CycleKind.DELTA and Placement.unpack(known).digest != each.frame.header.digest:
+                raise CorruptError(f"{self._vm}: frame {number} came before with other contents")
 
     def _check_repeated(self, frame: bytes) -> None:
         """Without an open cycle, a frame is nothing new only if it is of the cycle just committed."""
         header, position = unpack_header(frame), self.position()
         if position is None or (header.generation, header.cycle) != (position.generation, position.cycle):
             raise HvfuseError(f"{self._vm}: a frame came while no cycle was open")
-
-    def _load_open(self, txn: Txn) -> tuple[VmRecord, StagingRecord]:
-        """The VM and its staged cycle, which must still be the one that was opened here."""
-        vm = self._store.load_vm(txn, self._vm)
-        staging = self._store.load_staging(txn, vm)
-        if staging is None or staging != self._open:
-            raise BusyError(f"{self._vm}: another process has taken over; begin the cycle again")
-        return vm, staging
-
-    def _put_direct(self, frame: Frame, disk: DiskRecord) -> None:
-        """Apply a frame to the image, unless it is there already."""
-        number = frame.header.number
-        assert self._images is not None
-        with self._images.lock():
-            with self._env.read() as txn:
-                vm, _ = self._load_open(txn)
-                held = txn.get(schema.held_key(vm.id, number), db=self._env.db(schema.HELD)) is not None
-            if held or number in self._pending:
-                return
-            rows = zip(frame.table.tolist(), frame.positions().tolist(), strict=True)
-            for (offset, length, kind), at in rows:
-                if kind == Fill.DATA:
-                    self._images.write(disk.name, offset, frame.data[at : at + length])
-                else:
-                    self._images.zero(disk.name, offset, length)
-        self._pending.add(number)
-        self._pending_bytes += frame.header.plain_length + PENDING_OVERHEAD
-        if self._pending_bytes >= DIRECT_BATCH:
-            self._flush_direct()
-
-    def _flush_direct(self) -> None:
-        """Make the images durable, then note the frames in them as held."""
-        assert self._images is not None
-        self._images.sync()
-
-        def act(txn: Txn) -> None:
-            vm, _ = self._load_open(txn)
-            for number in self._pending:
-                txn.put(schema.held_key(vm.id, number), b"", db=self._env.db(schema.HELD))
-
-        self._store.write("store:held", act)
-        self._pending.clear()
-        self._pending_bytes = 0
 
     def commit(self, manifest: CycleManifest, frame_count: int) -> RecoveryPoint | None:
         """Make the cycle durable, wholly or not at all. Returns its recovery point, None for a COPY.
@@ -289,52 +238,49 @@ class LocalReplica:
         CorruptError (data beyond a disk's end).
         """
         self._check_manifest(manifest)
-        if self._open is not None and self._open.direct and is_same(self._open, manifest):
-            self._finish_images(manifest)
+        if self._open is not None and is_same(self._open, manifest):
+            if self._waiting:
+                self._stage(self._waiting)
+            if self._direct is not None:
+                self._direct.finish(manifest)
         cycle = self._store.write("store:commit", lambda txn: self._commit(txn, manifest, frame_count))
+        if self._direct is not None:
+            self._direct.forget()
         self.close()
         return cycle.recovery_point(self._vm) if manifest.kind is CycleKind.DELTA else None
-
-    def _finish_images(self, manifest: CycleManifest) -> None:
-        """Make the images as long as the disks, and durable. What was copied beyond a disk that became
-        shorter meanwhile stays: cycles between may need it, and the one that cut it off says so. The images
-        of disks that the VM has no more go."""
-        assert self._images is not None
-        with self._images.lock(), self._env.read() as txn:
-            vm, _ = self._load_open(txn)
-            for name in {disk.name for disk in vm.disks} - {disk.name for disk in manifest.disks}:
-                self._images.remove(name)
-            for disk in manifest.disks:
-                self._images.resize(disk.name, max(disk.size, self._images.size(disk.name)))
-        self._flush_direct()
 
     def _commit(self, txn: Txn, manifest: CycleManifest, frame_count: int) -> PointRecord:
         vm = self._store.load_vm(txn, self._vm)
         if vm.position == manifest.position():
             return self._store.load_cycle(txn, vm, vm.head_seq)
-        staging = self._store.load_staging(txn, vm)
-        if staging is None or not is_same(staging, manifest) or staging != self._open:
+        opened = self._store.load_staging(txn, vm)
+        if opened is None or not is_same(opened, manifest) or opened != self._open:
             raise PositionMismatchError(
                 f"{self._vm}: cycle {manifest.cycle} was not begun; the replica is at {vm.position or 'no position'}",
                 theirs=vm.position,
             )
-        stored_bytes = self._check_complete(txn, vm, staging, manifest, frame_count)
-        numbers = {disk.disk_id: disk.number for disk in staging.disks}
+        stored_bytes = self._check_complete(txn, vm, opened, manifest, frame_count)
+        numbers = {disk.disk_id: disk.number for disk in opened.disks}
+        ends = None
+        if manifest.kind is CycleKind.COPY and not opened.direct:
+            found = cycles.data_ends(txn, self._env, vm, seq=opened.seq)
+            ends = tuple(found.get(numbers[disk.disk_id], 0) for disk in manifest.disks)
         cycle = PointRecord(
-            seq=staging.seq,
+            seq=opened.seq,
             kind=manifest.kind,
             position=manifest.position(),
             previous=manifest.previous,
             time_ns=manifest.sealed_ns,
             consistency=manifest.consistency,
             is_point=manifest.kind is CycleKind.DELTA,
-            frame_count=0 if staging.direct else frame_count,
+            frame_count=0 if opened.direct else frame_count,
             stored_bytes=stored_bytes,
             disks=tuple(DiskRecord.of(disk, numbers[disk.disk_id]) for disk in manifest.disks),
+            data_ends=ends,
         )
         self._store.save_cycle(txn, vm, cycle)
         vm = replace(vm, position=cycle.position, head_seq=cycle.seq, disks=cycle.disks)
-        if staging.direct:
+        if opened.direct:
             vm = replace(vm, base_seq=cycle.seq, floor_seq=cycle.seq)
             cycles.drop_held(txn, self._env, vm)
         self._store.save_vm(txn, vm)
@@ -342,15 +288,15 @@ class LocalReplica:
         return cycle
 
     def _check_complete(
-        self, txn: Txn, vm: VmRecord, staging: StagingRecord, manifest: CycleManifest, frame_count: int
+        self, txn: Txn, vm: VmRecord, opened: StagingRecord, manifest: CycleManifest, frame_count: int
     ) -> int:
         """All frames are there, and within their disks. Returns their bytes in the journal."""
-        sizes = {disk.number: disk for disk in staging.disks}
+        sizes = {disk.number: disk for disk in opened.disks}
         ends = {disk.disk_id: disk.size for disk in manifest.disks}
         count = stored_bytes = last = 0
-        if staging.direct:
+        if opened.direct:
             count = sum(1 for _ in cycles.held_numbers(txn, self._env, vm))
-        for _, number, placed in cycles.placements(txn, self._env, vm, first=staging.seq, last=staging.seq):
+        for _, number, placed in cycles.placements(txn, self._env, vm, first=opened.seq, last=opened.seq):
             disk = sizes[placed.disk]
             if manifest.kind is CycleKind.DELTA and placed.data_end > ends[disk.disk_id]:
                 raise CorruptError(f"{self._vm}: frame {number} holds data beyond the end of {disk.name}")
@@ -394,7 +340,3 @@ class LocalReplica:
         for seq in gone:
             self._store.save_cycle(txn, vm, self._store.load_cycle(txn, vm, seq).unlisted())
         return len(gone), min((seq for seq, _ in listed if seq in keep), default=None)
-
-
-def _by_name(disks: Iterable[DiskRecord]) -> tuple[DiskRecord, ...]:
-    return tuple({disk.name: disk for disk in disks}.values())

@@ -24,7 +24,7 @@ from hvfuse.target import cycles
 from hvfuse.target.environment import Txn
 from hvfuse.target.images import ReplicaImages
 from hvfuse.target.index import Layer, RegionMap, read_region, read_wide, resolve
-from hvfuse.target.journal import FrameGoneError, FrameReader
+from hvfuse.target.kept import FrameGoneError, FrameReader
 from hvfuse.target.schema import REGION, DiskRecord, PointRecord, VmRecord
 from hvfuse.target.store import Store
 

@@ -19,7 +19,8 @@ point's u64 seq and u64 time (ns since 1970), and entries are an array, each beh
     wide        vm u32, disk u32, seq u64,       entries of the frame's extents that touch more than
                 number u32                       WIDE_SPAN regions (zeroes, for data are never so long)
     staging     vm u32                           StagingRecord of the unfinished cycle
-    held        vm u32, number u32               empty: this frame of a direct copy is durably in the image
+    held        vm u32, number u32               empty: this frame of a direct copy is durably in the image;
+                                                 for those not yet durable see `hvfuse.target.unsynced`
     pins        pin u64                          Pin
 
 A *disk* in a key is a number that the VM gives out: a disk gets a new one with every whole copy, so that
@@ -65,6 +66,9 @@ REGION = 64 << 20
 """Bytes of a disk that one index key stands for. Fully scattered 4 KiB writes give 16,384 pieces, so a
 resolved region stays under 1 MiB, and a day of 2,880 points is one scan over at most as many keys."""
 MAX_SEQ = (1 << 64) - 1
+STAGE_ID_SIZE = 8
+UNKNOWN_DISK = bytes(16)
+"""Id of a disk in an adopted copy (`hvfuse.target.adopt`): its name alone tells which one it is."""
 WIDE_SPAN = 4
 """Regions; an extent that touches more is entered once, in `wide`."""
 
@@ -222,6 +226,8 @@ _PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "consistency": Consistency,
     "generation": bytes.fromhex,
     "made_from": bytes.fromhex,
+    "stage_id": bytes.fromhex,
+    "data_ends": lambda ends: None if ends is None else tuple(ends),
 }
 """How fields that are no plain JSON are read back, in whichever record they are."""
 
@@ -340,7 +346,8 @@ class VmRecord:
 class PointRecord:
     """One committed cycle. `is_point`: whether it is listed as a recovery point: copies are not, nor are
     cycles that retention let go. `previous`: the position it continues. `frame_count`, `stored_bytes`:
-    of its frames; both 0 for a copy that went straight into the images.
+    of its frames; both 0 for a copy that went straight into the images. `data_ends`: of a copy in the
+    journal, by disk, the first byte after its last DATA extent, 0 without any; otherwise None.
     """
 
     seq: int
@@ -353,6 +360,7 @@ class PointRecord:
     frame_count: int
     stored_bytes: int
     disks: tuple[DiskRecord, ...]
+    data_ends: tuple[int, ...] | None = None
 
     @property
     def id(self) -> str:
@@ -388,7 +396,11 @@ class PointRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagingRecord:
-    """The unfinished cycle of a VM. `direct`: its frames go straight into the images, not the journal."""
+    """The unfinished cycle of a VM. `direct`: its frames go straight into the images, not the journal.
+
+    `stage_id`: STAGE_ID_SIZE bytes that it has alone, whatever was staged before under the same names.
+    `opened`: how often a direct one was begun, so that whoever began it earlier is put out.
+    """
 
     seq: int
     direct: bool
@@ -398,6 +410,8 @@ class StagingRecord:
     previous: Position | None
     made_from: bytes
     disks: tuple[DiskRecord, ...]
+    stage_id: bytes = bytes(STAGE_ID_SIZE)
+    opened: int = 0
 
     def pack(self) -> bytes:
         """The value in `staging`."""

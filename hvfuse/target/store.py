@@ -2,6 +2,8 @@
 
     STORE/store.lmdb/               the journal and all records (`hvfuse.target.schema`)
     STORE/replicas/VM/DISK          replica images: plain sparse files, the disks at the base point
+    STORE/unsynced/VM               frames of a first copy that are in the images, but not synced yet
+                                    (`hvfuse.target.unsynced`); of no meaning after a reboot
 
 One store serves all VMs, and any number of processes at once; LMDB lets one of them write at a time.
 """
@@ -26,6 +28,7 @@ from hvfuse.target.schema import Pin, PointRecord, StagingRecord, VmRecord
 
 DATABASE_DIRECTORY = "store.lmdb"
 REPLICAS_DIRECTORY = "replicas"
+UNSYNCED_DIRECTORY = "unsynced"
 
 _Result = TypeVar("_Result")
 
@@ -120,6 +123,10 @@ class Store:
     def image_path(self, vm: str, disk: str) -> str:
         """One replica image."""
         return os.path.join(self.replica_folder(vm), disk)
+
+    def unsynced_path(self, vm: str) -> str:
+        """The note of a VM's first copy."""
+        return os.path.join(self.path, UNSYNCED_DIRECTORY, vm)
 
     # Cycles and recovery points
 

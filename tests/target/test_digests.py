@@ -9,7 +9,7 @@ import pytest
 
 from hvfuse.errors import HvfuseError, ResyncRequiredError
 from hvfuse.extent import Extent
-from hvfuse.formats.digests import BLOCK, digest_blocks, zero_digests
+from hvfuse.formats.digests import BLOCK, Algorithm, DigestKey, digest_blocks, summary, zero_digests
 from hvfuse.frames import EXTENT_DTYPE, FrameWriter
 from hvfuse.manifest import CycleKind
 from hvfuse.target import schema
@@ -19,7 +19,7 @@ from hvfuse.target.retention import RetentionPolicy
 from hvfuse.target.store import Store
 from tests.target.model import Source, check_points, contents, send
 
-SEED = 0x123456789ABCDEF
+KEY = DigestKey(Algorithm.XXH3, 0x123456789ABCDEF)
 SIZES = {"a.raw": 9 * BLOCK + 77, "b.raw": 100}
 
 
@@ -64,10 +64,10 @@ def open_copy(source: Source, replica: LocalReplica):
 def assert_digests(source: Source, replica: LocalReplica) -> None:
     for name, data in source.disks.items():
         whole = Extent(0, 12 * BLOCK)
-        expected = digest_blocks(bytes(data).ljust(whole.length, b"\0"), SEED)
-        assert np.array_equal(replica.digests(source.ids[name], [whole], SEED), expected)
+        expected = digest_blocks(bytes(data).ljust(whole.length, b"\0"), KEY)
+        assert np.array_equal(replica.digests(source.ids[name], [whole], KEY), expected)
         some = [Extent(2 * BLOCK, BLOCK), Extent(4 * BLOCK, 3 * BLOCK)]
-        assert np.array_equal(replica.digests(source.ids[name], some, SEED), expected[[2, 4, 5, 6]])
+        assert np.array_equal(replica.digests(source.ids[name], some, KEY), expected[[2, 4, 5, 6]])
         assert replica.extent(source.ids[name]) == len(data)
 
 
@@ -110,7 +110,7 @@ def test_a_copy_of_differences_may_bring_along_a_new_disk(site):
     source.disks["c.raw"], source.ids["c.raw"], source.changes["c.raw"] = bytearray(2 * BLOCK), b"c" * 16, []
     manifest = open_copy(source, replica)
     assert replica.extent(b"c" * 16) == 0
-    assert np.array_equal(replica.digests(b"c" * 16, [Extent(0, 2 * BLOCK)], SEED), zero_digests(2, SEED))
+    assert np.array_equal(replica.digests(b"c" * 16, [Extent(0, 2 * BLOCK)], KEY), zero_digests(2, KEY))
     source.write("c.raw", 10, b"new")
     send(replica, manifest, source.frames({"c.raw": [(10, 3, b"new")]}))
     source.end_copy(manifest)
@@ -156,8 +156,8 @@ def test_what_a_disk_that_shrank_during_its_copy_left_behind_is_told(store):
     source.end_copy(manifest)
     open_copy(source, replica)
     assert replica.extent(source.ids["a.raw"]) >= 3 * BLOCK + 11
-    found = replica.digests(source.ids["a.raw"], [Extent(0, 4 * BLOCK)], SEED)
-    assert not np.array_equal(found, zero_digests(4, SEED))
+    found = replica.digests(source.ids["a.raw"], [Extent(0, 4 * BLOCK)], KEY)
+    assert not np.array_equal(found, zero_digests(4, KEY))
 
 
 def test_blocks_of_a_damaged_frame_count_as_different_and_others_stay_as_they_are(site, caplog):
@@ -175,8 +175,8 @@ def test_blocks_of_a_damaged_frame_count_as_different_and_others_stay_as_they_ar
 
     store.write("test", damage)
     open_copy(source, replica)
-    expected = digest_blocks(bytes(source.disks["a.raw"]), SEED)
-    found = replica.digests(source.ids["a.raw"], [Extent(0, 10 * BLOCK)], SEED)
+    expected = digest_blocks(bytes(source.disks["a.raw"]), KEY)
+    found = replica.digests(source.ids["a.raw"], [Extent(0, 10 * BLOCK)], KEY)
     assert np.flatnonzero((found != expected).any(axis=1)).tolist() == [6]
     assert "counts as different" in caplog.text
 
@@ -184,7 +184,7 @@ def test_blocks_of_a_damaged_frame_count_as_different_and_others_stay_as_they_ar
 def test_without_an_open_copy_of_differences_there_are_no_digests(site):
     source, replica = site
     with pytest.raises(HvfuseError, match="no copy"):
-        replica.digests(source.ids["a.raw"], [Extent(0, BLOCK)], SEED)
+        replica.digests(source.ids["a.raw"], [Extent(0, BLOCK)], KEY)
 
 
 def store_of(replica: LocalReplica) -> Store:

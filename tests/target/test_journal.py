@@ -12,7 +12,8 @@ from hvfuse.frames import Fill
 from hvfuse.target import schema
 from hvfuse.target.check import check
 from hvfuse.target.index import Layer, enter, resolve
-from hvfuse.target.journal import ByteLru, PointReader
+from hvfuse.target.journal import PointReader
+from hvfuse.target.kept import ByteLru
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.retention import RetentionPolicy
 from hvfuse.target.store import Store

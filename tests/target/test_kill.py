@@ -16,7 +16,7 @@ import pytest
 from hvfuse import system
 from hvfuse.errors import HvfuseError, NoSpaceError
 from hvfuse.manifest import CycleManifest, point_id
-from hvfuse.target import local
+from hvfuse.target import direct
 from hvfuse.target.check import check
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.retention import RetentionPolicy
@@ -108,7 +108,7 @@ def folder() -> Iterator[str]:
 
 
 def test_killed_at_every_step_the_store_is_whole_and_the_next_process_brings_it_to_the_same_end(folder, monkeypatch):
-    monkeypatch.setattr(local, "DIRECT_BATCH", 1)  # every frame of the first copy is noted on its own
+    monkeypatch.setattr(direct, "BATCH", 1)  # every frame of the first copy is noted on its own
     story = Story.made()
     for step in itertools.count(1):
         path = os.path.join(folder, str(step))

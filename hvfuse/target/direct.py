@@ -1,0 +1,150 @@
+"""The first copy of a VM, which goes straight into the replica images: nobody can read them yet.
+
+Its frames count as held once the images were synced and a transaction says so, every `BATCH` bytes. Between
+two syncs they are noted in a plain file (`hvfuse.target.unsynced`), so that the death of a process repeats no
+more than the frame in flight; that of the host repeats a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from hvfuse.errors import HvfuseError
+from hvfuse.frames import Fill, Frame
+from hvfuse.manifest import CycleManifest
+from hvfuse.target import schema, staging
+from hvfuse.target.environment import Txn
+from hvfuse.target.images import ReplicaImages
+from hvfuse.target.schema import DiskRecord, StagingRecord, VmRecord
+from hvfuse.target.store import Store
+from hvfuse.target.unsynced import UnsyncedFrames
+
+BATCH = 128 << 20
+"""Bytes put into images before they are synced and noted as held: what a loss of power repeats."""
+PENDING_OVERHEAD = 64 << 10
+"""Bytes that any frame stands for, however small: bounds the number in a batch."""
+
+_log = logging.getLogger(__name__)
+
+
+class DirectCopy:
+    """The direct copy that `opened`, its staging record, tells of. For one thread at a time.
+
+    `held`: the frames that count, after `take_up`. Raises BusyError when the images are being written by
+    another process, or the copy was begun anew elsewhere; NoSpaceError, and HvfuseError naming a file.
+    """
+
+    def __init__(self, store: Store, vm: str, opened: StagingRecord) -> None:
+        self._store = store
+        self._env = store.env
+        self._vm = vm
+        self._opened = opened
+        self._images = ReplicaImages(store.replica_folder(vm))
+        self._unsynced = UnsyncedFrames(store, vm, opened)
+        # Frames in the images, but not yet durably, and the bytes that they stand for.
+        self._pending: set[int] = set()
+        self._pending_bytes = 0
+        self._failed = False
+
+    def close(self) -> None:
+        """Let files go. What is noted counts when the copy is taken up again."""
+        self._images.close()
+        self._unsynced.close()
+
+    def take_up(self, held: frozenset[int]) -> frozenset[int]:
+        """Begin, or go on where an earlier process stopped; `held`: durably. Returns the frames that count."""
+        with self._images.lock():
+            noted = self._unsynced.read() - held
+            if noted and not self._make_held(noted):
+                noted = frozenset()
+            if not held and not noted:
+                self._images.blank(disk.name for disk in self._opened.disks)
+            self._unsynced.start()
+        return held | noted
+
+    def _make_held(self, noted: frozenset[int]) -> bool:
+        """Make durable what an earlier process wrote, and note it so. False if it may be lost.
+
+        The kernel tells a failure to write back to those who have the file open, or to the first to open it
+        afterwards, but not if it has forgotten the file by then, nor if that process was told and died before
+        it could say so. Of the file system as a whole the failure is remembered apart, until it is told.
+        """
+        try:
+            for disk in self._opened.disks:
+                self._images.size(disk.name)  # opens it: what is not open is not synced
+            self._images.sync()
+            self._images.sync_file_system()
+        except HvfuseError as error:
+            _log.warning("%s: %d frames that were not durable yet count as lost: %s", self._vm, len(noted), error)
+            self._unsynced.drop()
+            return False
+        self._note_held(noted)
+        return True
+
+    def put(self, frame: Frame, disk: DiskRecord) -> None:
+        """Apply a frame to the image, unless it is there already."""
+        number = frame.header.number
+        self._check_usable()
+        with self._images.lock():
+            with self._env.read() as txn:
+                vm = self._load_open(txn)
+                held = txn.get(schema.held_key(vm.id, number), db=self._env.db(schema.HELD)) is not None
+            if held or number in self._pending:
+                return
+            rows = zip(frame.table.tolist(), frame.positions().tolist(), strict=True)
+            for (offset, length, kind), at in rows:
+                if kind == Fill.DATA:
+                    self._images.write(disk.name, offset, frame.data[at : at + length])
+                else:
+                    self._images.zero(disk.name, offset, length)
+            self._unsynced.append(number)
+        self._pending.add(number)
+        self._pending_bytes += frame.header.plain_length + PENDING_OVERHEAD
+        if self._pending_bytes >= BATCH:
+            self._flush()
+
+    def finish(self, manifest: CycleManifest) -> None:
+        """Make the images as long as the disks, and durable. What was copied beyond a disk that became
+        shorter meanwhile stays: cycles between may need it, and the one that cut it off says so. The images
+        of disks that the VM has no more go."""
+        self._check_usable()
+        with self._images.lock(), self._env.read() as txn:
+            vm = self._load_open(txn)
+            for name in {disk.name for disk in vm.disks} - {disk.name for disk in manifest.disks}:
+                self._images.remove(name)
+            for disk in manifest.disks:
+                self._images.resize(disk.name, max(disk.size, self._images.size(disk.name)))
+        self._flush()
+
+    def forget(self) -> None:
+        """Remove the note: the copy is committed."""
+        self._unsynced.drop()
+
+    def _flush(self) -> None:
+        """Make the images durable, then note the frames in them as held."""
+        try:
+            self._images.sync()
+        except HvfuseError:
+            self._failed = True
+            self._unsynced.drop()
+            raise
+        self._note_held(frozenset(self._pending))
+        self._unsynced.empty()
+        self._pending.clear()
+        self._pending_bytes = 0
+
+    def _note_held(self, numbers: frozenset[int]) -> None:
+        def act(txn: Txn) -> None:
+            vm = self._load_open(txn)
+            for number in numbers:
+                txn.put(schema.held_key(vm.id, number), b"", db=self._env.db(schema.HELD))
+
+        self._store.write("store:held", act)
+
+    def _load_open(self, txn: Txn) -> VmRecord:
+        return staging.load_open(txn, self._store, self._vm, self._opened)
+
+    def _check_usable(self) -> None:
+        """A sync that failed is final: the next one would say that all is well."""
+        if self._failed:
+            raise HvfuseError(f"{self._vm}: the replica images could not be synced; begin the copy again")
