@@ -79,6 +79,16 @@ class SourceStatus:
         return ResyncScope.REGIONS if is_base and not is_ahead else ResyncScope.FULL
 
 
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """What was written in the cycle in progress. `generation`, `cycle`: of the active logs; all cycles before it
+    are sealed. `disks`: those of the ranges asked for that they cover, wholly or in part."""
+
+    generation: bytes
+    cycle: int
+    disks: Regions
+
+
 class Source(Protocol):
     """What the shipper asks of the side that tracks."""
 
@@ -110,6 +120,15 @@ class Source(Protocol):
 
     def discard_damaged(self) -> Sequence[str]:
         """Let go the logs whose companion cannot be read at all; returns the companions' paths."""
+
+    def touched(self, asked: Regions) -> Touched:
+        """Which of the given ranges were written to since the cycle in progress began. Whatever was read of the
+        images before this is accounted for. Raises ResyncRequiredError when nothing is logged; as `status`
+        otherwise."""
+
+    def doubt(self, generation: bytes, reason: str, regions: Regions) -> None:
+        """The replica is wrong there: a resynchronisation of regions is required, of these and of what the logs
+        held, which go. Durable. As `status` otherwise."""
 
 
 class TrackerSource:
@@ -157,6 +176,20 @@ class TrackerSource:
         with contextlib.suppress(UnreachableError):
             self.ask("release", generation=generation.hex(), cycle=cycle)
 
+    def touched(self, asked: Regions) -> Touched:
+        answer = self.ask("touched", disks=_ranges(asked))
+        try:
+            found = {
+                bytes.fromhex(disk_id): [Extent(int(offset), int(length)) for offset, length in extents]
+                for disk_id, extents in answer["disks"].items()
+            }
+            return Touched(bytes.fromhex(answer["generation"]), int(answer["cycle"]), found)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _nonsense(error) from None
+
+    def doubt(self, generation: bytes, reason: str, regions: Regions) -> None:
+        self.ask("doubt", generation=generation.hex(), reason=reason, disks=_ranges(regions))
+
     def discard_damaged(self) -> list[str]:
         discarded = []
         for name in sorted(os.listdir(self._folder)):
@@ -169,6 +202,13 @@ class TrackerSource:
             _log.warning("%s: damaged, discarded", path)
             discarded.append(path)
         return discarded
+
+
+def _ranges(regions: Regions) -> dict[str, list[list[int]]]:
+    """As they stand in a request."""
+    return {
+        disk_id.hex(): [[extent.offset, extent.length] for extent in extents] for disk_id, extents in regions.items()
+    }
 
 
 def _is_readable(path: str) -> bool:
