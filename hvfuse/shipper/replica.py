@@ -11,6 +11,28 @@ from hvfuse.manifest import CycleManifest, RecoveryPoint
 from hvfuse.position import Position
 
 
+class Inspection(Protocol):
+    """A replica as the newest committed cycle left it. It does not change until another one is committed.
+
+    `position`: of that cycle. `disk_ids`: of the disks that it has; only these may be asked for. The methods are
+    those of `Replica`, without a COPY; `occupied`, `summaries` and `digests` are for any thread.
+    """
+
+    position: Position
+    disk_ids: frozenset[bytes]
+
+    def extent(self, disk_id: bytes) -> int: ...
+
+    def occupied(self, disk_id: bytes, low: int, high: int) -> Sequence[Extent]: ...
+
+    def summaries(self, disk_id: bytes, extents: Sequence[Extent], key: DigestKey) -> Digests: ...
+
+    def digests(self, disk_id: bytes, extents: Sequence[Extent], key: DigestKey) -> Digests: ...
+
+    def close(self) -> None:
+        """Let it go; to be called before the next cycle is begun."""
+
+
 class Replica(Protocol):
     """The replica of one VM at a target.
 
@@ -72,6 +94,12 @@ class Replica(Protocol):
 
     def abandon(self) -> None:
         """Drop what is staged of an unfinished cycle. The replica stands where it stood. Idempotent."""
+
+    def inspect(self, *, from_medium: bool) -> Inspection | None:
+        """Open what the replica holds, to compare it; None without a position. Staged frames are not seen.
+
+        `from_medium`: have it read from where it lies durably, as far as that can be had.
+        """
 
     def points(self) -> Sequence[RecoveryPoint]:
         """The recovery points, oldest first."""

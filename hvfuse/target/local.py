@@ -33,6 +33,7 @@ from hvfuse.target.merge import merge
 from hvfuse.target.retention import RetentionPolicy, retain
 from hvfuse.target.schema import DiskRecord, Placement, PointRecord, StagingRecord, VmRecord
 from hvfuse.target.store import Store
+from hvfuse.target.verify import Inspection, inspect
 
 SMALL_FRAME = 512
 """Bytes; a staged frame of a copy that is no larger, such as the closing one of a group without data, need not
@@ -110,6 +111,10 @@ class LocalReplica:
             if vm is None:
                 return ()
             return tuple(cycle.recovery_point(self._vm) for cycle in self._store.scan_points(txn, vm))
+
+    def inspect(self, *, from_medium: bool) -> Inspection | None:
+        """See `Replica`."""
+        return inspect(self._store, self._vm, from_medium=from_medium)
 
     # Taking a cycle in
 
