@@ -6,10 +6,13 @@ where there is no loop). The control socket's threads hand a request over and wa
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from hvfuse import errors, wire
 from hvfuse.errors import HvfuseError, ResyncRequiredError, UnreachableError, UsageError
@@ -17,6 +20,7 @@ from hvfuse.manifest import ReplicationState
 from hvfuse.position import PositionMismatchError
 from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
+from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.replication import RESYNC_ERRORS, Records, Replication, ShippingPolicy
 from hvfuse.shipper.retry import next_attempt, next_interval, refusal
@@ -28,28 +32,11 @@ LOOK_UP = 0.5
 
 _log = logging.getLogger(__name__)
 
+_Answer = TypeVar("_Answer")
+
 
 class StoppedError(UnreachableError):
     """The shipper was told to stop; what it was at resumes with its next start."""
-
-
-class _Request:
-    """A wish for a cycle: waited for in one thread, answered in another."""
-
-    def __init__(self) -> None:
-        self._answered = threading.Event()
-        self._outcome: CycleReport | HvfuseError | None = None
-
-    def answer(self, outcome: CycleReport | HvfuseError) -> None:
-        self._outcome = outcome
-        self._answered.set()
-
-    def wait(self) -> CycleReport:
-        self._answered.wait()
-        if isinstance(self._outcome, CycleReport):
-            return self._outcome
-        assert self._outcome is not None
-        raise self._outcome
 
 
 class _Shown:
@@ -57,17 +44,33 @@ class _Shown:
 
     def __init__(self, records: Records) -> None:
         self._records = records
-        self.fields: Mapping[str, object] = {}  # replaced as a whole, so that any thread may read it
+        self._changing = threading.Lock()  # of `fields`, which is replaced as a whole: any thread may read it
+        self.fields: Mapping[str, object] = {}
 
     def update(self, **fields: object) -> None:
-        self.fields = {**self.fields, **fields}
+        told = {name: value.as_json() if isinstance(value, Orders) else value for name, value in fields.items()}
+        with self._changing:
+            self.fields = {**self.fields, **told}
         self._records.update(**fields)
+
+    def orders(self) -> Orders:
+        return self._records.orders()
+
+    def change_orders(self, change: Callable[[Orders], Orders]) -> Orders:
+        orders = self._records.change_orders(change)
+        with self._changing:
+            self.fields = {**self.fields, "orders": orders.as_json()}
+        return orders
+
+    def copy_progress(self) -> Mapping[str, object] | None:
+        return self._records.copy_progress()
 
     def cycle(self, report: CycleReport) -> None:
         self._records.cycle(report)
 
     def copied(self, report: CopyReport) -> None:
-        self.fields = {**self.fields, "last_copy": report.as_json()}
+        with self._changing:
+            self.fields = {**self.fields, "last_copy": report.as_json()}
         self._records.copied(report)
 
 
@@ -100,7 +103,7 @@ class Shipper:
             policy=policy,
             clock=clock,
             housekeep=housekeep,
-            between=self._check_stop,
+            between=self.check_stop,
         )
         self._frequency = policy.frequency_seconds
         self._clock = clock
@@ -111,8 +114,13 @@ class Shipper:
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._guard = threading.Lock()  # of the two fields below: no request may slip in after the last turn
-        self._requests: list[_Request] = []
+        self._requests: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._ended = False
+        self._answers: dict[str, Callable[[wire.Message], Mapping[str, object]]] = {
+            "cycle": lambda message: self.request_cycle().as_json(),
+            "status": lambda message: self._status(),
+            "stop": lambda message: self._stop_soon(),
+        }
         self.missed = 0
         """Cycles that were due while an earlier one still ran."""
 
@@ -140,16 +148,34 @@ class Shipper:
 
     def turn(self) -> float:
         """Do what is due or asked for. Returns the seconds until something is due again (may be inf)."""
-        with self._guard:
-            requests, self._requests = self._requests, []
-        started = self._clock.monotonic()
-        if requests or started >= self._due:
-            outcome = self._attempt(started)
-            for request in requests:
-                request.answer(outcome)
+        self._serve_requests()
+        if self._clock.monotonic() >= self._due:
+            with contextlib.suppress(HvfuseError):  # told, and shown
+                self._attempt()
         if self._holds_out:
             self._hold_out()
         return max(0.0, self._due - self._clock.monotonic())
+
+    def _serve_requests(self) -> None:
+        """Do what was asked for; once for all that asked for the same."""
+        with self._guard:
+            requests, self._requests = self._requests, []
+        asked: dict[Callable[[], Any], list[Future[Any]]] = {}
+        for action, answer in requests:
+            asked.setdefault(action, []).append(answer)
+        for action, answers in asked.items():
+            try:
+                outcome = action()
+            except BaseException as error:
+                for answer in answers:
+                    answer.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
+                if not isinstance(error, (HvfuseError, OSError)):
+                    _log.exception("%s: a request failed", self._vm)
+            else:
+                for answer in answers:
+                    answer.set_result(outcome)
 
     def _hold_out(self) -> None:
         """The target is away, but will be back. What keeps failing here is told once, not twice a minute."""
@@ -163,15 +189,16 @@ class Shipper:
                 self._complaint = str(error)
                 _log.warning("%s: while the target is away: %s", self._vm, error)
 
-    def _attempt(self, started: float) -> CycleReport | HvfuseError:
+    def _attempt(self) -> CycleReport:
+        started = self._clock.monotonic()
         self._holds_out = False
         try:
             report = self.cycle_now()
-        except StoppedError as error:
-            return error
+        except StoppedError:
+            raise
         except HvfuseError as error:
             self._failed(error, started)
-            return error
+            raise
         finished = self._clock.monotonic()
         if self._failing_since is not None:
             self._failing_since, self._due = None, started
@@ -198,7 +225,8 @@ class Shipper:
         else:
             self._due = math.inf
 
-    def _check_stop(self) -> None:
+    def check_stop(self) -> None:
+        """Raises StoppedError once the shipper was told to stop."""
         if self._stop.is_set():
             raise StoppedError(f"{self._vm}: the shipper was told to stop")
 
@@ -206,8 +234,8 @@ class Shipper:
         with self._guard:
             self._ended = True
             requests, self._requests = self._requests, []
-        for request in requests:
-            request.answer(StoppedError(f"{self._vm}: the shipper has stopped"))
+        for _, answer in requests:
+            answer.set_exception(StoppedError(f"{self._vm}: the shipper has stopped"))
 
     def listen(self, path: str) -> wire.Listener:
         """Serve the control socket at `path`: ops "cycle", "status", "stop". Close it after `run`.
@@ -217,30 +245,39 @@ class Shipper:
         return wire.Listener(path, self._handle, name=f"shipper-{self._vm}", concurrent=True)
 
     def _handle(self, message: wire.Message) -> Mapping[str, object]:
-        match message.get("op"):
-            case "cycle":
-                try:
-                    return self.request_cycle().as_json()
-                except HvfuseError as error:
-                    raise _for_the_wire(error) from error
-            case "status":
-                return {"vm": self._vm, "missed": self.missed, **self._shown.fields}
-            case "stop":
-                self._stop.set()
-                self._wake.set()
-                return {}
-            case op:
-                raise UsageError(f"the shipper does not know the request {op!r}")
+        answer = self._answers.get(str(message.get("op")))
+        if answer is None:
+            raise UsageError(f"the shipper does not know the request {message.get('op')!r}")
+        try:
+            return answer(message)
+        except HvfuseError as error:
+            raise _for_the_wire(error) from error
+
+    def _status(self) -> Mapping[str, object]:
+        return {"vm": self._vm, "missed": self.missed, **self._shown.fields}
+
+    def _stop_soon(self) -> Mapping[str, object]:
+        self._stop.set()
+        self._wake.set()
+        return {}
 
     def request_cycle(self) -> CycleReport:
         """Have the loop's thread do a cycle, and wait for it. For any other thread."""
-        request = _Request()
+        return self.request(self._attempt)
+
+    def request(self, action: Callable[[], _Answer]) -> _Answer:
+        """Have the loop's thread do something between two cycles, and wait for it. For any other thread.
+
+        Raises what it raised, and StoppedError if it does not come to it any more. Equal actions that wait at the
+        same time are done once. A long one has to look for a stop by itself (`check_stop`).
+        """
+        answer: Future[_Answer] = Future()
         with self._guard:
             if self._ended:
                 raise StoppedError(f"{self._vm}: the shipper has stopped")
-            self._requests.append(request)
+            self._requests.append((action, answer))
         self._wake.set()
-        return request.wait()
+        return answer.result()
 
 
 def _for_the_wire(error: HvfuseError) -> HvfuseError:

@@ -1,6 +1,7 @@
 import math
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -17,6 +18,7 @@ from hvfuse.errors import (
 from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
+from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.replication import ShippingPolicy
 from hvfuse.shipper.service import Shipper, StoppedError
 
@@ -60,6 +62,16 @@ class Kept:
 
     def cycle(self, report: CycleReport) -> None:
         self.reports.append(report)
+
+    def orders(self) -> Orders:
+        return self.fields.get("orders", Orders())
+
+    def change_orders(self, change: Callable[[Orders], Orders]) -> Orders:
+        self.update(orders=change(self.orders()))
+        return self.orders()
+
+    def copy_progress(self) -> dict | None:
+        return self.fields.get("copy")
 
     def copied(self, report: CopyReport) -> None:
         self.copies.append(report)
@@ -476,6 +488,34 @@ def test_a_stop_in_the_middle_ends_the_run_and_leaves_the_rest_for_later(site, m
     site.shipper().cycle_now()
     site.assert_equal()
     assert len(set(site.replica.puts)) == len(site.replica.puts)
+
+
+def test_an_action_that_is_asked_for_is_done_by_the_loops_thread_once_for_all_who_ask(site, caplog):
+    shipper = site.shipper()
+    done, answers = [], []
+
+    def action() -> dict:
+        done.append(threading.current_thread())
+        return {"done": len(done)}
+
+    def fail() -> dict:
+        raise NoSpaceError("no room", hint="make some")
+
+    askers = [threading.Thread(target=lambda: answers.append(shipper.request(action))) for _ in range(3)]
+    for asker in askers:
+        asker.start()
+    while len(shipper._requests) < 3:
+        pass
+    with running(shipper) as loop:
+        for asker in askers:
+            asker.join()
+        assert (answers, done) == ([{"done": 1}] * 3, [loop.thread])
+        with pytest.raises(NoSpaceError, match="no room"):
+            shipper.request(fail)
+        with pytest.raises(ZeroDivisionError):
+            shipper.request(lambda: 1 // 0)
+        assert shipper.request_cycle().cycle > 0, "the loop goes on"
+    assert "a request failed" in caplog.text
 
 
 def test_states_are_recorded_as_the_words_of_the_product(site):

@@ -1,0 +1,72 @@
+"""What an administrator ordered of a VM's copies. Durable, so that a restart changes nothing. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hvfuse.errors import UsageError
+
+MAX_AHEAD_NS = 7 * 86400 * 10**9
+"""So far ahead a copy may be ordered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Orders:
+    """What was ordered; the default is nothing.
+
+    `now`: start whatever the window says; taken back when the copy is complete. `at_ns`: start at this instant, ns
+    since 1970, and not before; taken back likewise. `full`: compare everything, although nothing or little is in
+    doubt; taken back when that copy has begun. `suspended`: do not begin or go on; nothing is shipped while a copy is
+    needed. `cancelled`: what was staged was dropped, and nothing starts by itself before `now` or `at_ns` is ordered.
+    `seed`: generation (hex) that was exported to a medium: copy nothing over the network before the replica
+    stands at it.
+    """
+
+    now: bool = False
+    at_ns: int | None = None
+    full: bool = False
+    suspended: bool = False
+    cancelled: bool = False
+    seed: str | None = None
+
+    def resynchronise(self, *, full: bool, at_ns: int | None, now_ns: int) -> Orders:
+        """A copy is to start at `at_ns`, or now if that is None. Takes back what stood against it.
+
+        Raises UsageError if that is more than 7 days after `now_ns`, or before it.
+        """
+        if at_ns is not None and at_ns < now_ns:
+            raise UsageError("the time for a copy to start is over already")
+        if at_ns is not None and at_ns > now_ns + MAX_AHEAD_NS:
+            raise UsageError("a copy can be ordered for a time at most 7 days ahead")
+        return Orders(now=at_ns is None, at_ns=at_ns, full=full or self.full)
+
+    def suspend(self) -> Orders:
+        """Hold the copy up, or do not begin one, until `resume`."""
+        return replace(self, suspended=True)
+
+    def resume(self) -> Orders:
+        """Go on with what was suspended."""
+        return replace(self, suspended=False)
+
+    def cancel(self) -> Orders:
+        """Give the copy up; the next one has to be ordered."""
+        return Orders(cancelled=True)
+
+    def done(self) -> Orders:
+        """What is left when no copy is needed any more. An order for a full one stays, as it has not begun."""
+        if self.full:
+            return replace(self, cancelled=False, seed=None)
+        return Orders(suspended=self.suspended)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields, as they are kept in the records."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any] | None) -> Orders:
+        """From `as_json`; None is no orders, missing fields have their defaults, unknown ones are left out."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in (values or {}).items() if name in known})
