@@ -39,7 +39,7 @@ class Display(Protocol):
 
 
 class PlainDisplay:
-    """A line whenever a VM's state, point or troubles change: for logs and pipes."""
+    """A line whenever a VM's state, point or troubles change, or a tenth of a copy is done: for logs and pipes."""
 
     def __init__(self) -> None:
         self._told: dict[str, object] = {}
@@ -47,7 +47,8 @@ class PlainDisplay:
     def show(self, found: Sequence[VmStatus]) -> None:
         for one in found:
             # Not what counts up all the time (pending bytes, ages): that would be a line a second.
-            key = (one.state, one.latest_point, [reason.id for reason in one.reasons])
+            tenth = None if one.progress is None else int(one.progress * 10)
+            key = (one.state, tenth, one.latest_point, [reason.id for reason in one.reasons])
             if self._told.get(one.name) != key:
                 self._told[one.name] = key
                 click.echo(plain_line(one))

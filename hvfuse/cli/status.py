@@ -22,6 +22,8 @@ from hvfuse.words import bytes_text, duration_text
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from hvfuse.shipper.orders import Orders
+
 WATCH_SECONDS = 2.0
 PIPE_WIDTH = 10_000
 """Columns where no terminal limits them: nothing is cut."""
@@ -120,6 +122,9 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
         "rpo_seconds": None if status.rpo_seconds is None else round(status.rpo_seconds, 3),
         "pending_bytes": status.pending_bytes,
         "points": status.points,
+        "copy": status.copy,
+        "copy_due": None if status.copy_due_ns is None else time_text(status.copy_due_ns),
+        "orders": orders_fields(status.orders),
         "disks": [
             {"name": disk.name, "format": disk.format, "size": disk.size, "log_bytes": disk.log_bytes}
             for disk in status.disks
@@ -134,6 +139,13 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
             for reason in status.reasons
         ],
     }
+
+
+def orders_fields(orders: Orders) -> dict[str, Any]:
+    """What an administrator ordered of copies, as it stands in JSON."""
+    fields = orders.as_json()
+    at_ns = fields.pop("at_ns")
+    return {"at": None if at_ns is None else time_text(at_ns), **fields}
 
 
 def table(found: Sequence[VmStatus]) -> Table:

@@ -23,6 +23,7 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
 
     Raises BusyError when another process does.
     """
+    from hvfuse.formats.digests import Algorithm
     from hvfuse.shipper.replication import ShippingPolicy
     from hvfuse.shipper.service import Shipper
     from hvfuse.shipper.source import TrackerSource
@@ -45,7 +46,12 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
                 replica=replica,
                 records=records.of(vm),
                 policy=ShippingPolicy(
-                    frequency_seconds=policy.frequency, level=policy.compression, soft_limit=policy.soft_limit / 100
+                    frequency_seconds=policy.frequency,
+                    level=policy.compression,
+                    soft_limit=policy.soft_limit / 100,
+                    algorithm=Algorithm(policy.digest),
+                    resync=policy.resync,
+                    initial=policy.initial,
                 ),
                 clock=clock,
                 housekeep=keep_house,

@@ -10,13 +10,16 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import time
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
+from hvfuse.control import instants
 from hvfuse.control.home import CONFIG_NAME, Home, name_fault
 from hvfuse.errors import UsageError
+from hvfuse.shipper.window import ALWAYS, Initial, Resync, Window
 from hvfuse.target.retention import RetentionPolicy
 
 TEMPLATE = """\
@@ -34,6 +37,14 @@ TEMPLATE = """\
 # compression = 1             # zstd level, 1 to 22; 0 = off
 # soft_limit = 25             # percent of the disks' size in unsent logs: then they are compacted
 # hard_limit = 50             # then they are given up, and a resynchronisation compares what changed
+# initial = "now"             # the first copy of the disks: "now", at a time at most 7 days ahead such as
+                              # "2026-11-22 18:30", or "seed": from a medium (`hvfuse seed`), not over the network
+# resync = "auto"             # a resynchronisation that is needed begins by itself; "manual": when it is asked
+                              # for with `hvfuse resync VM`; until then, no recovery points are made
+# resync_window = "18:30-06:00" # when one of more than a quarter of the disks may begin by itself (local
+                              # time); "always": at once. Smaller ones always begin at once
+# digest = "xxh3"             # how blocks are compared: "xxh3" is fast; "blake3" cannot be fooled by a guest
+                              # that chooses what it writes
 
 [retention]                   # which recovery points are kept
 # keep_all = "1h"             # every one for so long
@@ -53,12 +64,16 @@ Path = tuple[str, ...]
 class VmPolicy:
     """How one VM is replicated. `frequency`: seconds from cycle to cycle. `compression`: zstd level,
     0 = off. `soft_limit`, `hard_limit`: percent of the disks' size that logs may take before they are
-    compacted or given up. `exclude`: file names of disks that are not replicated."""
+    compacted or given up. `initial`: how the first copy begins. `resync`: when resynchronisations do.
+    `digest`: by what blocks are compared. `exclude`: file names of disks that are not replicated."""
 
     frequency: float = 30.0
     compression: int = 1
     soft_limit: int = 25
     hard_limit: int = 50
+    initial: Initial = field(default_factory=Initial)
+    resync: Resync = field(default_factory=Resync)
+    digest: Literal["xxh3", "blake3"] = "xxh3"
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     exclude: frozenset[str] = frozenset()
 
@@ -119,12 +134,47 @@ def _names(value: Any) -> frozenset[str]:
     return frozenset(value)
 
 
+def _one_of(*known: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in known:
+            raise _BadValueError(" or ".join(f'"{one}"' for one in known))
+        return str(value)
+
+    return parse
+
+
+def _window(value: Any) -> Window:
+    match = re.fullmatch(rf"{_MINUTE}-{_MINUTE}", value) if isinstance(value, str) else None
+    if value == "always":
+        return ALWAYS
+    minutes = [int(match[k]) * 60 + int(match[k + 1]) for k in (1, 3)] if match else [0, 0]
+    if minutes[0] == minutes[1]:
+        raise _BadValueError('"always" or two different times of the day, such as "18:30-06:00"')
+    return Window(*minutes)
+
+
+def _initial(value: Any) -> Initial:
+    if value in ("now", "seed"):
+        return Initial(how=value)
+    at = instants.parse_date(value) if isinstance(value, str) and " " in value else None
+    if at is None:
+        raise _BadValueError('"now", "seed", or a local time such as "2026-11-22 18:30"')
+    if instants.is_too_far(at, now_ns=time.time_ns()):
+        raise _BadValueError(f"a time at most {instants.DAYS_AHEAD} days ahead")
+    return Initial(at_ns=at)  # one that is over means now: the file stays as it is when it has come
+
+
+_MINUTE = r"([01]\d|2[0-3]):([0-5]\d)"
 _PATHS: Mapping[str, Callable[[Any], Any]] = dict.fromkeys(("disks", "mnt", "store", "state"), _path)
 _REPLICATION: Mapping[str, Callable[[Any], Any]] = {
     "frequency": _duration(1, 3600, 'from "1s" to "1h", such as "30s" or "5m"'),
     "compression": _whole(0, 22),
     "soft_limit": _whole(1, 100_000),
     "hard_limit": _whole(1, 100_000),
+    "initial": _initial,
+    "resync": _one_of("auto", "manual"),
+    "resync_window": _window,
+    "digest": _one_of("xxh3", "blake3"),
 }
 _RETENTION: Mapping[str, Callable[[Any], Any]] = {
     "keep_all": _duration(0, 366 * 86400, 'from "0s" to "366d", such as "1h"'),
@@ -222,9 +272,13 @@ def _with_values(policy: VmPolicy, values: Mapping[str, Any]) -> VmPolicy:
     kept = {key: values[key] for key in _RETENTION if key in values}
     if "keep_all" in kept:
         kept["keep_all_seconds"] = int(kept.pop("keep_all"))
-    retention = replace(policy.retention, **kept)
-    own = {key: value for key, value in values.items() if key not in _RETENTION}
-    return replace(policy, retention=retention, **own)
+    resync = policy.resync
+    if "resync" in values:
+        resync = replace(resync, automatic=values["resync"] == "auto")
+    if "resync_window" in values:
+        resync = replace(resync, window=values["resync_window"])
+    own = {key: value for key, value in values.items() if key not in (*_RETENTION, "resync", "resync_window")}
+    return replace(policy, retention=replace(policy.retention, **kept), resync=resync, **own)
 
 
 def parse(path: str, text: str) -> Config:

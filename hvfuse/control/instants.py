@@ -10,12 +10,12 @@ import re
 from datetime import datetime, timedelta, tzinfo
 
 from hvfuse.errors import UsageError
+from hvfuse.shipper.orders import MAX_AHEAD_NS
 
-DAYS_AHEAD = 7
+DAYS_AHEAD = MAX_AHEAD_NS // (86400 * 10**9)
 """How far ahead a copy may be put off."""
 FORMS = '"18:30" (the next time it is that late), "2026-11-22 18:30", or ISO 8601 such as 2026-11-22T18:30:00+01:00'
 
-_DAY_NS = 86400 * 10**9
 _TIME = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
 
 
@@ -52,7 +52,7 @@ def parse_date(text: str, *, zone: tzinfo | None = None) -> int | None:
 
 def is_too_far(instant_ns: int, *, now_ns: int) -> bool:
     """Whether a copy may not be put off until then."""
-    return instant_ns > now_ns + DAYS_AHEAD * _DAY_NS
+    return instant_ns > now_ns + MAX_AHEAD_NS
 
 
 def next_time(hour: int, minute: int, *, now_ns: int, zone: tzinfo | None = None) -> int:

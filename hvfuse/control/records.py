@@ -19,8 +19,8 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,6 +30,7 @@ from hvfuse.errors import CorruptError, HvfuseError, NoSpaceError, UnsupportedEr
 from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
+from hvfuse.shipper.orders import Orders
 
 VERSION = 1
 CYCLES_KEPT = 2880
@@ -47,8 +48,11 @@ class VmRecord:
     about it. `generation`: hex.
     `cycle`, `point`: the last one that the target has (0 and None: none yet).
     `last_replication_time_ns`: instant of that cycle's barrier, ns since 1970. `progress`: of the copy
-    under way, 0 to 1. `resync_reason`: why one is required. `last_copy`: what the last copy or
-    resynchronisation took, as `CopyReport` tells it; "text" says it in words.
+    under way, 0 to 1; `copy`: how far it is, as `CopyProgress` tells it, None when there is none.
+    `resync_reason`: why one is required. `last_copy`: what the last copy or
+    resynchronisation took, as `CopyReport` tells it; "text" says it in words. `orders`: what an administrator
+    ordered of copies, as `Orders` tells it; empty: nothing. `copy_due_ns`: when the copy that waits begins by
+    itself, ns since 1970; None: not before it is asked for, or none waits.
     """
 
     state: ReplicationState = ReplicationState.DISABLED
@@ -64,6 +68,9 @@ class VmRecord:
     progress: float | None = None
     resync_reason: str | None = None
     last_copy: dict[str, object] | None = None
+    copy: dict[str, Any] | None = None
+    orders: dict[str, Any] = field(default_factory=dict)
+    copy_due_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +121,27 @@ class Records:
             return self._record(vm, txn.get(_vm_key(vm)))
 
     def update(self, vm: str, **changes: Any) -> VmRecord:
-        """Change fields of the VM's record. Returns the new one; durable."""
+        """Change fields of the VM's record, in one transaction: what others changed meanwhile stays. `orders` may
+        be given as `Orders`. Returns the new record; durable."""
+        if isinstance(changes.get("orders"), Orders):
+            changes["orders"] = changes["orders"].as_json()
+        return self._change(vm, lambda _: changes)
+
+    def orders(self, vm: str) -> Orders:
+        """What an administrator ordered of the VM's copies."""
+        return Orders.from_json(self.read(vm).orders)
+
+    def change_orders(self, vm: str, change: Callable[[Orders], Orders]) -> Orders:
+        """Replace the VM's orders by what `change` makes of them, in one transaction: of two who change them at
+        once, the second sees what the first made. Returns the new ones; durable."""
+        record = self._change(vm, lambda now: {"orders": change(Orders.from_json(now.orders)).as_json()})
+        return Orders.from_json(record.orders)
+
+    def _change(self, vm: str, changes: Callable[[VmRecord], Mapping[str, Any]]) -> VmRecord:
         with self._faults(), self._env.begin(write=True) as txn:
             raw = txn.get(_vm_key(vm))
-            record = replace(self._record(vm, raw), **changes)
+            before = self._record(vm, raw)
+            record = replace(before, **changes(before))
             kept = self._json(vm, raw) if raw is not None else {}
             txn.put(_vm_key(vm), json.dumps({**kept, **asdict(record)}).encode())
             return record
@@ -166,7 +190,7 @@ class Records:
         if raw is None:
             return VmRecord()
         values = self._json(vm, raw)
-        known = {field.name: values[field.name] for field in fields(VmRecord) if field.name in values}
+        known = {one.name: values[one.name] for one in fields(VmRecord) if one.name in values}
         try:
             known["state"] = ReplicationState(known.get("state", ReplicationState.DISABLED))
         except ValueError:
@@ -212,6 +236,18 @@ class VmRecords:
     def update(self, **changes: Any) -> None:
         """Change fields of the VM's record; durable."""
         self.records.update(self.vm, **changes)
+
+    def orders(self) -> Orders:
+        """What an administrator ordered of the VM's copies."""
+        return self.records.orders(self.vm)
+
+    def change_orders(self, change: Callable[[Orders], Orders]) -> Orders:
+        """As `Records.change_orders`."""
+        return self.records.change_orders(self.vm, change)
+
+    def copy_progress(self) -> dict[str, Any] | None:
+        """The record's `copy`."""
+        return self.read().copy
 
     def cycle(self, report: CycleReport) -> None:
         """Keep the statistics of a committed cycle; durable."""

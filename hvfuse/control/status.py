@@ -4,12 +4,14 @@ Nothing is remembered here; a process that does not answer is reported as such. 
 reason (thresholds are the constants below):
 
     Critical   the logs or the store cannot be read; the tracker cannot start; the tracker or the shipper
-               does not run, or the folder is gone, although the VM is protected; state Error or
-               WaitingForStartResynchronize; replication fails and is two intervals late
-    Warning    initial replication is not complete; replication fails; the last cycle is older than an
-               hour, or than two intervals if that is more, or lies in the future; a disk in the folder is
-               not tracked; a process is there, but busy; a test failover was forgotten; a disk that is
-               to be excluded does not exist
+               does not run, or the folder is gone, although the VM is protected; state Error; a
+               resynchronisation is required and not under way (it waits, is suspended, was cancelled);
+               replication fails and is two intervals late
+    Warning    initial replication is not complete (it is under way, waits, is suspended, was cancelled);
+               copies are suspended although none is needed now; replication fails; the last cycle is older
+               than an hour, or than two intervals if that is more, or lies in the future; a disk in the
+               folder is not tracked; a process is there, but busy; a test failover was forgotten; a disk
+               that is to be excluded does not exist
     Normal     none of these
 """
 
@@ -23,13 +25,16 @@ from typing import Any, TypeVar
 
 from hvfuse import spool, wire
 from hvfuse.control.config import VmPolicy
+from hvfuse.control.copying import copy_text
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home
+from hvfuse.control.instants import instant_text
 from hvfuse.control.records import VmRecord
 from hvfuse.errors import HvfuseError, UnreachableError
 from hvfuse.formats import hrl
 from hvfuse.formats.image import is_disk_name, probe_for_tracking
 from hvfuse.manifest import ReplicationState
+from hvfuse.shipper.orders import Orders
 
 STALE_SECONDS = 3600.0
 STALE_INTERVALS = 2
@@ -42,12 +47,18 @@ _EMPTY_LOG = hrl.HEADER_SIZE + hrl.METADATA_SIZE
 
 _Answer = TypeVar("_Answer")
 
-_COPYING = (
+_COPYING = (ReplicationState.INITIAL_REPLICATION_IN_PROGRESS, ReplicationState.RESYNCHRONIZING)
+_BEFORE_FIRST_COPY = (
     ReplicationState.READY_FOR_INITIAL_REPLICATION,
-    ReplicationState.INITIAL_REPLICATION_IN_PROGRESS,
-    ReplicationState.RESYNCHRONIZING,
+    ReplicationState.WAITING_FOR_INITIAL_REPLICATION,
+    ReplicationState.SUSPENDED,
 )
-_STOPPED = (ReplicationState.ERROR, ReplicationState.WAITING_FOR_START_RESYNCHRONIZE)
+_BEFORE_RESYNC = (ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, ReplicationState.RESYNCHRONIZE_SUSPENDED)
+_COPY_NAMES = {
+    ReplicationState.INITIAL_REPLICATION_IN_PROGRESS: "copying the disks",
+    ReplicationState.RESYNCHRONIZING: "resynchronizing",
+}
+_STOPPED = (ReplicationState.ERROR, *_BEFORE_RESYNC)
 
 
 class Health(IntEnum):
@@ -87,7 +98,7 @@ class VmStatus:
 
     `rpo_seconds`: age of what the target has, None when unknown. `pending_bytes`: what the logs hold
     that the target lacks, and what has to be compared with it. `points`: recovery points in the store.
-    `tracker`, `shipper`: whether they answer.
+    `copy`, `copy_due_ns`, `orders`: as in the VM's record. `tracker`, `shipper`: whether they answer.
     """
 
     name: str
@@ -100,6 +111,9 @@ class VmStatus:
     points: int
     latest_point: str | None
     progress: float | None
+    copy: Mapping[str, Any] | None
+    copy_due_ns: int | None
+    orders: Orders
     disks: tuple[DiskStatus, ...]
     tracker: bool
     shipper: bool
@@ -124,17 +138,24 @@ class _Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Facts:
-    """What was found out. `age`: seconds since the last point, negative if the clock was set back.
+    """What was found out, at `now_ns`. `age`: seconds since the last point, negative if the clock was set back.
     `names`: what the folder holds, None without one. `forgotten`: test failovers that nobody serves."""
 
     vm: str
+    now_ns: int
     record: VmRecord
+    orders: Orders
     policy: VmPolicy
     tracker: _Process
     shipper: _Process
     names: frozenset[str] | None
     age: float | None
     forgotten: Sequence[int]
+
+    @property
+    def awaits_seed(self) -> bool:
+        """Whether nothing is copied over the network because another way was ordered."""
+        return self.orders.seed is not None or (self.policy.initial.how == "seed" and self.record.point is None)
 
     @property
     def is_from_future(self) -> bool:
@@ -175,7 +196,9 @@ def vm_status(
     last = record.last_replication_time_ns
     facts = _Facts(
         vm=vm,
+        now_ns=now_ns,
         record=record,
+        orders=Orders.from_json(record.orders),
         policy=policy,
         tracker=tracker,
         shipper=shipper,
@@ -197,6 +220,9 @@ def vm_status(
         points=count,
         latest_point=record.point,
         progress=record.progress,
+        copy=record.copy,
+        copy_due_ns=record.copy_due_ns,
+        orders=facts.orders,
         disks=_disks(folder, tracker.answer, sealed, policy.exclude),
         tracker=tracker.answer is not None,
         shipper=shipper.answer is not None,
@@ -278,9 +304,7 @@ def _reasons(facts: _Facts) -> Iterator[Reason]:
     state = _state(facts)
     yield from _process_reasons(facts)
     yield from _failure_reasons(facts, state)
-    if state in _COPYING:
-        done = f", {facts.record.progress:.0%} done" if facts.record.progress is not None else ""
-        yield _warning("copying", f"the copy of the disks is not complete{done}")
+    yield from _copy_reasons(facts, state)
     limit = max(STALE_SECONDS, STALE_INTERVALS * facts.policy.frequency)
     if facts.age is not None and facts.age > limit:
         text = f"the last recovery point is {facts.age / 60:.0f} minutes old"
@@ -328,16 +352,45 @@ def _process_reasons(facts: _Facts) -> Iterator[Reason]:
         yield _critical("shipper-down", f"no shipper runs, so no recovery points are made{why}", "hvfuse run")
 
 
-def _failure_reasons(facts: _Facts, state: ReplicationState) -> Iterator[Reason]:
+def _copy_reasons(facts: _Facts, state: ReplicationState) -> Iterator[Reason]:
+    """What there is to say of a copy that is under way or has to be made, or of orders not to make any."""
     record = facts.record
     resync = record.resync_reason or (facts.tracker.answer or {}).get("resync_required")
-    if state is ReplicationState.WAITING_FOR_START_RESYNCHRONIZE or (resync and state not in _COPYING):
-        yield Reason(
-            id="resync-required",
-            health=Health.CRITICAL,
-            text=f"a resynchronisation is required: {resync or 'the logs no longer continue the replica'}",
-            next_command=f"hvfuse replicate {facts.vm}",
-        )
+    if state in _COPYING:
+        done = copy_text(record.copy) if record.copy is not None else "not complete yet"
+        yield _warning("copying", f"{_COPY_NAMES[state]}: {done}")
+    elif state in _BEFORE_FIRST_COPY:
+        yield _waiting(facts, "the first copy of the disks", Health.WARNING, "initial-replication")
+    elif state in _BEFORE_RESYNC or resync:
+        why = resync or "the logs no longer continue the replica"
+        yield _waiting(facts, f"a resynchronisation is required: {why}; it", Health.CRITICAL, "resync-required")
+    elif facts.orders.suspended:
+        text = "copies are suspended: should one be needed, replication will stop"
+        yield _warning("copies-suspended", text, f"hvfuse resync {facts.vm} --resume")
+
+
+def _waiting(facts: _Facts, what: str, health: Health, reason_id: str) -> Reason:
+    """A copy that is not under way: what it waits for, and what ends that."""
+    orders, due = facts.orders, facts.record.copy_due_ns
+    command: str | None = f"hvfuse resync {facts.vm} --now"
+    if orders.suspended:
+        why, command = "is suspended", f"hvfuse resync {facts.vm} --resume"
+    elif orders.cancelled:
+        why = "was cancelled, and does not begin by itself"
+    elif facts.awaits_seed:
+        why, command = "waits for its seed", "hvfuse seed import DIR"
+    elif due is not None and due > facts.now_ns:
+        why = f"begins at {instant_text(due, now_ns=facts.now_ns)}"
+    elif due is None and not orders.now and health is Health.CRITICAL and not facts.policy.resync.automatic:
+        why = 'does not begin by itself (hvfuse.toml says resync = "manual")'
+    else:
+        why = "has not begun yet"
+        command = command if health is Health.CRITICAL else None
+    return Reason(id=reason_id, health=health, text=f"{what} {why}", next_command=command)
+
+
+def _failure_reasons(facts: _Facts, state: ReplicationState) -> Iterator[Reason]:
+    record = facts.record
     if record.error is not None:
         late = facts.rpo is None or facts.rpo > STALE_INTERVALS * facts.policy.frequency
         critical = late or state in _STOPPED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from hvfuse.control import config
 from hvfuse.control.config import TEMPLATE, Config, parse
 from hvfuse.errors import UsageError
+from hvfuse.shipper.window import ALWAYS, Initial, Resync, Window
 from hvfuse.target.retention import RetentionPolicy
 
 
@@ -48,6 +50,31 @@ def test_paths_are_relative_to_the_home() -> None:
     )
 
 
+def test_when_copies_may_begin_is_said_for_all_and_for_one_vm() -> None:
+    parsed = parse(
+        "hvfuse.toml",
+        '[replication]\nresync_window = "22:05-03:00"\ndigest = "blake3"\ninitial = "seed"\n'
+        '[vm.db]\nresync = "manual"\n[vm.web]\nresync_window = "always"\ninitial = "now"\ndigest = "xxh3"\n',
+    )
+    night = Window(22 * 60 + 5, 3 * 60)
+    assert parsed.default.resync == Resync(automatic=True, window=night)
+    assert (parsed.default.digest, parsed.default.initial) == ("blake3", Initial(how="seed"))
+    assert parsed.policy("db").resync == Resync(automatic=False, window=night)
+    assert parsed.policy("web").resync == Resync(automatic=True, window=ALWAYS)
+    assert (parsed.policy("web").digest, parsed.policy("web").initial) == ("xxh3", Initial())
+    assert Config().default.resync.window == Window(18 * 60 + 30, 6 * 60)
+
+
+def from_now(**span: int) -> str:
+    return f"{datetime.now() + timedelta(**span):%Y-%m-%d %H:%M}"
+
+
+@pytest.mark.parametrize("text", [from_now(days=6), "2001-01-01 18:30"])
+def test_a_first_copy_can_have_a_time_and_one_that_is_over_is_no_fault(text: str) -> None:
+    at = round(datetime.fromisoformat(text).timestamp()) * 10**9
+    assert parse("hvfuse.toml", f'[replication]\ninitial = "{text}"\n').default.initial == Initial(at_ns=at)
+
+
 FAULTS = {
     "unknown key": (
         '[replication]\n\nfreqency = "1s"\n',
@@ -81,6 +108,35 @@ FAULTS = {
     "key of a vm": ('[vm.a]\nfrequency = "1s"\n[vm.b]\nfrequencies = 1\n', 4, "[vm.b] frequencies: unknown key"),
     "excluded as text": ('[vm.a]\nexclude = "x.vhd"\n', 2, "[vm.a] exclude: "),
     "excluded path": ('[vm.a]\nexclude = [\n  "ok.vhd",\n  "a/b.vhd",\n]\n', 5, "[vm.a] exclude: "),
+    "initial too far ahead": (
+        f'[replication]\ninitial = "{from_now(days=8)}"\n',
+        2,
+        " is not a time at most 7 days ahead",
+    ),
+    "initial at a time of no day": (
+        '[vm.a]\ninitial = "18:30"\n',
+        2,
+        '[vm.a] initial: "18:30" is not "now", "seed", or',
+    ),
+    "initial on a day of no month": ('[vm.a]\n\ninitial = "2026-02-30 18:30"\n', 3, "is not"),
+    "initial as a date without quotes": ("[vm.a]\ninitial = 2026-11-22 18:30:00\n", 2, "[vm.a] initial: "),
+    "resync neither": (
+        '[replication]\nresync = "never"\n',
+        2,
+        '[replication] resync: "never" is not "auto" or "manual"',
+    ),
+    "resync as a boolean": ("[replication]\nresync = true\n", 2, 'resync: true is not "auto" or "manual"'),
+    "resync as a list": ('[replication]\nresync = ["auto"]\n', 2, 'is not "auto" or "manual"'),
+    "window without end": (
+        '[replication]\nresync_window = "18:30"\n',
+        2,
+        'resync_window: "18:30" is not "always" or two',
+    ),
+    "window of nothing": ('[replication]\nresync_window = "18:30-18:30"\n', 2, "two different times of the day"),
+    "window at 24": ('[vm.a]\nresync_window = "18:30-24:00"\n', 2, "[vm.a] resync_window: "),
+    "window with seconds": ('[vm.a]\nresync_window = "18:30:00-06:00:00"\n', 2, "[vm.a] resync_window: "),
+    "window as a number": ("[vm.a]\nresync_window = 18\n", 2, "18 is not"),
+    "digest unknown": ('[replication]\ndigest = "md5"\n', 2, 'digest: "md5" is not "xxh3" or "blake3"'),
     "key twice": ("[retention]\nhourly = 1\nhourly = 2\n", 3, "Cannot overwrite a value"),
     "no value": ("[retention]\nhourly =\n", 2, "Invalid value"),
     "open string": ('[paths]\nstore = "abc\n', 2, "Illegal character"),

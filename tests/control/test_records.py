@@ -16,6 +16,7 @@ from hvfuse.control.records import CycleRecord, Records, VmRecord
 from hvfuse.errors import CorruptError, UnsupportedError
 from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.cycle import CycleReport
+from hvfuse.shipper.orders import Orders
 
 
 def cycle(number: int) -> CycleRecord:
@@ -106,6 +107,44 @@ def test_a_writer_that_is_killed_leaves_what_it_had_finished_and_blocks_nobody(t
                 record = records.update(f"vm{number}", progress=0.5)
                 assert record.cycle >= least
                 assert record.point == f"p-{record.cycle}"
+
+
+def test_orders_and_the_progress_of_a_copy_survive_reopening(tmp_path: Path) -> None:
+    ordered = Orders(at_ns=5, full=True, suspended=True, seed="ab" * 16)
+    copy = {"kind": "resync", "pass": 2, "bytes_total": 10, "seconds_left": None}
+    with Records(str(tmp_path)) as records:
+        assert records.of("vm").orders() == Orders()
+        records.of("vm").update(orders=ordered, copy=copy, copy_due_ns=7)
+        records.of("other").update(copy=copy)
+    with Records(str(tmp_path)) as records:
+        assert records.of("vm").orders() == ordered
+        assert records.orders("other") == Orders()
+        assert (records.of("vm").copy_progress(), records.read("vm").copy_due_ns) == (copy, 7)
+        records.of("vm").update(orders=Orders(), copy=None, copy_due_ns=None)
+        assert records.read("vm") == VmRecord(orders=Orders().as_json())
+
+
+ORDERER = """
+import sys
+from dataclasses import replace
+from hvfuse.control.records import Records
+with Records(sys.argv[1]) as records:
+    for _ in range(60):
+        if sys.argv[2] == "orders":
+            records.change_orders("vm", lambda orders: replace(orders, at_ns=(orders.at_ns or 0) + 1))
+        else:
+            records.update("vm", **{sys.argv[2]: getattr(records.read("vm"), sys.argv[2]) + 1})
+"""
+
+
+def test_several_processes_that_change_one_record_lose_nothing_of_each_other(tmp_path: Path) -> None:
+    with Records(str(tmp_path)) as records:
+        records.update("vm", copy_due_ns=0)
+        fields = ["orders", "orders", "cycle", "copy_due_ns"]
+        writers = [subprocess.Popen([sys.executable, "-c", ORDERER, str(tmp_path), field]) for field in fields]
+        assert [writer.wait(60) for writer in writers] == [0] * 4
+        record = records.read("vm")
+    assert (record.orders["at_ns"], record.cycle, record.copy_due_ns) == (120, 60, 60)
 
 
 def test_records_of_another_version_are_refused(tmp_path: Path) -> None:

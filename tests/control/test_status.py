@@ -15,9 +15,12 @@ from hvfuse import wire
 from hvfuse.control import status as status_module
 from hvfuse.control.config import Config, VmPolicy
 from hvfuse.control.home import Home
+from hvfuse.control.instants import instant_text
 from hvfuse.control.records import VmRecord
 from hvfuse.control.status import Health, VmStatus, vm_status
 from hvfuse.manifest import ReplicationState
+from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.window import Initial, Resync
 
 NOW_NS = 1_800_000_000 * 10**9
 TRACKER: Mapping[str, Any] = {
@@ -124,6 +127,105 @@ def test_a_first_copy_that_nobody_goes_on_with_is_critical_and_says_how_to_go_on
     status = ask(record, tracker=None, shipper=False)
     assert status.health is Health.CRITICAL
     assert [reason.next_command for reason in status.reasons] == ["hvfuse run", "hvfuse run", None]
+
+
+def test_a_copy_that_is_under_way_is_told_in_figures(ask: Ask) -> None:
+    copy = {
+        "kind": "resync", "pass": 1, "bytes_total": 3_500 << 20, "bytes_done": 1_300 << 20, "bytes_sent": 15 << 20,
+        "bytes_saved": 1_285 << 20, "seconds": 6.2, "bytes_per_second": 210 << 20, "seconds_left": 9.5,
+    }  # fmt: skip
+    record = VmRecord(state=ReplicationState.RESYNCHRONIZING, progress=0.37, copy=copy)
+    status = ask(record)
+    (reason,) = status.reasons
+    assert reason.text == ("resynchronizing: 37 %, 1.3 GiB of 3.4 GiB compared, 15 MiB sent, 210 MiB/s, 9.5 s left")
+    assert status.copy == copy
+
+
+def test_what_is_not_known_of_a_copy_is_not_told(ask: Ask) -> None:
+    copy = {
+        "kind": "initial", "pass": 3, "bytes_total": 0, "bytes_done": 0, "bytes_sent": 0, "bytes_saved": 0,
+        "seconds": 0.0, "bytes_per_second": 0.0, "seconds_left": None,
+    }  # fmt: skip
+    (reason,) = ask(VmRecord(state=ReplicationState.INITIAL_REPLICATION_IN_PROGRESS, copy=copy)).reasons
+    assert reason.text == "copying the disks: pass 3, 100 %, 0 B of 0 B copied, 0 B sent, 0 B/s"
+
+
+READY = ReplicationState.READY_FOR_INITIAL_REPLICATION
+WAITING = ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
+LATER_NS = NOW_NS + 3 * 86400 * 10**9
+FIRST = "the first copy of the disks"
+RESYNC = "a resynchronisation is required: logs lost; it"
+MANUAL = VmPolicy(resync=Resync(automatic=False))
+SEED = VmPolicy(initial=Initial(how="seed"))
+
+# What waits: state, orders, when it is due, policy; the text's begin and end, and the command.
+WAITS: dict[str, tuple[ReplicationState, Orders, int | None, VmPolicy, str, str, str | None]] = {
+    "a first copy about to begin": (READY, Orders(), None, VmPolicy(), FIRST, "has not begun yet", None),
+    "a first copy at a time": (
+        READY, Orders(at_ns=LATER_NS), LATER_NS, VmPolicy(), FIRST,
+        f"begins at {instant_text(LATER_NS, now_ns=NOW_NS)}", "hvfuse resync vm --now",
+    ),
+    "a first copy suspended": (
+        ReplicationState.SUSPENDED, Orders(now=True, suspended=True), None, VmPolicy(), FIRST, "is suspended",
+        "hvfuse resync vm --resume",
+    ),
+    "a first copy cancelled": (
+        READY, Orders(cancelled=True), None, VmPolicy(), FIRST, "was cancelled, and does not begin by itself",
+        "hvfuse resync vm --now",
+    ),
+    "a first copy from a seed": (
+        ReplicationState.WAITING_FOR_INITIAL_REPLICATION, Orders(), None, SEED, FIRST, "waits for its seed",
+        "hvfuse seed import DIR",
+    ),
+    "a first copy that was exported": (
+        ReplicationState.WAITING_FOR_INITIAL_REPLICATION, Orders(seed="ab" * 16), None, VmPolicy(), FIRST,
+        "waits for its seed", "hvfuse seed import DIR",
+    ),
+    "a resynchronisation at a time": (
+        WAITING, Orders(), LATER_NS, VmPolicy(), RESYNC, f"begins at {instant_text(LATER_NS, now_ns=NOW_NS)}",
+        "hvfuse resync vm --now",
+    ),
+    "a resynchronisation that is due": (
+        WAITING, Orders(), NOW_NS, VmPolicy(), RESYNC, "has not begun yet", "hvfuse resync vm --now",
+    ),
+    "a resynchronisation that has to be asked for": (
+        WAITING, Orders(), None, MANUAL, RESYNC, 'says resync = "manual")', "hvfuse resync vm --now",
+    ),
+    "a resynchronisation that was asked for": (
+        WAITING, Orders(now=True), None, MANUAL, RESYNC, "has not begun yet", "hvfuse resync vm --now",
+    ),
+    "a resynchronisation suspended": (
+        ReplicationState.RESYNCHRONIZE_SUSPENDED, Orders(suspended=True), LATER_NS, VmPolicy(), RESYNC, "is suspended",
+        "hvfuse resync vm --resume",
+    ),
+    "a resynchronisation cancelled": (
+        WAITING, Orders(cancelled=True), None, VmPolicy(), RESYNC, "was cancelled, and does not begin by itself",
+        "hvfuse resync vm --now",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_a_copy_that_waits_says_for_what_and_what_ends_that(case: str, ask: Ask) -> None:
+    state, orders, due, policy, begin, end, command = WAITS[case]
+    reason = "logs lost" if begin is RESYNC else None
+    record = VmRecord(state=state, orders=orders.as_json(), copy_due_ns=due, resync_reason=reason)
+    status = ask(record, policy=policy)
+    (told,) = status.reasons
+    expected = ("resync-required", Health.CRITICAL) if begin is RESYNC else ("initial-replication", Health.WARNING)
+    assert (told.id, told.health) == expected
+    assert told.text.startswith(begin)
+    assert told.text.endswith(end)
+    assert told.next_command == command
+    assert (status.copy_due_ns, status.orders) == (due, orders)
+
+
+def test_copies_that_are_suspended_although_none_is_needed_are_told(ask: Ask) -> None:
+    fields = {name: getattr(REPLICATED, name) for name in VmRecord.__slots__}
+    (reason,) = ask(VmRecord(**{**fields, "orders": Orders(suspended=True).as_json()})).reasons
+    assert (reason.id, reason.health, reason.next_command) == (
+        "copies-suspended", Health.WARNING, "hvfuse resync vm --resume",
+    )  # fmt: skip
 
 
 def test_a_forgotten_test_failover_is_told_with_the_command_that_ends_it(home: Home) -> None:

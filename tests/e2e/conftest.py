@@ -56,7 +56,9 @@ class Installation:
         self.root.mkdir(exist_ok=True)
         config = self.root / "hvfuse.toml"
         if not config.exists():
-            config.write_text(f'[replication]\nfrequency = "{frequency}"\nhard_limit = 1000\n')
+            config.write_text(
+                f'[replication]\nfrequency = "{frequency}"\nhard_limit = 1000\nresync_window = "always"\n'
+            )
         with open(self.root / "run.out", "ab") as out:
             self._running = subprocess.Popen(
                 self.command("run"), cwd="/", env=self.environment(), stdout=out, stderr=out, start_new_session=True

@@ -28,7 +28,7 @@ def socket(installation: Installation) -> str:
 def mounted(installation: Installation, size: str = "64M") -> Path:
     """VM vm1 with one raw disk, mounted and replicated once; limits out of the way."""
     name, _ = make_disk(installation.disks / "vm1", "raw", size=size)
-    (installation.root / "hvfuse.toml").write_text("[replication]\nhard_limit = 100000\nsoft_limit = 100000\n")
+XX = 100000\nresync_window = "always"\n")
     installation.hvfuse("mount", "vm1")
     return installation.mnt / "vm1" / name
 
@@ -60,7 +60,7 @@ def test_logs_that_fill_the_disk_cost_no_guest_error_no_point_and_no_full_copy(
     name, fmt = make_disk(small_ext4, "raw", size="100M")
     run("fallocate", "-l", "100M", small_ext4 / name)
     (installation.root / "hvfuse.toml").write_text(
-        '[replication]\nfrequency = "1s"\nhard_limit = 100000\nsoft_limit = 100000\n'
+        '[replication]\nfrequency = "1s"\nhard_limit = 100000\nsoft_limit = 100000\nresync_window = "always"\n'
     )
     installation.hvfuse("mount", "vm1")
     disk = installation.mnt / "vm1" / name
