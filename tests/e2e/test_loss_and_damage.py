@@ -28,7 +28,9 @@ def socket(installation: Installation) -> str:
 def mounted(installation: Installation, size: str = "64M") -> Path:
     """VM vm1 with one raw disk, mounted and replicated once; limits out of the way."""
     name, _ = make_disk(installation.disks / "vm1", "raw", size=size)
-XX = 100000\nresync_window = "always"\n")
+    (installation.root / "hvfuse.toml").write_text(
+        '[replication]\nhard_limit = 100000\nsoft_limit = 100000\nresync_window = "always"\n'
+    )
     installation.hvfuse("mount", "vm1")
     return installation.mnt / "vm1" / name
 
