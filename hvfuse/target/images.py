@@ -81,6 +81,11 @@ class ReplicaImages:
         with self._faults(name):
             system.write_zeroes("store:punch", self._file(name), offset, length)
 
+    def descriptor(self, name: str) -> int:
+        """An image's descriptor, valid until `close`: for whoever writes to it without this object's verbs, so
+        that its `sync` covers that too."""
+        return self._file(name)
+
     def size(self, name: str) -> int:
         """Bytes of the file."""
         return os.fstat(self._file(name)).st_size

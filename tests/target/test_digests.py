@@ -9,7 +9,7 @@ import pytest
 
 from hvfuse.errors import HvfuseError, ResyncRequiredError
 from hvfuse.extent import Extent
-from hvfuse.formats.digests import BLOCK, Algorithm, DigestKey, digest_blocks, summary, zero_digests
+from hvfuse.formats.digests import BLOCK, Algorithm, DigestKey, digest_blocks, zero_digests
 from hvfuse.frames import EXTENT_DTYPE, FrameWriter
 from hvfuse.manifest import CycleKind
 from hvfuse.target import schema

@@ -1,0 +1,562 @@
+"""What the death of a process, of the host, or of a sync costs a first copy, and that it costs nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from hvfuse import system
+from hvfuse.errors import BusyError, HvfuseError, NoSpaceError
+from hvfuse.frames import EXTENT_DTYPE, Fill, FrameWriter
+from hvfuse.manifest import CycleKind, CycleManifest
+from hvfuse.position import PositionMismatchError
+from hvfuse.target import direct
+from hvfuse.target.check import check
+from hvfuse.target.local import SMALL_FRAMES, LocalReplica
+from hvfuse.target.store import Store
+from hvfuse.target.unsynced import ENTRY_SIZE, HEAD_SIZE, UnsyncedFrames
+from tests.target.model import Source, check_points, send
+
+SIZES = {"a.raw": 150_000, "b.raw": 9_000}
+
+
+class Hand:
+    """A clock whose hand is moved."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def now_ns(self) -> int:
+        return int(self.seconds * 10**9)
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@pytest.fixture
+def clock() -> Hand:
+    return Hand()
+
+
+@pytest.fixture
+def path(tmp_path) -> str:
+    return str(tmp_path / "store")
+
+
+@pytest.fixture
+def store(path, clock) -> Iterator[Store]:
+    with Store(path, clock=clock) as store:
+        yield store
+
+
+@pytest.fixture
+def source() -> Source:
+    source = Source("vm", SIZES, seed=5)
+    for name, size in SIZES.items():
+        source.write(name, 0, source.random.randbytes(size - 100))
+    return source
+
+
+@pytest.fixture(autouse=True)
+def no_injector() -> Iterator[None]:
+    yield
+    system.install(None)
+
+
+def part(replica: LocalReplica, manifest: CycleManifest, frames: list[bytes], count: int) -> None:
+    """A process that puts some frames and goes."""
+    replica.begin(manifest)
+    for frame in frames[:count]:
+        replica.put(frame)
+    replica.close()
+
+
+def finish(store: Store, source: Source, manifest: CycleManifest, frames: list[bytes]) -> None:
+    """The copy ends, a cycle follows, and the point and the images are right."""
+    replica = LocalReplica(store, "vm")
+    send(replica, manifest, frames)
+    source.end_copy(manifest)
+    for name, data in source.disks.items():
+        with open(store.image_path("vm", name), "rb") as image:
+            assert image.read() == data
+    source.ship_to(replica)
+    check_points(store, source)
+    assert check(store).findings == ()
+    assert not os.path.exists(store.unsynced_path("vm"))
+    replica.close()
+
+
+@contextmanager
+def failing(label: str, error: int) -> Iterator[None]:
+    """Every call with that label fails."""
+
+    def injector(seen: str, call: str, size: int) -> int | None:
+        if seen == label:
+            raise OSError(error, os.strerror(error))
+        return None
+
+    system.install(injector)
+    try:
+        yield
+    finally:
+        system.install(None)
+
+
+@contextmanager
+def labels() -> Iterator[list[str]]:
+    """The labels passed, in order."""
+    seen: list[str] = []
+    system.install(lambda label, call, size: seen.append(label))
+    try:
+        yield seen
+    finally:
+        system.install(None)
+
+
+# The process dies
+
+
+def child_that_puts(path: str, manifest: CycleManifest, frames: list[bytes]) -> tuple[int, int]:
+    """A process that takes the copy up, telling through a pipe each frame before it puts it. (pid, pipe)"""
+    told, tell = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(tell)
+        return child, told
+    try:
+        with Store(path) as store:
+            replica = LocalReplica(store, "vm")
+            held = replica.begin(manifest)
+            for number, frame in enumerate(frames):
+                if number not in held:
+                    os.write(tell, number.to_bytes(4, "little"))
+                    replica.put(frame)
+            os.write(tell, b"done")
+            signal.pause()
+    finally:
+        os._exit(1)
+
+
+def killed_until_done(path: str, manifest: CycleManifest, frames: list[bytes], dice: random.Random) -> tuple[list, int]:
+    """Processes take the copy up and are killed, until one has put all. The numbers put, and how many processes."""
+    puts: list[int] = []
+    kills, done = 0, False
+    while not done:
+        pid, told = child_that_puts(path, manifest, frames)
+        patience = dice.randrange(1, 20)
+        while patience and not done:
+            number = os.read(told, 4)
+            done, patience = number == b"done", patience - 1
+            puts += [] if done else [int.from_bytes(number, "little")]
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        while number := os.read(told, 4):  # told between our reading and its death
+            done = done or number == b"done"
+            puts += [] if number == b"done" else [int.from_bytes(number, "little")]
+        os.close(told)
+        kills += 1
+    return puts, kills
+
+
+@pytest.mark.parametrize("batch", [128 << 20, 300_000])
+def test_killed_again_and_again_no_more_than_the_frame_in_flight_is_put_twice(path, batch, monkeypatch):
+    monkeypatch.setattr(direct, "BATCH", batch)
+    dice = random.Random(batch)
+    source = Source("vm", {"a.raw": 3000 * 2 * 120})
+    source.write("a.raw", 0, dice.randbytes(3000 * 2 * 120))
+    manifest, frames = source.begin_copy()
+    puts, kills = killed_until_done(path, manifest, frames, dice)
+    assert kills >= 8
+    assert set(puts) == set(range(len(frames)))
+    assert len(puts) <= len(frames) + kills
+    with Store(path) as store:
+        replica = LocalReplica(store, "vm")
+        assert replica.begin(manifest) == frozenset(range(len(frames)))
+        replica.close()
+        finish(store, source, manifest, frames)
+
+
+def test_a_copy_of_differences_that_is_killed_repeats_no_more_either(path):
+    dice = random.Random(1)
+    source = Source("vm", {"a.raw": 3000 * 2 * 80})
+    with Store(path) as store:
+        replica = LocalReplica(store, "vm")
+        source.copy_to(replica)
+        source.ship_to(replica)
+        replica.close()
+        source.write("a.raw", 0, dice.randbytes(3000 * 2 * 80))
+        _, frames = source.begin_copy()
+        manifest = source.manifest(CycleKind.COPY, previous=source.position)
+    puts, kills = killed_until_done(path, manifest, frames, dice)
+    assert kills >= 5
+    assert set(puts) == set(range(len(frames)))
+    assert len(puts) <= len(frames) + kills
+    with Store(path) as store:
+        replica = LocalReplica(store, "vm")
+        send(replica, manifest, frames)
+        source.end_copy(manifest)
+        source.ship_to(replica)
+        check_points(store, source)
+        assert check(store).findings == ()
+        replica.close()
+
+
+def test_what_an_earlier_process_wrote_is_synced_before_it_counts_for_good(store, source):
+    manifest, frames = source.begin_copy()
+    part(LocalReplica(store, "vm"), manifest, frames, 5)
+    again = LocalReplica(store, "vm")
+    with labels() as seen:
+        assert again.begin(manifest) == frozenset(range(5))
+    assert seen.count("store:image-sync") == len(SIZES)
+    syncs = [at for at, label in enumerate(seen) if label in ("store:image-sync", "store:filesystem-sync")]
+    assert max(syncs) < seen.index("store:held:before") < seen.index("store:unsynced-start")
+    again.close()
+    os.unlink(store.unsynced_path("vm"))
+    assert LocalReplica(store, "vm").begin(manifest) == frozenset(range(5))
+    finish(store, source, manifest, frames)
+
+
+def test_a_frame_that_was_not_wholly_written_is_not_noted(store, source):
+    manifest, frames = source.begin_copy()
+    replica = LocalReplica(store, "vm")
+    replica.begin(manifest)
+    replica.put(frames[0])
+    with failing("store:image", errno.ENOSPC), pytest.raises(NoSpaceError):
+        replica.put(frames[1])
+    with failing("store:unsynced", errno.ENOSPC), pytest.raises(NoSpaceError):
+        replica.put(frames[2])
+    replica.put(frames[3])
+    replica.close()
+    assert LocalReplica(store, "vm").begin(manifest) == {0, 3}
+    finish(store, source, manifest, frames)
+
+
+# The host dies
+
+
+def test_after_a_reboot_the_note_says_nothing(store, source, monkeypatch):
+    manifest, frames = source.begin_copy()
+    part(LocalReplica(store, "vm"), manifest, frames, 5)
+    for name in SIZES:  # the page cache is gone
+        os.truncate(store.image_path("vm", name), 0)
+    monkeypatch.setattr(system, "boot_id", lambda: b"another boot id!")
+    again = LocalReplica(store, "vm")
+    assert again.begin(manifest) == frozenset()
+    again.close()
+    finish(store, source, manifest, frames)
+
+
+def test_a_reboot_keeps_what_was_durable(store, source, monkeypatch):
+    monkeypatch.setattr(direct, "BATCH", 2 * direct.PENDING_OVERHEAD)
+    manifest, frames = source.begin_copy()
+    part(LocalReplica(store, "vm"), manifest, frames, 5)
+    monkeypatch.setattr(system, "boot_id", lambda: b"another boot id!")
+    again = LocalReplica(store, "vm")
+    assert again.begin(manifest) == frozenset(range(4))
+    again.close()
+    finish(store, source, manifest, frames)
+
+
+@pytest.fixture
+def note(store, source) -> UnsyncedFrames:
+    """A note of the frames 7, 3, 11 and 5, closed."""
+    replica = LocalReplica(store, "vm")
+    replica.begin(source.begin_copy()[0])
+    note = replica._direct._unsynced
+    for number in (7, 3, 11, 5):
+        note.append(number)
+    replica.close()
+    assert note.read() == {3, 5, 7, 11}
+    return note
+
+
+def test_a_note_that_is_cut_off_anywhere_tells_of_the_frames_before_the_cut(store, note):
+    path = store.unsynced_path("vm")
+    with open(path, "rb") as file:
+        whole = file.read()
+    for length in range(len(whole)):
+        with open(path, "wb") as file:
+            file.write(whole[:length])
+        assert note.read() == set((7, 3, 11, 5)[: max(0, length - HEAD_SIZE) // ENTRY_SIZE])
+
+
+def test_a_note_with_any_byte_wrong_tells_of_no_frame_from_there_on(store, note):
+    path = store.unsynced_path("vm")
+    with open(path, "rb") as file:
+        whole = file.read()
+    for at in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0x40
+        with open(path, "wb") as file:
+            file.write(damaged)
+        good = 0 if at < HEAD_SIZE else (at - HEAD_SIZE) // ENTRY_SIZE
+        assert note.read() == set((7, 3, 11, 5)[:good])
+
+
+@pytest.mark.parametrize("change", [{"generation": b"x" * 16}, {"seq": 9}, {"stage_id": b"y" * 8}])
+def test_a_note_counts_for_the_very_copy_that_wrote_it(store, note, change):
+    vm = store.vm("vm")
+    with store.env.read() as txn:
+        staging = store.load_staging(txn, vm)
+    assert UnsyncedFrames(store, "vm", staging).read() == {3, 5, 7, 11}
+    assert UnsyncedFrames(store, "vm", dataclasses.replace(staging, **change)).read() == frozenset()
+
+
+def test_entries_of_another_note_behind_ones_own_do_not_count(store, note):
+    path = store.unsynced_path("vm")
+    with open(path, "rb") as file:
+        whole = file.read()
+    with open(path, "wb") as file:  # the second entry once more, in the fifth's place
+        file.write(whole + whole[HEAD_SIZE + ENTRY_SIZE : HEAD_SIZE + 2 * ENTRY_SIZE])
+    assert note.read() == {3, 5, 7, 11}
+
+
+@pytest.mark.parametrize("kind", ["link", "directory", "fifo"])
+def test_a_note_that_is_no_plain_file_is_not_followed(store, note, tmp_path, kind):
+    path = store.unsynced_path("vm")
+    os.rename(path, tmp_path / "elsewhere")
+    if kind == "link":
+        os.symlink(tmp_path / "elsewhere", path)
+    else:
+        os.mkdir(path) if kind == "directory" else os.mkfifo(path)
+    assert note.read() == frozenset()
+
+
+def test_a_copy_dropped_for_another_and_begun_again_has_nothing(store, source):
+    manifest, frames = source.begin_copy()
+    part(LocalReplica(store, "vm"), manifest, frames, 5)
+    part(LocalReplica(store, "vm"), dataclasses.replace(manifest, generation=b"o" * 16), frames, 0)
+    again = LocalReplica(store, "vm")
+    assert again.begin(manifest) == frozenset()
+    again.close()
+    finish(store, source, manifest, frames)
+
+
+# A sync fails
+
+
+def test_after_a_failed_sync_nothing_that_it_should_have_covered_counts_and_no_later_one_is_believed(
+    store, source, monkeypatch
+):
+    monkeypatch.setattr(direct, "BATCH", 3 * direct.PENDING_OVERHEAD)
+    manifest, frames = source.begin_copy()
+    replica = LocalReplica(store, "vm")
+    replica.begin(manifest)
+    for frame in frames[:5]:  # the first three are durable
+        replica.put(frame)
+    with failing("store:image-sync", errno.EIO), pytest.raises(HvfuseError, match="Input/output"):
+        replica.put(frames[5])
+    for act in (lambda: replica.put(frames[6]), lambda: replica.commit(manifest, len(frames))):
+        with pytest.raises(HvfuseError, match="could not be synced"):
+            act()
+    assert not os.path.exists(store.unsynced_path("vm"))
+    assert replica.begin(manifest) == {0, 1, 2}
+    replica.close()
+    finish(store, source, manifest, frames)
+
+
+@pytest.mark.parametrize("label", ["store:image-sync", "store:filesystem-sync", "store:folder-sync"])
+def test_where_what_an_earlier_process_wrote_cannot_be_synced_it_is_put_again(store, source, label, caplog):
+    manifest, frames = source.begin_copy()
+    part(LocalReplica(store, "vm"), manifest, frames, 5)
+    again = LocalReplica(store, "vm")
+    with failing(label, errno.EIO):
+        assert again.begin(manifest) == frozenset()
+    assert "5 frames that were not durable yet count as lost" in caplog.text
+    again.close()
+    assert LocalReplica(store, "vm").begin(manifest) == frozenset()
+    finish(store, source, manifest, frames)
+
+
+# Another process takes over
+
+
+def test_who_began_the_copy_earlier_is_put_out_and_its_frames_count_once(store, source):
+    manifest, frames = source.begin_copy()
+    first, second = LocalReplica(store, "vm"), LocalReplica(store, "vm")
+    first.begin(manifest)
+    for frame in frames[:3]:
+        first.put(frame)
+    assert second.begin(manifest) == {0, 1, 2}
+    with pytest.raises(BusyError):
+        first.put(frames[3])
+    with pytest.raises(BusyError):
+        first.commit(manifest, len(frames))
+    second.put(frames[4])
+    first.close()
+    second.close()
+    assert LocalReplica(store, "vm").begin(manifest) == {0, 1, 2, 4}
+    finish(store, source, manifest, frames)
+
+
+def test_frames_that_were_blanked_by_who_took_over_are_not_noted_as_held(store, source):
+    manifest, frames = source.begin_copy()
+    first, second = LocalReplica(store, "vm"), LocalReplica(store, "vm")
+    first.begin(manifest)
+    first.put(frames[0])
+    os.unlink(store.unsynced_path("vm"))
+    assert second.begin(manifest) == frozenset()
+    with pytest.raises(BusyError):
+        first.commit(manifest, 1)
+    second.put(frames[1])
+    second.close()
+    assert LocalReplica(store, "vm").begin(manifest) == {1}
+    finish(store, source, manifest, frames)
+
+
+# Giving a copy up
+
+
+def test_an_abandoned_first_copy_leaves_nothing_that_counts(store, source):
+    manifest, frames = source.begin_copy()
+    replica = LocalReplica(store, "vm")
+    replica.abandon()  # nothing is known of the VM
+    part(replica, manifest, frames, 5)
+    for _ in range(2):
+        replica.abandon()
+        assert replica.position() is None
+        assert not os.path.exists(store.unsynced_path("vm"))
+    with pytest.raises(HvfuseError, match="no cycle was open"):
+        replica.put(frames[0])
+    with pytest.raises(PositionMismatchError, match="was not begun"):
+        replica.commit(manifest, len(frames))
+    assert check(store).findings == ()
+    assert replica.begin(manifest) == frozenset()
+    replica.close()
+    finish(store, source, manifest, frames)
+
+
+def test_the_images_of_an_abandoned_first_copy_go_with_the_next(store, source):
+    replica = LocalReplica(store, "vm")
+    part(replica, *source.begin_copy(), 3)
+    replica.abandon()
+    other = Source("vm", {"c.raw": 5000}, seed=9)
+    finish(store, other, *other.begin_copy())
+    assert os.listdir(store.replica_folder("vm")) == ["c.raw"]
+
+
+@pytest.mark.parametrize("kind", [CycleKind.COPY, CycleKind.DELTA])
+def test_an_abandoned_cycle_leaves_the_replica_where_it_stood(store, source, kind):
+    replica = LocalReplica(store, "vm")
+    source.copy_to(replica)
+    source.ship_to(replica)
+    before = rows(store)
+    source.write("a.raw", 100, b"new" * 1000)
+    manifest, frames = source.begin_cycle()
+    if kind is CycleKind.COPY:
+        manifest = dataclasses.replace(
+            manifest, kind=kind, cycle=0, generation=b"n" * 16,
+            disks=tuple(dataclasses.replace(disk, digest=bytes(16)) for disk in manifest.disks),
+        )  # fmt: skip
+        frames = []
+    replica.begin(manifest)
+    for frame in frames:
+        replica.put(frame)
+    replica.abandon()
+    assert rows(store) == before
+    replica.abandon()
+    assert rows(store) == before
+    manifest, frames = source.begin_cycle()
+    source.end_cycle(manifest, send(replica, manifest, frames))
+    check_points(store, source)
+
+
+def rows(store: Store) -> list[tuple[bytes, bytes, bytes]]:
+    with store.env.read() as txn:
+        return [
+            (name, key, value) for name, database in store.env._db.items() for key, value in txn.cursor(db=database)
+        ]
+
+
+# What a copy of nothing costs
+
+GROUPS, GROUP = 256, 4 << 30
+
+
+def closing_frames(source: Source) -> tuple[CycleManifest, list[bytes]]:
+    """The copy of an empty disk of 1 TiB, as the shipper makes it: a frame of zeroes for each group."""
+    source.generation, source.cycle = source.random.randbytes(16), 0
+    manifest = source.manifest(CycleKind.COPY, previous=source.position)
+    disk = dataclasses.replace(manifest.disks[0], size=GROUPS * GROUP)
+    writer = FrameWriter(generation=source.generation, cycle=0)
+    frames = []
+    for number in range(GROUPS):
+        table = np.array([(number * GROUP, GROUP, Fill.ZERO)], EXTENT_DTYPE)
+        frames.append(writer.encode(disk_id=disk.disk_id, number=number, table=table, data=[]))
+    return dataclasses.replace(manifest, disks=(disk, *manifest.disks[1:])), frames
+
+
+def test_the_first_copy_of_a_tebibyte_of_nothing_takes_three_transactions(store):
+    source = Source("vm", SIZES)
+    manifest, frames = closing_frames(source)
+    replica = LocalReplica(store, "vm")
+    with labels() as seen:
+        assert send(replica, manifest, frames) is None
+    assert [label for label in seen if label.endswith(":after")] == [
+        "store:begin:after", "store:held:after", "store:commit:after",
+    ]  # fmt: skip
+    assert seen.count("store:image-sync") == len(SIZES)
+    assert os.stat(store.image_path("vm", "a.raw")).st_size == GROUPS * GROUP
+
+
+def test_a_copy_of_differences_that_has_none_shares_transactions(store, source, clock):
+    replica = LocalReplica(store, "vm")
+    source.copy_to(replica)
+    source.ship_to(replica)
+    clock.seconds += 5
+    manifest, frames = closing_frames(source)
+    with labels() as seen:
+        replica.begin(manifest)
+        for frame in frames:
+            replica.put(frame)
+        replica.commit(manifest, len(frames))
+    assert sum(label == "store:put:after" for label in seen) <= 2 + GROUPS // SMALL_FRAMES
+    source.end_copy(manifest)
+    assert check(store).findings == ()
+
+
+def test_frames_that_come_slowly_or_are_large_are_staged_at_once(store, source, clock):
+    replica = LocalReplica(store, "vm")
+    source.copy_to(replica)
+    source.ship_to(replica)
+    manifest, frames = closing_frames(source)
+    replica.begin(manifest)
+    clock.seconds += 5
+    replica.put(frames[0])  # nothing was written lately
+    replica.put(frames[1])  # waits
+    assert LocalReplica(store, "vm").begin(manifest) == {0}
+    clock.seconds += 5
+    replica.put(frames[2])
+    assert LocalReplica(store, "vm").begin(manifest) == {0, 1, 2}
+    replica.put(frames[3])
+    large = source.frames({"a.raw": [(0, 3000, source.random.randbytes(3000))]})
+    replica.put(large[0])  # number 0: already there, and brings along what waits
+    assert LocalReplica(store, "vm").begin(manifest) == {0, 1, 2, 3}
+    replica.close()
+
+
+def test_a_refused_frame_takes_none_of_those_that_wait_with_it(store, source, clock):
+    replica = LocalReplica(store, "vm")
+    source.copy_to(replica)
+    source.ship_to(replica)
+    manifest, frames = closing_frames(source)
+    replica.begin(manifest)
+    clock.seconds += 5
+    for frame in frames[:3]:
+        replica.put(frame)
+    with pytest.raises(HvfuseError):
+        replica.put(frames[3][:-1])
+    for frame in frames[3:]:
+        replica.put(frame)
+    assert replica.commit(manifest, len(frames)) is None
