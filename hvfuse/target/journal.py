@@ -17,6 +17,7 @@ import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -37,7 +38,9 @@ MAP_CACHE = 32 << 20
 """Bytes that resolved regions of one reader may take."""
 _MAP_OVERHEAD = 2048
 _SCAN_REGIONS = 64
-"""Regions whose ranges are looked for at once: 4 GiB."""
+"""Regions that are looked for in the index at once: 4 GiB of disk."""
+_SCAN_RANGES = 256
+"""Ranges of an image that are looked up at once."""
 _ATTEMPTS = 8
 """Times that a region is resolved anew for one read: each takes another merge in between."""
 
@@ -102,17 +105,13 @@ class CycleReader:
         """The ranges (offset, end) within [start, end) that may hold data, ascending and apart; the rest is
         zeroes. Reads no data."""
         disk = self._disk(disk_name)
-        end = min(end, disk.size)
-        low = high = at = max(start, 0)
-        while at < end:
-            stop = min(end, round_down(at, _SCAN_REGIONS * REGION) + _SCAN_REGIONS * REGION)
-            for begin, finish in self._retried(self._data_ranges, disk, at, stop):
-                if begin != high:
-                    if high > low:
-                        yield low, high
-                    low = begin
-                high = finish
-            at = stop
+        low = high = max(start, 0)
+        for begin, finish in self._data_ranges(disk, low, min(end, disk.size)):
+            if begin != high:
+                if high > low:
+                    yield low, high
+                low = begin
+            high = finish
         if high > low:
             yield low, high
 
@@ -186,25 +185,52 @@ class CycleReader:
         position = int(found.positions[piece]) + low - int(found.starts[piece])
         return self._frames.data(seq, number, position, high - low)
 
-    def _data_ranges(self, disk: DiskRecord, start: int, end: int) -> list[tuple[int, int]]:
-        """What may hold data within [start, end)."""
-        span = {"low": start // REGION, "high": -(-end // REGION)}
+    def _data_ranges(self, disk: DiskRecord, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """What may hold data within [start, end), ascending; neighbours may touch. Looked up bit by bit."""
+        at = start
+        while at < end:
+            stop = min(end, round_down(at, _SCAN_REGIONS * REGION) + _SCAN_REGIONS * REGION)
+            for region in self._own_regions(disk, at, stop):
+                low, high = max(region * REGION, at), min((region + 1) * REGION, stop)
+                yield from self._ranges_between(disk, at, low)
+                yield from self._retried(self._region_ranges, disk, low, high)
+                at = high
+            yield from self._ranges_between(disk, at, stop)
+            at = stop
+
+    def _own_regions(self, disk: DiskRecord, start: int, end: int) -> list[int]:
+        """The regions within [start, end) of which the journal has more to say than wide entries do. (Merges
+        make them fewer; what is not among them stays so.)"""
+        low, high = start // REGION, -(-end // REGION)
+        with self._store.env.read() as txn:
+            vm = self._load_vm(txn)
+            return occupied_regions(
+                txn, self._store.env, vm=vm.id, disk=disk.number, low=low, high=high, upto=self._seq
+            )
+
+    def _ranges_between(self, disk: DiskRecord, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """What may hold data within [start, end), where there are no own regions."""
+        while start < end:
+            found, start = self._retried(self._image_ranges, disk, start, end)
+            yield from found
+
+    def _image_ranges(self, disk: DiskRecord, start: int, end: int) -> tuple[list[tuple[int, int]], int]:
+        """The first of those, and where to go on."""
         with self._lock, self._store.env.read() as txn:
             vm = self._load_vm(txn)
-            own = occupied_regions(txn, self._store.env, vm=vm.id, disk=disk.number, upto=self._seq, **span)
             wide = self._wide_layer(txn, vm, disk.number)
             fd = self._image(self._base_image(txn, vm, disk.number))
-        ranges: list[tuple[int, int]] = []
-        at = start
-        for region in own:
-            low, high = max(region * REGION, start), min((region + 1) * REGION, end)
-            ranges += _ranges(_wide_map(wide, at, low), fd, at, low)
-            with self._lock:
-                found, image = self._map(disk, region)
-                own_fd = self._image(image)
-            ranges += _ranges(found, own_fd, low, high)
-            at = high
-        ranges += _ranges(_wide_map(wide, at, end), fd, at, end)
+        covered = resolve(EMPTY, wide, start=start, end=end) if len(wide.seqs) else None
+        found = list(islice(_ranges(covered, fd, start, end), _SCAN_RANGES))
+        self._check_still_there()
+        return found, end if len(found) < _SCAN_RANGES else found[-1][1]
+
+    def _region_ranges(self, disk: DiskRecord, start: int, end: int) -> list[tuple[int, int]]:
+        """What may hold data within [start, end), which lies in one region."""
+        with self._lock:
+            found, image = self._map(disk, start // REGION)
+            fd = self._image(image)
+        ranges = list(_ranges(found, fd, start, end))
         self._check_still_there()
         return ranges
 
@@ -312,24 +338,17 @@ def _read_image(fd: int, offset: int, out: memoryview) -> None:
     out[done:] = bytes(len(out) - done)
 
 
-def _wide_map(wide: Layer, start: int, end: int) -> RegionMap | None:
-    """What the journal says of [start, end), where there are wide entries alone; None: nothing."""
-    return resolve(EMPTY, wide, start=start, end=end) if start < end and len(wide.seqs) else None
-
-
-def _ranges(found: RegionMap | None, fd: int | None, start: int, end: int) -> list[tuple[int, int]]:
+def _ranges(found: RegionMap | None, fd: int | None, start: int, end: int) -> Iterator[tuple[int, int]]:
     """What may hold data within [start, end), of which the journal says `found`; `fd`: of the image below."""
-    ranges: list[tuple[int, int]] = []
     at = start
     for low, high, kind, _ in () if found is None else _pieces(found, start, end):
         if low > at and fd is not None:
-            ranges.extend(system.data_extents(fd, at, low))
+            yield from system.data_extents(fd, at, low)
         if kind == Fill.DATA:
-            ranges.append((low, high))
+            yield low, high
         at = high
     if end > at and fd is not None:
-        ranges.extend(system.data_extents(fd, at, end))
-    return ranges
+        yield from system.data_extents(fd, at, end)
 
 
 def open_image(path: str) -> int:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import random
+import tempfile
+import threading
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from hvfuse.errors import HvfuseError, ResyncRequiredError
 from hvfuse.extent import Extent
-from hvfuse.formats.digests import BLOCK, Algorithm, DigestKey, digest_blocks, zero_digests
+from hvfuse.formats.digests import BLOCK, Algorithm, DigestKey, digest_blocks, summary, zero_digests
 from hvfuse.frames import EXTENT_DTYPE, FrameWriter
 from hvfuse.manifest import CycleKind
-from hvfuse.target import schema
+from hvfuse.reconcile import plan
+from hvfuse.target import digests, index, journal, merge, schema
 from hvfuse.target.check import check
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.retention import RetentionPolicy
@@ -189,3 +196,187 @@ def test_without_an_open_copy_of_differences_there_are_no_digests(site):
 
 def store_of(replica: LocalReplica) -> Store:
     return replica._store
+
+
+# What is occupied, and summaries
+
+SMALL = {"REGION": BLOCK + BLOCK // 2, "SPAN": 2 * BLOCK}
+END = 7 * BLOCK + 77
+CHANGES = st.tuples(
+    st.sampled_from(["write", "write", "zero", "resize", "cycle", "cycle", "copy", "merge"]),
+    st.integers(0, END) | st.integers(0, 8).map(lambda block: block * BLOCK),
+    st.integers(1, 9000) | st.integers(1, END),
+)
+
+
+@pytest.fixture
+def small_regions(monkeypatch):
+    """So that extents cross regions, long zeroes are wide, and a disk has several spans."""
+    for module in (index, journal, merge, schema, digests):
+        monkeypatch.setattr(module, "REGION", SMALL["REGION"])
+    monkeypatch.setattr(journal, "_SCAN_REGIONS", 3)
+    monkeypatch.setattr(journal, "_SCAN_RANGES", 2)
+    monkeypatch.setattr(digests, "READ_SPAN", BLOCK)
+    monkeypatch.setattr(digests, "KEPT_SPANS", 3)
+    monkeypatch.setattr(digests, "KEPT_REGIONS", 2)
+    monkeypatch.setattr(plan, "SPAN", SMALL["SPAN"])
+
+
+def happen(source: Source, replica: LocalReplica, changes) -> None:
+    for kind, at, upto in changes:
+        offset = min(at, len(source.disks["a.raw"]))
+        length = min(upto, len(source.disks["a.raw"]) - offset)
+        if kind == "write" and length:
+            source.write("a.raw", offset, source.random.randbytes(length))
+        elif kind == "zero" and length:
+            source.zero("a.raw", offset, length)
+        elif kind == "resize":
+            source.resize("a.raw", offset)
+        elif kind == "cycle":
+            source.ship_to(replica)
+        elif kind == "copy":
+            source.copy_to(replica)
+        elif kind == "merge":
+            replica.housekeep(RetentionPolicy(keep_all_seconds=0, hourly=0), source.now_ns)
+
+
+# Several examples share the patched modules, which is what is wanted.
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    changes=st.lists(CHANGES, max_size=14), last=st.sampled_from(["cycle", "copy"]), merged=st.booleans(),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@example(changes=[("write", 0, END), ("cycle", 0, 1), ("zero", 0, END)], last="cycle", merged=False, seed=0)
+def test_no_byte_but_zero_is_missed_and_summaries_are_of_the_digests(small_regions, changes, last, merged, seed):
+    source = Source("web01", {"a.raw": END}, seed=seed)
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder,
+        Store(folder) as store,
+    ):
+        replica = LocalReplica(store, "web01")
+        source.write("a.raw", BLOCK, source.random.randbytes(BLOCK))
+        source.copy_to(replica)
+        happen(source, replica, [*changes, (last, 0, 1)])
+        state = bytes(source.disks["a.raw"]).ljust(9 * BLOCK, b"\0")
+        open_copy(source, replica)
+        if merged:
+            happen(source, LocalReplica(store, "web01"), [("merge", 0, 1)])
+        assert_occupied(replica, source.ids["a.raw"], state, random.Random(seed))
+        assert_summaries(replica, source.ids["a.raw"], state, random.Random(seed))
+        replica.close()
+
+
+def assert_occupied(replica: LocalReplica, disk_id: bytes, state: bytes, dice: random.Random) -> None:
+    bounds = [(0, len(state)), (0, 0), *(sorted(dice.choices(range(len(state) + 1), k=2)) for _ in range(6))]
+    for low, high in bounds:
+        rest, at = bytearray(state[low:high]), low
+        for extent in replica.occupied(disk_id, low, high):
+            assert at <= extent.offset < extent.end <= high
+            assert extent.offset > at or at == low
+            at = extent.end
+            rest[extent.offset - low : extent.end - low] = bytes(extent.length)
+        assert not any(rest)
+
+
+def assert_summaries(replica: LocalReplica, disk_id: bytes, state: bytes, dice: random.Random) -> None:
+    for algorithm in Algorithm:
+        key = DigestKey.fresh(algorithm)
+        expected = digest_blocks(state, key)
+        for _ in range(2):
+            blocks = sorted(dice.sample(range(9), k=dice.randrange(1, 9)))
+            extents = [extent for span in plan.spans(runs(blocks)) for extent in span]
+            for act in dice.sample(["summaries", "digests"], 2):
+                if act == "digests":
+                    assert np.array_equal(replica.digests(disk_id, runs(blocks), key), expected[blocks])
+                else:
+                    ours = [summary(expected[e.offset // BLOCK : e.end // BLOCK], key) for e in extents]
+                    assert np.array_equal(replica.summaries(disk_id, extents, key), np.array(ours))
+
+
+def runs(blocks: list[int]) -> list[Extent]:
+    """The extents of ascending blocks, neighbours joined."""
+    edges = [at for at in range(len(blocks)) if at == 0 or blocks[at] != blocks[at - 1] + 1]
+    return [
+        Extent(blocks[first] * BLOCK, (stop - first) * BLOCK)
+        for first, stop in zip(edges, [*edges[1:], len(blocks)], strict=True)
+    ]
+
+
+def test_a_hole_of_any_size_is_not_occupied_and_takes_no_reading(store, monkeypatch):
+    source, replica = Source("web01", {"a.raw": 100}), LocalReplica(store, "web01")
+    source.copy_to(replica)
+    source.ship_to(replica)
+    os.truncate(store.image_path("web01", "a.raw"), size := 8 << 40)
+    source.generation, source.cycle = b"n" * 16, 0
+    replica.begin(source.manifest(CycleKind.COPY, previous=source.position))
+    reader = replica._blocks._reader
+    reader._disks["a.raw"] = dataclasses.replace(reader._disks["a.raw"], size=size)
+    monkeypatch.setattr(journal, "_read_image", None)
+    assert replica.occupied(source.ids["a.raw"], 0, size) == []
+    with open(store.image_path("web01", "a.raw"), "r+b") as image:
+        os.pwrite(image.fileno(), b"x", 7 << 40)
+    (found,) = replica.occupied(source.ids["a.raw"], 0, size)
+    assert found.offset <= 7 << 40 < found.end < (7 << 40) + (1 << 20)
+
+
+def test_digests_of_a_span_just_summed_up_are_not_read_again(site, monkeypatch):
+    source, replica = site
+    open_copy(source, replica)
+    disk_id, whole = source.ids["a.raw"], Extent(0, 10 * BLOCK)
+    expected = replica.digests(disk_id, [whole], KEY)
+    replica.summaries(disk_id, [whole], KEY)
+    monkeypatch.setattr(journal, "_read_image", None)
+    monkeypatch.setattr(journal.CycleReader, "pread_into", None)
+    assert np.array_equal(replica.digests(disk_id, [whole], KEY), expected)
+    assert np.array_equal(replica.digests(disk_id, [Extent(3 * BLOCK, 4 * BLOCK)], KEY), expected[3:7])
+    with pytest.raises(TypeError):  # another run's key: read after all
+        replica.digests(disk_id, [whole], DigestKey.fresh())
+
+
+def test_several_threads_are_told_the_same_while_frames_come_in_and_the_base_moves(store):
+    source, replica = Source("web01", {"a.raw": 40 * BLOCK}), LocalReplica(store, "web01")
+    source.write("a.raw", 0, random.Random(1).randbytes(40 * BLOCK))
+    source.copy_to(replica)
+    for seed in range(6):
+        scribble(source, seed)
+        source.ship_to(replica)
+    open_copy(source, replica)
+    disk_id, extents = source.ids["a.raw"], [Extent(at * BLOCK, 4 * BLOCK) for at in range(0, 40, 4)]
+    blocks = digest_blocks(bytes(source.disks["a.raw"]), KEY)
+    expected = np.array([summary(blocks[at : at + 4], KEY) for at in range(0, 40, 4)])
+    wrong: list[str] = []
+    done = threading.Event()
+
+    def ask(number: int) -> None:
+        while not done.is_set():
+            try:
+                replica._blocks._kept.clear()
+                if not np.array_equal(replica.summaries(disk_id, extents[number::2], KEY), expected[number::2]):
+                    wrong.append("summaries")
+                if not np.array_equal(replica.digests(disk_id, [Extent(0, 40 * BLOCK)], KEY), blocks):
+                    wrong.append("digests")
+            except BaseException as error:
+                wrong.append(repr(error))
+                return
+
+    askers = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
+    for asker in askers:
+        asker.start()
+    frames = source.frames({"a.raw": [(at * 3000, 3000, b"z" * 3000) for at in range(100)]})
+    keeper = LocalReplica(store, "web01")
+    for number, frame in enumerate(frames):
+        replica.put(frame)
+        if number % 10 == 0:
+            seqs = [seq for seq, _ in listed(store)]
+            merge.merge(store, "web01", min(seqs) + number // 10)
+            keeper.housekeep(RetentionPolicy(keep_all_seconds=30 * (6 - number // 10), hourly=0), source.now_ns)
+    done.set()
+    for asker in askers:
+        asker.join()
+    assert wrong == []
+    assert store.vm("web01").base_seq > 1
+
+
+def listed(store: Store) -> list[tuple[int, int]]:
+    with store.env.read() as txn:
+        return store.listed(txn, store.load_vm(txn, "web01"))
