@@ -33,6 +33,9 @@ _SECTIONS: Mapping[str, Mapping[str, str]] = {
         "run": "Mount, track and replicate every VM under disks/, until Ctrl-C.",
         "status": "Show how each VM's replication is doing.",
         "replicate": "Make a recovery point of a VM now.",
+        "resync": "Compare a VM with its replica, and send what differs.",
+        "verify": "Prove that a VM's replica is the same as its disks.",
+        "seed": "Bring the first copy of a VM over on a medium, or from disks that are there.",
         "mount": "Mount and track one VM without `run`.",
         "umount": "End the mount of one VM.",
     },
@@ -164,7 +167,7 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
     if known is None:
         known = HvfuseError(
             f"internal error: {type(error).__name__}: {error}",
-            hint=None if debug else f"the traceback is in {_keep_traceback(error)}; please report it",
+            hint=None if debug else f"the traceback is in {keep_traceback(error)}; please report it",
         )
     note(f"hvfuse: {one_line(str(known))}")
     if known.hint:
@@ -202,7 +205,8 @@ _ERRNO_KINDS: Mapping[int, type[HvfuseError]] = {
 }
 
 
-def _keep_traceback(error: Exception) -> str:
+def keep_traceback(error: Exception) -> str:
+    """Write the traceback to a file of its own; returns its path."""
     with tempfile.NamedTemporaryFile("w", prefix="hvfuse-traceback-", suffix=".txt", delete=False) as file:
         traceback.print_exception(error, file=file)
     return file.name

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from hvfuse.cli.output import note
+from hvfuse.control.copying import copy_text, done_text, percent, rate_text
 from hvfuse.control.records import Records
+from hvfuse.words import bytes_text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 POLL_SECONDS = 0.5
+_DOING = {"initial": "copying", "resync": "comparing", "export": "exporting"}
+
+Copy = Mapping[str, Any]
+"""A copy's progress, as a VM's record has it."""
 
 
 @contextmanager
@@ -18,7 +28,7 @@ def showing_copy(records: Records, vm: str) -> Iterator[None]:
     """Show on stderr how far the copy of `vm` is, as its record tells, until the block ends."""
     done = threading.Event()
     watch = _bar if sys.stderr.isatty() else _lines
-    thread = threading.Thread(target=watch, args=(lambda: records.read(vm).progress, vm, done), daemon=True)
+    thread = threading.Thread(target=watch, args=(lambda: records.read(vm).copy, vm, done), daemon=True)
     thread.start()
     try:
         yield
@@ -27,25 +37,47 @@ def showing_copy(records: Records, vm: str) -> Iterator[None]:
         thread.join()
 
 
-def _bar(progress: Callable[[], float | None], vm: str, done: threading.Event) -> None:
+def _bar(progress: Callable[[], Copy | None], vm: str, done: threading.Event) -> None:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.live import Live
 
     while progress() is None:  # no copy is under way: show nothing
         if done.wait(POLL_SECONDS):
             return
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"{vm}: copying", total=1.0)
-        while not done.wait(POLL_SECONDS):
-            part = progress()
-            bar.update(task, completed=1.0 if part is None else part)
+    with Live(console=Console(stderr=True), transient=True, auto_refresh=False) as live:
+        while True:
+            copy = progress()
+            if copy is not None:
+                live.update(bar(vm, copy), refresh=True)
+            if done.wait(POLL_SECONDS):
+                return
 
 
-def _lines(progress: Callable[[], float | None], vm: str, done: threading.Event) -> None:
-    told = -1
+def bar(vm: str, copy: Copy) -> RenderableType:
+    """Two lines: the bar, and the figures below it."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    line = Table.grid(padding=(0, 1))
+    again = f", pass {copy['pass']}" if copy["pass"] > 1 else ""
+    line.add_row(
+        Text(f"{vm}: {_DOING.get(copy['kind'], 'working')}{again}"),
+        ProgressBar(total=100, completed=percent(copy), width=40),
+        Text(f"{percent(copy)} %"),
+    )
+    saved = bytes_text(copy["bytes_saved"])
+    return Group(line, Text(f"  {done_text(copy)}, {saved} saved, {rate_text(copy)}"))
+
+
+def _lines(progress: Callable[[], Copy | None], vm: str, done: threading.Event) -> None:
+    told: object = None
     while not done.wait(POLL_SECONDS):
-        part = progress()
-        tenth = told if part is None else int(part * 10)
-        if tenth > told:
-            told = tenth
-            note(f"{vm}: copying, {told * 10} %")
+        copy = progress()
+        if copy is None:
+            continue
+        stage = (copy["kind"], copy["pass"], percent(copy) // 10)
+        if stage != told:
+            told = stage
+            note(f"{vm}: {_DOING.get(copy['kind'], 'working')}, {copy_text(copy)}")

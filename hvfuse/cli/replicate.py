@@ -28,14 +28,15 @@ _FIELDS = ("vm", "point", "cycle", "bytes_logged", "bytes_coalesced", "bytes_sen
 def replicate(session: Session, vm: str, as_json: bool) -> None:
     """Make a recovery point of VM now, and wait until the store has it.
 
-    The VM has to be mounted (`hvfuse run`, or `hvfuse mount VM`). The first time, its disks are copied.
+    The VM has to be mounted (`hvfuse run`, or `hvfuse mount VM`). The first time, its disks are copied; a
+    resynchronisation that is needed is made first, at whatever hour (see `hvfuse resync`).
     """
     home = session.home_with(vm)
     if serving_pid(home.tracker_socket(vm)) is None:
         raise UnreachableError(f"{vm} is not mounted, so nothing tracks its writes", hint=f"hvfuse mount {vm}")
     session.prepare()
     with Records(home.records) as records, showing_copy(records, vm):
-        report = _cycle(session, home, vm, records)
+        report = make_cycle(session, home, vm, records)
     if as_json:
         emit_json({name: report[name] for name in _FIELDS})
         return
@@ -48,8 +49,9 @@ def replicate(session: Session, vm: str, as_json: bool) -> None:
     )
 
 
-def _cycle(session: Session, home: Home, vm: str, records: Records) -> dict[str, Any]:
-    """Have the VM's shipper do it, or do it here if none runs."""
+def make_cycle(session: Session, home: Home, vm: str, records: Records) -> dict[str, Any]:
+    """Have the VM's shipper make a cycle, after whatever copy it needs, or make it here if none runs. Returns
+    the fields of `CycleReport`. Raises HvfuseError."""
     if serving_pid(home.shipper_socket(vm)) is not None:
         return wire.request(home.shipper_socket(vm), "cycle", timeout=PATIENCE)
     from hvfuse.cli.wiring import shipper

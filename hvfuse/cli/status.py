@@ -28,6 +28,10 @@ WATCH_SECONDS = 2.0
 PIPE_WIDTH = 10_000
 """Columns where no terminal limits them: nothing is cut."""
 _EXIT_CODES = {Health.NORMAL: 0, Health.WARNING: 3, Health.CRITICAL: 4}
+_COPY_FIELDS = (
+    "kind", "generation", "pass", "bytes_total", "bytes_done", "bytes_sent", "bytes_saved", "seconds",
+    "bytes_per_second", "seconds_left",
+)  # fmt: skip
 _COLOURS = {Health.NORMAL: "green", Health.WARNING: "yellow", Health.CRITICAL: "red"}
 
 
@@ -122,7 +126,7 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
         "rpo_seconds": None if status.rpo_seconds is None else round(status.rpo_seconds, 3),
         "pending_bytes": status.pending_bytes,
         "points": status.points,
-        "copy": status.copy,
+        "copy": None if status.copy is None else {name: status.copy[name] for name in _COPY_FIELDS},
         "copy_due": None if status.copy_due_ns is None else time_text(status.copy_due_ns),
         "orders": orders_fields(status.orders),
         "disks": [

@@ -16,19 +16,22 @@ def percent(copy: Mapping[str, Any]) -> int:
     return min(100, int(100 * copy["bytes_done"] / total)) if total else 100
 
 
-def copy_text(copy: Mapping[str, Any]) -> str:
-    """A copy in one line: "37 %, 1.2 GiB of 3.3 GiB compared, 15 MiB sent, 210 MiB/s, 9.0 s left"."""
+def copy_text(copy: Mapping[str, Any], *, is_under_way: bool = True) -> str:
+    """A copy in one line: "37 %, 1.2 GiB of 3.3 GiB compared, 15 MiB sent, 210 MiB/s, 9.0 s left"; without rate and
+    time left if it is not under way."""
     again = f"pass {copy['pass']}, " if copy["pass"] > 1 else ""
-    return f"{again}{percent(copy)} %, {figures_text(copy)}"
+    rate = f", {rate_text(copy)}" if is_under_way else ""
+    return f"{again}{percent(copy)} %, {done_text(copy)}{rate}"
 
 
-def figures_text(copy: Mapping[str, Any], *, saved: bool = False) -> str:
-    """The figures alone, maybe with what did not have to be sent."""
+def done_text(copy: Mapping[str, Any]) -> str:
+    """What is done, and was sent for it."""
     done, total, sent = (bytes_text(copy[name]) for name in ("bytes_done", "bytes_total", "bytes_sent"))
-    parts = [f"{done} of {total} {_DONE.get(copy['kind'], 'done')}", f"{sent} sent"]
-    if saved:
-        parts.append(f"{bytes_text(copy['bytes_saved'])} saved")
-    parts.append(f"{bytes_text(round(copy['bytes_per_second']))}/s")
-    if copy["seconds_left"] is not None:
-        parts.append(f"{duration_text(copy['seconds_left'])} left")
-    return ", ".join(parts)
+    return f"{done} of {total} {_DONE.get(copy['kind'], 'done')}, {sent} sent"
+
+
+def rate_text(copy: Mapping[str, Any]) -> str:
+    """How fast it goes, and how long it will take if that is known."""
+    rate = f"{bytes_text(round(copy['bytes_per_second']))}/s"
+    left = copy["seconds_left"]
+    return rate if left is None else f"{rate}, {duration_text(left)} left"

@@ -47,7 +47,10 @@ def test_every_command_that_help_names_can_be_called_and_explains_itself(capsys:
     shown = capsys.readouterr().out
     assert isinstance(cli, LazyGroup)
     names = cli.list_commands(click.Context(cli))
-    assert {"run", "status", "replicate", "mount", "umount", "point", "failover", "store", "disk", "log"} == set(names)
+    assert set(names) == {
+        "run", "status", "replicate", "resync", "verify", "seed", "mount", "umount", "point", "failover", "store",
+        "disk", "log",
+    }  # fmt: skip
     for name in names:
         assert f"  {name} " in shown
         assert run(name, "--help") == 0
@@ -170,7 +173,14 @@ def test_every_error_of_the_package_has_its_documented_exit_code() -> None:
 
 
 def test_a_home_that_does_not_exist_is_refused_and_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["status"], ["mount", "vm"], ["umount", "vm"], ["replicate", "vm"], ["failover", "list"]):
+    for arguments in (
+        ["status"],
+        ["mount", "vm"],
+        ["umount", "vm"],
+        ["replicate", "vm"],
+        ["resync", "vm"],
+        ["failover", "list"],
+    ):
         assert run("--home", str(tmp_path / "typo"), *arguments) == 5
         assert "there is no hvfuse home at" in capsys.readouterr().err
     assert not (tmp_path / "typo").exists()
@@ -188,7 +198,7 @@ def test_a_faulty_configuration_is_told_by_line_whatever_the_command(
 
 @pytest.mark.parametrize("vm", ["../x", "a/b", "", ".x"])
 def test_a_name_that_leads_elsewhere_is_misuse(vm: str, tmp_path: Path) -> None:
-    for command in ("mount", "umount", "replicate"):
+    for command in ("mount", "umount", "replicate", "resync"):
         assert run("--home", str(tmp_path), command, vm) == 2
 
 

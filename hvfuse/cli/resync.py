@@ -1,0 +1,286 @@
+"""`hvfuse resync`: order a resynchronisation, hold it up, go on with it, give it up.
+
+Orders are durable. A shipper that runs changes them itself; where none does, they are changed in the records,
+and a copy that is to begin at once is made by this process, as `hvfuse replicate` does it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import click
+
+from hvfuse import wire
+from hvfuse.cli.main import Session
+from hvfuse.cli.output import emit_json, json_option, note, time_text
+from hvfuse.cli.progress import showing_copy
+from hvfuse.cli.replicate import make_cycle
+from hvfuse.cli.status import orders_fields
+from hvfuse.control.copying import copy_text
+from hvfuse.control.daemon import serving_pid
+from hvfuse.control.home import Home
+from hvfuse.control.instants import FORMS, instant_text, parse_instant
+from hvfuse.control.records import Records, VmRecord
+from hvfuse.errors import BusyError, UnreachableError, UsageError
+from hvfuse.manifest import ReplicationState
+from hvfuse.shipper.orders import Orders
+
+ANSWER_SECONDS = 60.0
+
+
+@click.command()
+@click.argument("vm")
+@click.option("--now", is_flag=True, help="At once, whatever stands against it. The default, unless it is held up.")
+@click.option("--at", metavar="TIME", help=f"At a time at most 7 days ahead: {FORMS}.")
+@click.option("--full", is_flag=True, help="Compare everything, not only what is in doubt.")
+@click.option("--suspend", is_flag=True, help="Hold the copy up, or do not begin one, until --resume.")
+@click.option("--resume", is_flag=True, help="Go on where it was held up.")
+@click.option("--cancel", is_flag=True, help="Give the copy up, and drop what was staged of it.")
+@click.option(
+    "--wait/--no-wait", default=None, help="Wait until it is complete, and show how far it is. The default at once."
+)
+@json_option
+@click.pass_obj
+def resync(session: Session, /, vm: str, *, at: str | None, as_json: bool, **options: bool | None) -> None:
+    """Compare VM's disks with its replica now, and send what differs.
+
+    Only what is in doubt is compared, or everything with --full; the first time, the disks are copied.
+    The VM runs on, its recovery points stay, and what is interrupted goes on where it was. A
+    resynchronisation that is needed begins by itself at the times that hvfuse.toml allows
+    (resync_window).
+
+    After --cancel no recovery points are made until the next resynchronisation, which has to be
+    asked for; the existing ones stay.
+    """
+    wish = _wish(at, options)
+    home = session.home_with(vm)
+    session.prepare()
+    with Records(home.records) as records:
+        outcome = _ACTIONS[wish.action](_Target(session, home, vm, records), wish)
+    if as_json:
+        emit_json({"vm": vm, "action": wish.action, **outcome.fields})
+        return
+    for line in outcome.lines:
+        click.echo(f"{vm}: {line}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish:
+    """What was typed. `at_ns`: when to start, None at once; `insists`: --now was written out."""
+
+    action: str
+    at_ns: int | None
+    full: bool
+    insists: bool
+    wait: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What there is to say: lines for a person, fields for a program."""
+
+    lines: tuple[str, ...]
+    fields: Mapping[str, object] = field(default_factory=dict)
+
+
+def _wish(at: str | None, options: Mapping[str, bool | None]) -> _Wish:
+    """What was typed, if it makes sense. Raises UsageError."""
+    chosen = [
+        name for name in ("now", "at", "suspend", "resume", "cancel") if options.get(name) or (name == "at" and at)
+    ]
+    if at is not None and not at:
+        raise UsageError("--at needs a time", hint=f"write {FORMS}")
+    if len(chosen) > 1:
+        raise UsageError(f"--{chosen[0]} and --{chosen[1]} do not go together", hint="hvfuse resync --help")
+    verb = chosen[0] if chosen else "start"
+    starts = verb in ("start", "now", "at")
+    if options["full"] and not starts:
+        raise UsageError(f"--full does not go together with --{verb}", hint="hvfuse resync --help")
+    if options["wait"] and verb not in ("start", "now", "resume"):
+        raise UsageError(f"--wait does not go together with --{verb}", hint="hvfuse resync --help")
+    wait = verb in ("start", "now") if options["wait"] is None else options["wait"]
+    return _Wish(
+        action="start" if starts else verb,
+        at_ns=None if at is None else parse_instant(at, now_ns=time.time_ns()),
+        full=bool(options["full"]),
+        insists=verb in ("now", "at"),
+        wait=wait,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """The VM, and whoever ships it."""
+
+    session: Session
+    home: Home
+    vm: str
+    records: Records
+
+    def read(self) -> VmRecord:
+        return self.records.read(self.vm)
+
+    @property
+    def has_shipper(self) -> bool:
+        return serving_pid(self.home.shipper_socket(self.vm)) is not None
+
+    @property
+    def is_mounted(self) -> bool:
+        return serving_pid(self.home.tracker_socket(self.vm)) is not None
+
+    def order(self, op: str, change: Callable[[Orders], Orders], **fields: object) -> Orders:
+        """Have the shipper change the orders, or change them here if none runs."""
+        if self.has_shipper:
+            answer = wire.request(self.home.shipper_socket(self.vm), op, timeout=ANSWER_SECONDS, **fields)
+            return Orders.from_json(answer["orders"])
+        return self.records.change_orders(self.vm, change)
+
+    def is_in_doubt(self) -> bool:
+        """Whether anything may have to be copied or compared, as far as can be told without doing it."""
+        if self.read().state is not ReplicationState.REPLICATING or not self.is_mounted:
+            return True
+        told = wire.request(self.home.tracker_socket(self.vm), "status", timeout=ANSWER_SECONDS)
+        return told["generation"] is None or bool(told["resync_required"]) or bool(told["resyncing"])
+
+    def beginning(self) -> tuple[str, ...]:
+        """What has to be done for an order to be carried out; nothing where a shipper runs."""
+        return () if self.has_shipper else ("no shipper runs: it begins with `hvfuse run`",)
+
+
+def _fields(target: _Target, orders: Orders, **more: object) -> dict[str, object]:
+    return {"orders": orders_fields(orders), "shipper": target.has_shipper, **more}
+
+
+def _start(target: _Target, wish: _Wish) -> _Outcome:
+    before = Orders.from_json(target.read().orders)
+    if not wish.insists:
+        _refuse_what_is_held_up(target, before)
+    if not wish.full and not (wish.wait and wish.at_ns is None) and not target.is_in_doubt():
+        return _nothing(target, before)
+    now_ns = time.time_ns()
+    generation = target.read().generation
+    orders = target.order(
+        "resync",
+        lambda orders: orders.resynchronise(full=wish.full, at_ns=wish.at_ns, now_ns=now_ns),
+        full=wish.full,
+        at_ns=wish.at_ns,
+    )
+    if wish.wait:
+        return _completed(target, generation)
+    when = "now" if wish.at_ns is None else f"at {instant_text(wish.at_ns, now_ns=now_ns)}"
+    lines = (f"a resynchronisation was ordered: {when}", *_taken_back(before), *target.beginning())
+    due = None if wish.at_ns is None else time_text(wish.at_ns)
+    return _Outcome(lines, _fields(target, orders, due=due))
+
+
+def _refuse_what_is_held_up(target: _Target, orders: Orders) -> None:
+    """Raise BusyError where an administrator said not to begin: that is taken back only by name."""
+    vm = target.vm
+    if orders.suspended:
+        raise BusyError(
+            f"{vm}: copies are suspended", hint=f"hvfuse resync {vm} --resume; or to begin all the same: --now"
+        )
+    state = target.read().state
+    waits = state is ReplicationState.WAITING_FOR_INITIAL_REPLICATION
+    if target.session.config.policy(vm).initial.how == "seed":
+        waits = waits or state in (ReplicationState.DISABLED, ReplicationState.READY_FOR_INITIAL_REPLICATION)
+    if orders.seed is not None or waits:
+        raise BusyError(
+            f"{vm}: the first copy waits for a seed",
+            hint=f"hvfuse seed import DIR; or, to copy over the network instead: hvfuse resync {vm} --now",
+        )
+
+
+def _taken_back(before: Orders) -> tuple[str, ...]:
+    """What an order to begin did away with."""
+    lines = []
+    if before.suspended:
+        lines.append("it is not suspended any more")
+    if before.seed is not None:
+        lines.append("the seed that was exported is not waited for any more")
+    return tuple(lines)
+
+
+def _completed(target: _Target, generation: str | None) -> _Outcome:
+    """Wait for what was ordered. `generation`: the record's before."""
+    with _told_on_interrupt(target), showing_copy(target.records, target.vm):
+        report = make_cycle(target.session, target.home, target.vm, target.records)
+    record = target.read()
+    orders = Orders.from_json(record.orders)
+    if record.generation == generation:
+        return _nothing(target, orders, point=report["point"])
+    text = str((record.last_copy or {}).get("text", "copied"))
+    lines = (text, f"recovery point {report['point']}")
+    return _Outcome(lines, _fields(target, orders, copied=True, last_copy=record.last_copy, point=report["point"]))
+
+
+@contextmanager
+def _told_on_interrupt(target: _Target) -> Iterator[None]:
+    """Say at Ctrl-C what goes on. Raises UnreachableError if the VM is not mounted."""
+    vm = target.vm
+    if not target.is_mounted:
+        raise UnreachableError(
+            f"{vm} is not mounted, so nothing can be compared; it is done once it is", hint="hvfuse run"
+        )
+    background = target.has_shipper
+    try:
+        yield
+    except KeyboardInterrupt:
+        if background:
+            note(f"{vm}: it goes on all the same; `hvfuse status {vm}` tells how far it is")
+        else:
+            note(f"{vm}: stopped here; `hvfuse resync {vm}` or `hvfuse run` goes on where it was")
+        raise
+
+
+def _nothing(target: _Target, orders: Orders, **more: object) -> _Outcome:
+    lines = (
+        "nothing is in doubt: the logs continue the replica",
+        f"to compare everything all the same: hvfuse resync {target.vm} --full",
+    )
+    return _Outcome(lines, _fields(target, orders, copied=False, last_copy=None, **more))
+
+
+def _suspend(target: _Target, _: _Wish) -> _Outcome:
+    copy = target.read().copy
+    orders = target.order("suspend", Orders.suspend)
+    what = f"suspended at {copy_text(copy, is_under_way=False)}" if copy is not None else "copies are suspended"
+    return _Outcome((f"{what}; to go on: hvfuse resync {target.vm} --resume",), _fields(target, orders))
+
+
+def _resume(target: _Target, wish: _Wish) -> _Outcome:
+    record = target.read()
+    if not Orders.from_json(record.orders).suspended:
+        line = "copies are not suspended"
+        return _Outcome((line,), _fields(target, Orders.from_json(record.orders)))
+    orders = target.order("resume", Orders.resume)
+    if wish.wait:
+        return _completed(target, record.generation)
+    return _Outcome(("copies are not suspended any more", *target.beginning()), _fields(target, orders))
+
+
+def _cancel(target: _Target, _: _Wish) -> _Outcome:
+    record = target.read()
+    before = Orders.from_json(record.orders)
+    if before == Orders() and not target.is_in_doubt():
+        return _Outcome(("there is no copy to cancel",), _fields(target, before, dropped=None))
+    orders = target.order("cancel", Orders.cancel)
+    dropped = "nothing was staged of it"
+    if record.copy is not None:
+        dropped = f"dropped what was staged of it: {copy_text(record.copy, is_under_way=False)}"
+    lines = (
+        f"cancelled; {dropped}",
+        f"no recovery points are made before: hvfuse resync {target.vm} --now",
+    )
+    return _Outcome(lines, _fields(target, orders, dropped=record.copy))
+
+
+_ACTIONS: Mapping[str, Callable[[_Target, _Wish], _Outcome]] = {
+    "start": _start,
+    "suspend": _suspend,
+    "resume": _resume,
+    "cancel": _cancel,
+}
