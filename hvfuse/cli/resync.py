@@ -19,12 +19,13 @@ from hvfuse.cli.output import emit_json, json_option, note, time_text
 from hvfuse.cli.progress import showing_copy
 from hvfuse.cli.replicate import make_cycle
 from hvfuse.cli.status import orders_fields
+from hvfuse.cli.wiring import drop_staged
 from hvfuse.control.copying import copy_text
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home
 from hvfuse.control.instants import FORMS, instant_text, parse_instant
 from hvfuse.control.records import Records, VmRecord
-from hvfuse.errors import BusyError, UnreachableError, UsageError
+from hvfuse.errors import HvfuseError, UnreachableError, UsageError
 from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.orders import Orders
 
@@ -132,10 +133,13 @@ class _Target:
         return serving_pid(self.home.tracker_socket(self.vm)) is not None
 
     def order(self, op: str, change: Callable[[Orders], Orders], **fields: object) -> Orders:
-        """Have the shipper change the orders, or change them here if none runs."""
+        """Have the shipper change the orders, or change them here if none runs. Raises UsageError if there is no
+        copy that they could be for."""
         if self.has_shipper:
             answer = wire.request(self.home.shipper_socket(self.vm), op, timeout=ANSWER_SECONDS, **fields)
             return Orders.from_json(answer["orders"])
+        if not (fields.get("full") or self.records.orders(self.vm).full or self.is_in_doubt()):
+            raise _nothing_to(self.vm, op)
         return self.records.change_orders(self.vm, change)
 
     def is_in_doubt(self) -> bool:
@@ -150,6 +154,15 @@ class _Target:
         return () if self.has_shipper else ("no shipper runs: it begins with `hvfuse run`",)
 
 
+def _nothing_to(vm: str, op: str) -> UsageError:
+    """As a shipper says it."""
+    if op == "resync":
+        return UsageError(
+            f"{vm}: the replica is up to date: there is nothing to resynchronise", hint=f"hvfuse resync {vm} --full"
+        )
+    return UsageError(f"{vm}: there is no copy to {op}")
+
+
 def _fields(target: _Target, orders: Orders, **more: object) -> dict[str, object]:
     return {"orders": orders_fields(orders), "shipper": target.has_shipper, **more}
 
@@ -158,8 +171,6 @@ def _start(target: _Target, wish: _Wish) -> _Outcome:
     before = Orders.from_json(target.read().orders)
     if not wish.insists:
         _refuse_what_is_held_up(target, before)
-    if not wish.full and not (wish.wait and wish.at_ns is None) and not target.is_in_doubt():
-        return _nothing(target, before)
     now_ns = time.time_ns()
     generation = target.read().generation
     orders = target.order(
@@ -177,10 +188,10 @@ def _start(target: _Target, wish: _Wish) -> _Outcome:
 
 
 def _refuse_what_is_held_up(target: _Target, orders: Orders) -> None:
-    """Raise BusyError where an administrator said not to begin: that is taken back only by name."""
+    """Raise HvfuseError where an administrator said not to begin: that is taken back only by name."""
     vm = target.vm
     if orders.suspended:
-        raise BusyError(
+        raise HvfuseError(
             f"{vm}: copies are suspended", hint=f"hvfuse resync {vm} --resume; or to begin all the same: --now"
         )
     state = target.read().state
@@ -188,7 +199,7 @@ def _refuse_what_is_held_up(target: _Target, orders: Orders) -> None:
     if target.session.config.policy(vm).initial.how == "seed":
         waits = waits or state in (ReplicationState.DISABLED, ReplicationState.READY_FOR_INITIAL_REPLICATION)
     if orders.seed is not None or waits:
-        raise BusyError(
+        raise HvfuseError(
             f"{vm}: the first copy waits for a seed",
             hint=f"hvfuse seed import DIR; or, to copy over the network instead: hvfuse resync {vm} --now",
         )
@@ -264,10 +275,10 @@ def _resume(target: _Target, wish: _Wish) -> _Outcome:
 
 def _cancel(target: _Target, _: _Wish) -> _Outcome:
     record = target.read()
-    before = Orders.from_json(record.orders)
-    if before == Orders() and not target.is_in_doubt():
-        return _Outcome(("there is no copy to cancel",), _fields(target, before, dropped=None))
     orders = target.order("cancel", Orders.cancel)
+    if not target.has_shipper:
+        drop_staged(target.home, target.vm)
+        target.records.update(target.vm, copy=None, progress=None)
     dropped = "nothing was staged of it"
     if record.copy is not None:
         dropped = f"dropped what was staged of it: {copy_text(record.copy, is_under_way=False)}"

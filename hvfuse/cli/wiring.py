@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from hvfuse import system
@@ -56,6 +56,18 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
                 clock=clock,
                 housekeep=keep_house,
             )
+
+
+def drop_staged(home: Home, vm: str) -> None:
+    """Drop what the store holds of a copy that was given up. Whoever is just making it has to do that himself."""
+    from hvfuse.target.local import LocalReplica
+    from hvfuse.target.store import Store
+
+    home.make_vm(vm)
+    with system.exclusive_lock(home.shipper_lock(vm)) as had, suppress(NotFoundError):
+        if had:
+            with Store(home.store, create=False) as store, closing(LocalReplica(store, vm)) as replica:
+                replica.abandon()
 
 
 class StoreFacts:

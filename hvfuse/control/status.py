@@ -54,6 +54,19 @@ _BEFORE_FIRST_COPY = (
     ReplicationState.SUSPENDED,
 )
 _BEFORE_RESYNC = (ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, ReplicationState.RESYNCHRONIZE_SUSPENDED)
+_WHEN_SUSPENDED = {
+    ReplicationState.READY_FOR_INITIAL_REPLICATION: ReplicationState.SUSPENDED,
+    ReplicationState.WAITING_FOR_INITIAL_REPLICATION: ReplicationState.SUSPENDED,
+    ReplicationState.INITIAL_REPLICATION_IN_PROGRESS: ReplicationState.SUSPENDED,
+    ReplicationState.WAITING_FOR_START_RESYNCHRONIZE: ReplicationState.RESYNCHRONIZE_SUSPENDED,
+    ReplicationState.RESYNCHRONIZING: ReplicationState.RESYNCHRONIZE_SUSPENDED,
+}
+_WHEN_CANCELLED = {
+    ReplicationState.SUSPENDED: ReplicationState.READY_FOR_INITIAL_REPLICATION,
+    ReplicationState.INITIAL_REPLICATION_IN_PROGRESS: ReplicationState.READY_FOR_INITIAL_REPLICATION,
+    ReplicationState.RESYNCHRONIZE_SUSPENDED: ReplicationState.WAITING_FOR_START_RESYNCHRONIZE,
+    ReplicationState.RESYNCHRONIZING: ReplicationState.WAITING_FOR_START_RESYNCHRONIZE,
+}
 _COPY_NAMES = {
     ReplicationState.INITIAL_REPLICATION_IN_PROGRESS: "copying the disks",
     ReplicationState.RESYNCHRONIZING: "resynchronizing",
@@ -289,14 +302,18 @@ def _disk_at_rest(folder: str, name: str, log_bytes: int) -> DiskStatus:
 
 
 def _state(facts: _Facts) -> ReplicationState:
-    """The recorded state, unless the tracker knows better."""
+    """The recorded state, unless the tracker knows better, or there is no shipper that could have heeded the orders."""
     recorded = facts.record.state
     if not facts.tracker.is_there and facts.record.tracker_error is not None:
         return ReplicationState.ERROR
     if recorded is ReplicationState.DISABLED and facts.shipper.is_there:
         return ReplicationState.READY_FOR_INITIAL_REPLICATION
     if recorded is ReplicationState.REPLICATING and facts.tracker.answer and facts.tracker.answer["resync_required"]:
-        return ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
+        recorded = ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
+    if not facts.shipper.is_there and facts.orders.suspended:
+        return _WHEN_SUSPENDED.get(recorded, recorded)
+    if not facts.shipper.is_there and facts.orders.cancelled:
+        return _WHEN_CANCELLED.get(recorded, recorded)
     return recorded
 
 

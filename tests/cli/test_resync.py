@@ -93,7 +93,7 @@ def test_copies_are_suspended_and_resumed_before_any_shipper_runs(hvfuse: Comman
     assert hvfuse.out == "vm: copies are suspended; to go on: hvfuse resync vm --resume\n"
     assert orders(hvfuse) == Orders(suspended=True)
     assert hvfuse.json("resync", "vm", "--suspend")["orders"]["suspended"]
-    assert hvfuse("resync", "vm", "--no-wait") == 6
+    assert hvfuse("resync", "vm", "--no-wait") == 1
     assert hvfuse.err == (
         "hvfuse: vm: copies are suspended\n  hint: hvfuse resync vm --resume; or to begin all the same: --now\n"
     )
@@ -119,7 +119,7 @@ def test_a_seed_that_is_on_its_way_is_not_given_up_by_mistake(hvfuse: CommandLin
     hvfuse.add_vm("vm")
     recorded(hvfuse, **fields)
     before = orders(hvfuse)
-    assert hvfuse("resync", "vm") == 6
+    assert hvfuse("resync", "vm") == 1
     assert "waits for a seed" in hvfuse.err
     assert "hint: hvfuse seed import DIR; or, to copy over the network instead: hvfuse resync vm --now" in hvfuse.err
     assert orders(hvfuse) == before
@@ -128,7 +128,7 @@ def test_a_seed_that_is_on_its_way_is_not_given_up_by_mistake(hvfuse: CommandLin
 def test_a_seed_that_the_configuration_wants_is_not_given_up_by_mistake(hvfuse: CommandLine) -> None:
     hvfuse.add_vm("vm")
     (hvfuse.root / "hvfuse.toml").write_text('[vm.vm]\ninitial = "seed"\n')
-    assert hvfuse("resync", "vm", "--no-wait") == 6
+    assert hvfuse("resync", "vm", "--no-wait") == 1
     assert orders(hvfuse) == Orders()
     assert hvfuse("resync", "vm", "--no-wait", "--now") == 0
     assert orders(hvfuse) == Orders(now=True)

@@ -220,6 +220,26 @@ def test_a_copy_that_waits_says_for_what_and_what_ends_that(case: str, ask: Ask)
     assert (status.copy_due_ns, status.orders) == (due, orders)
 
 
+IN_PROGRESS = ReplicationState.INITIAL_REPLICATION_IN_PROGRESS
+UNHEEDED = {
+    "a first copy": (IN_PROGRESS, Orders(suspended=True), ReplicationState.SUSPENDED),
+    "a first copy given up": (IN_PROGRESS, Orders(cancelled=True), READY),
+    "a resynchronisation": (
+        ReplicationState.RESYNCHRONIZING, Orders(suspended=True), ReplicationState.RESYNCHRONIZE_SUSPENDED
+    ),
+    "a resynchronisation given up": (ReplicationState.RESYNCHRONIZE_SUSPENDED, Orders(cancelled=True), WAITING),
+    "none": (ReplicationState.REPLICATING, Orders(suspended=True), ReplicationState.REPLICATING),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNHEEDED)
+def test_orders_show_although_no_shipper_has_heeded_them_yet(case: str, ask: Ask) -> None:
+    state, orders, shown = UNHEEDED[case]
+    record = VmRecord(state=state, orders=orders.as_json())
+    assert ask(record, shipper=False).state is shown
+    assert ask(record, tracker=None).state is state, "a shipper that runs knows best"
+
+
 def test_copies_that_are_suspended_although_none_is_needed_are_told(ask: Ask) -> None:
     fields = {name: getattr(REPLICATED, name) for name in VmRecord.__slots__}
     (reason,) = ask(VmRecord(**{**fields, "orders": Orders(suspended=True).as_json()})).reasons
