@@ -14,13 +14,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from hvfuse.errors import UnsupportedError
 from hvfuse.extent import Extent
+from hvfuse.formats.digests import Algorithm
 from hvfuse.manifest import CycleKind, CycleManifest, DiskManifest
 from hvfuse.position import Position
 from hvfuse.shipper import slots
@@ -36,12 +38,15 @@ from hvfuse.words import bytes_text
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyReport:
-    """What a copy took, in the run that completed it.
+    """What a copy took.
 
     `regions`: how many were to be compared; None if all of the disks was. `bytes_total`: of the disks.
-    `bytes_compared`: of them, with the replica; None in a whole copy. `bytes_differing`: of what was
-    compared. `bytes_sent`, `frames_sent`: encoded frames. `frames_held`: what the replica had from earlier
-    runs.
+    `bytes_compared`: of them, with the replica; None in a whole copy that no pass followed. `bytes_differing`: of
+    what the run that completed it compared. `bytes_sent`, `frames_sent`: encoded frames. `frames_held`: what the
+    replica had from earlier runs. `passes`: this copy and those that followed it at once. `is_whole`: the first of
+    them was of whole disks.
+
+    From `copy`: of that run alone; as it is kept (`hvfuse.shipper.copies`): of all runs and all passes.
     """
 
     regions: int | None
@@ -52,21 +57,46 @@ class CopyReport:
     frames_sent: int
     frames_held: int
     seconds: float
+    passes: int = 1
+    is_whole: bool = False
 
     @property
     def text(self) -> str:
         """The report in plain words."""
         total, sent = bytes_text(self.bytes_total), bytes_text(self.bytes_sent)
-        if self.bytes_compared is None:
-            return f"copied: {total}, {sent} sent"
+        passes = f" in {self.passes} passes" if self.passes > 1 else ""
+        if self.is_whole or self.bytes_compared is None:
+            return f"copied: {total}, {sent} sent{passes}"
         parts = [f"{bytes_text(self.bytes_compared)} of {total} compared", f"{sent} sent"]
         if self.regions is not None:
             parts.insert(0, f"{self.regions} region{'' if self.regions == 1 else 's'}")
-        return f"resynchronised: {', '.join(parts)}"
+        return f"resynchronised: {', '.join(parts)}{passes}"
+
+    def followed_by(self, other: CopyReport) -> CopyReport:
+        """Of a pass and the next one together."""
+        regions = None if self.regions is None or other.regions is None else self.regions + other.regions
+        return CopyReport(
+            regions=regions,
+            bytes_total=other.bytes_total,
+            bytes_compared=(self.bytes_compared or 0) + (other.bytes_compared or 0),
+            bytes_differing=self.bytes_differing + other.bytes_differing,
+            bytes_sent=self.bytes_sent + other.bytes_sent,
+            frames_sent=self.frames_sent + other.frames_sent,
+            frames_held=self.frames_held + other.frames_held,
+            seconds=self.seconds + other.seconds,
+            passes=self.passes + other.passes,
+            is_whole=self.is_whole,
+        )
 
     def as_json(self) -> dict[str, object]:
         """The fields and the text, as they are kept in the records."""
         return {**dataclasses.asdict(self), "text": self.text}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> CopyReport:
+        """From `as_json`. Raises TypeError if fields are missing."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +118,15 @@ def copy(
     level: int,
     clock: Clock,
     over: Over | None = None,
+    algorithm: Algorithm = Algorithm.XXH3,
     progress: Progress = lambda done, total, sent: None,
+    before_commit: Callable[[CopyReport], None] = lambda report: None,
 ) -> CopyReport:
     """Copy disks, in the order of their names, whose generation has begun; or go on with that.
 
     `over` None: whole disks. Raises HvfuseError when an image cannot be read, and whatever the replica
-    raises; called again with the same `over` it goes on where it was.
+    raises; called again with the same `over` it goes on where it was. `before_commit` is told what the run took
+    when all is there, and only the commit is left.
     """
     started = clock.monotonic()
     manifest = _manifest(disks, vm=vm, generation=generation, over=over, now_ns=clock.now_ns())
@@ -103,8 +136,11 @@ def copy(
         run: _Whole | Differences = _Whole(disks, outlet, pool, progress)
         if over is not None:
             run = stack.enter_context(
-                Differences(disks, over.regions, replica=replica, outlet=outlet, pool=pool, progress=progress)
-            )
+                Differences(
+                    disks, over.regions, replica=replica, outlet=outlet, pool=pool, progress=progress,
+                    algorithm=algorithm,
+                )
+            )  # fmt: skip
         _check_numbers(vm, run.ends)
         for index, disk in enumerate(disks):
             with contextlib.closing(slots.groups(disk, folder, index=index, end=run.ends[index])) as groups:
@@ -112,8 +148,7 @@ def copy(
                     if group.closing_number not in outlet.held:
                         run.copy_group(group)
                     run.passed(group)
-    replica.commit(manifest, len(outlet.held) + outlet.frames)
-    return CopyReport(
+    report = CopyReport(
         regions=None if over is None or over.regions is None else sum(map(len, over.regions.values())),
         bytes_total=sum(disk.size for disk in disks),
         bytes_compared=run.compared,
@@ -122,7 +157,11 @@ def copy(
         frames_sent=outlet.frames,
         frames_held=len(outlet.held),
         seconds=clock.monotonic() - started,
+        is_whole=over is None,
     )
+    before_commit(report)
+    replica.commit(manifest, len(outlet.held) + outlet.frames)
+    return report
 
 
 def _manifest(

@@ -4,6 +4,9 @@ Logs continue the replica when every cycle after its position, up to the active 
 the first of them names the replica's own digest as its predecessor's. Where they do not, a copy begins a new
 generation: of the regions that the source has marked if that is enough for a replica that stands there, of
 everything otherwise. Either way only differences travel to a replica that has a position.
+
+Where a guest writes more during a copy than its logs may hold, they are lost, and the copy goes on: what got
+dirty meanwhile adds to it, and is a copy of its own, a *pass*, which begins once the one before is acknowledged.
 """
 
 from __future__ import annotations
@@ -62,13 +65,13 @@ def decide(status: SourceStatus, position: Position | None, cycles: Sequence[Sea
     if joins and status.resyncing:
         return Decision(Action.ACKNOWLEDGE_COPY)
     found = pending(base, cycles)
+    if status.resyncing:
+        return _resume(status, position, base, found)
     if status.resync_required:
         return _resync(status, position, found)
-    broken = _broken(status, base, found) if joins or status.resyncing else _exchanged(status, position)
+    broken = _broken(status, base, found) if joins else _exchanged(status, position)
     if broken:
         return Decision(Action.START_COPY, broken)
-    if not joins:
-        return _resume(status, position)
     return Decision(Action.SHIP if found else Action.NOTHING)
 
 
@@ -102,10 +105,14 @@ def _resync(status: SourceStatus, position: Position | None, found: Sequence[Sea
     return Decision(Action.START_COPY, reason, scope)
 
 
-def _resume(status: SourceStatus, position: Position | None) -> Decision:
-    """A copy is under way; of marked regions only if they still apply."""
+def _resume(status: SourceStatus, position: Position | None, base: Position, found: Sequence[SealedCycle]) -> Decision:
+    """A copy is under way; of marked regions only if they still apply. That logs were lost meanwhile is no reason
+    to begin anew if the source knows of it: what they held is left for the next copy, which follows this one."""
+    broken = "" if status.resync_required else _broken(status, base, found)
     if status.resync_scope is ResyncScope.REGIONS and status.scope_for(position) is ResyncScope.FULL:
-        return Decision(Action.START_COPY, _unmarked(position))
+        broken = _unmarked(position)
+    if broken:
+        return Decision(Action.START_COPY, broken)
     return Decision(Action.RESUME_COPY, "the copy is not complete", status.resync_scope or ResyncScope.FULL)
 
 

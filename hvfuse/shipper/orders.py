@@ -43,6 +43,10 @@ class Orders:
             raise UsageError("a copy can be ordered for a time at most 7 days ahead")
         return Orders(now=at_ns is None, at_ns=at_ns, full=full or self.full)
 
+    def ask(self) -> Orders:
+        """Somebody waits for a copy: it is to start now, unless it is suspended or waits for its seed."""
+        return replace(self, now=True, at_ns=None, cancelled=False)
+
     def suspend(self) -> Orders:
         """Hold the copy up, or do not begin one, until `resume`."""
         return replace(self, suspended=True)

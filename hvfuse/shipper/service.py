@@ -1,7 +1,8 @@
 """The shipper of one VM as a process: when to ship, what to do when it fails, and who may ask.
 
 Everything that touches source or replica happens in the one thread that calls `run` (or `cycle_now`,
-where there is no loop). The control socket's threads hand a request over and wait for its answer.
+where there is no loop). The control socket's threads hand a request over and wait for its answer; only an
+administrator's orders they take themselves, as a long copy has to obey them too.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 from hvfuse import errors, wire
 from hvfuse.errors import HvfuseError, ResyncRequiredError, UnreachableError, UsageError
 from hvfuse.manifest import ReplicationState
 from hvfuse.position import PositionMismatchError
+from hvfuse.shipper.copies import WaitingError
 from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
+from hvfuse.shipper.export import Exporter, ExportReport, without_seed
 from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.policy import Records, ShippingPolicy
 from hvfuse.shipper.replica import Replica
-from hvfuse.shipper.replication import RESYNC_ERRORS, Records, Replication, ShippingPolicy
+from hvfuse.shipper.replication import RESYNC_ERRORS, Replication
 from hvfuse.shipper.retry import next_attempt, next_interval, refusal
 from hvfuse.shipper.source import Source
 from hvfuse.system import Clock
@@ -93,6 +98,7 @@ class Shipper:
         housekeep: Callable[[], None] = lambda: None,
     ) -> None:
         self._vm = vm
+        self._source = source
         self._shown = _Shown(records)
         self._replication = Replication(
             vm=vm,
@@ -105,11 +111,22 @@ class Shipper:
             housekeep=housekeep,
             between=self.check_stop,
         )
+        self._exporter = Exporter(
+            vm=vm,
+            folder=folder,
+            source=source,
+            replica=replica,
+            records=self._shown,
+            level=policy.level,
+            clock=clock,
+            between=self.check_stop,
+        )
         self._frequency = policy.frequency_seconds
         self._clock = clock
         self._due = clock.monotonic()
         self._failing_since: float | None = None
-        self._holds_out = False
+        self._holds_out = False  # the target is away, but will be back
+        self._waits = False  # a copy does
         self._complaint = ""
         self._stop = threading.Event()
         self._wake = threading.Event()
@@ -120,18 +137,29 @@ class Shipper:
             "cycle": lambda message: self.request_cycle().as_json(),
             "status": lambda message: self._status(),
             "stop": lambda message: self._stop_soon(),
+            "resync": lambda message: _told(
+                self.order_resync(full=bool(message.get("full")), at_ns=_resync_at(message))
+            ),
+            "suspend": lambda message: _told(self.suspend()),
+            "resume": lambda message: _told(self.resume()),
+            "cancel": lambda message: _told(self.cancel()),
+            "export": lambda message: self.request(partial(self.export, str(message.get("directory")))).as_json(),
+            "unseed": lambda message: _told(self.unseed()),
         }
         self.missed = 0
         """Cycles that were due while an earlier one still ran."""
 
     def synchronise(self) -> None:
-        """Make sure that logs can continue the replica; copy the disks if they cannot."""
+        """Make sure that logs can continue the replica; copy the disks if they cannot. Raises HvfuseError."""
         self._replication.synchronise()
 
     def cycle_now(self) -> CycleReport:
         """One cycle, at once, in this thread. Raises HvfuseError; see `Replication.cycle_now`."""
+        return self._cycle(asked=True)
+
+    def _cycle(self, *, asked: bool) -> CycleReport:
         try:
-            return self._replication.cycle_now()
+            return self._replication.cycle_now(asked=asked)
         except OSError as error:
             raise refusal(error) from error
 
@@ -149,12 +177,21 @@ class Shipper:
     def turn(self) -> float:
         """Do what is due or asked for. Returns the seconds until something is due again (may be inf)."""
         self._serve_requests()
-        if self._clock.monotonic() >= self._due:
+        if self._clock.monotonic() >= self._due or self._until_copy() == 0:
             with contextlib.suppress(HvfuseError):  # told, and shown
-                self._attempt()
+                self._attempt(asked=False)
         if self._holds_out:
-            self._hold_out()
-        return max(0.0, self._due - self._clock.monotonic())
+            self._meanwhile("the target is away", self._replication.hold_out)
+        elif self._waits:
+            self._meanwhile("a copy waits", self._replication.rest)
+        return max(0.0, min(self._due - self._clock.monotonic(), self._until_copy()))
+
+    def _until_copy(self) -> float:
+        """Seconds until a copy that waits may start by itself; inf if none does, or attempts fail anyway."""
+        due_ns = self._replication.copies.due_ns
+        if due_ns is None or self._failing_since is not None:
+            return math.inf
+        return max(0.0, (due_ns - self._clock.now_ns()) / 1e9)
 
     def _serve_requests(self) -> None:
         """Do what was asked for; once for all that asked for the same."""
@@ -177,24 +214,29 @@ class Shipper:
                 for answer in answers:
                     answer.set_result(outcome)
 
-    def _hold_out(self) -> None:
-        """The target is away, but will be back. What keeps failing here is told once, not twice a minute."""
+    def _meanwhile(self, what: str, do: Callable[[], None]) -> None:
+        """Look after the logs. What keeps failing here is told once, not twice a minute."""
         try:
-            self._replication.hold_out()
+            do()
             self._complaint = ""
         except UnreachableError:
             pass  # told to stop; or it is the tracker that is away, and then nothing grows
         except (HvfuseError, OSError) as error:
             if str(error) != self._complaint:
                 self._complaint = str(error)
-                _log.warning("%s: while the target is away: %s", self._vm, error)
+                _log.warning("%s: while %s: %s", self._vm, what, error)
 
-    def _attempt(self) -> CycleReport:
+    def _attempt(self, *, asked: bool) -> CycleReport:
         started = self._clock.monotonic()
-        self._holds_out = False
+        self._holds_out = self._waits = False
         try:
-            report = self.cycle_now()
+            report = self._cycle(asked=asked)
         except StoppedError:
+            raise
+        except WaitingError:
+            # No failure. Both sides are looked at again and again: what is waited for may come from elsewhere.
+            self._waits, self._failing_since = True, None
+            self._due = self._clock.monotonic() + self._frequency
             raise
         except HvfuseError as error:
             self._failed(error, started)
@@ -238,9 +280,15 @@ class Shipper:
             answer.set_exception(StoppedError(f"{self._vm}: the shipper has stopped"))
 
     def listen(self, path: str) -> wire.Listener:
-        """Serve the control socket at `path`: ops "cycle", "status", "stop". Close it after `run`.
+        """Serve the control socket at `path`. Close it after `run`.
 
-        "cycle" answers with the fields of `CycleReport` once the cycle is committed.
+        cycle                -> the fields of `CycleReport`, once the cycle is committed
+        resync  full, at_ns  -> "orders"; `order_resync`
+        suspend              -> "orders"
+        resume               -> "orders"
+        cancel               -> "orders"
+        status               -> what is in the records
+        stop                 -> {}
         """
         return wire.Listener(path, self._handle, name=f"shipper-{self._vm}", concurrent=True)
 
@@ -263,7 +311,14 @@ class Shipper:
 
     def request_cycle(self) -> CycleReport:
         """Have the loop's thread do a cycle, and wait for it. For any other thread."""
-        return self.request(self._attempt)
+        return self.request(self._asked_cycle)
+
+    def _asked_cycle(self) -> CycleReport:
+        return self._attempt(asked=True)
+
+    def _look_again(self) -> None:
+        with contextlib.suppress(HvfuseError):
+            self._attempt(asked=False)
 
     def request(self, action: Callable[[], _Answer]) -> _Answer:
         """Have the loop's thread do something between two cycles, and wait for it. For any other thread.
@@ -271,13 +326,89 @@ class Shipper:
         Raises what it raised, and StoppedError if it does not come to it any more. Equal actions that wait at the
         same time are done once. A long one has to look for a stop by itself (`check_stop`).
         """
+        return self._hand_over(action).result()
+
+    def _hand_over(self, action: Callable[[], _Answer]) -> Future[_Answer]:
         answer: Future[_Answer] = Future()
         with self._guard:
             if self._ended:
                 raise StoppedError(f"{self._vm}: the shipper has stopped")
             self._requests.append((action, answer))
         self._wake.set()
-        return answer.result()
+        return answer
+
+    def export(self, directory: str) -> ExportReport:
+        """Write the first copy to a medium, in this thread. Raises HvfuseError; see `Exporter.export`."""
+        try:
+            return self._exporter.export(directory)
+        except OSError as error:
+            raise refusal(error, directory) from error
+
+    # An administrator's orders ----------------------------------------------------------------------------------
+
+    def order_resync(self, *, full: bool, at_ns: int | None) -> Orders:
+        """Have a copy start at `at_ns`, or now; `full`: of everything, whatever is in doubt. For any thread.
+
+        Raises UsageError if there is nothing to do, or the time makes no sense.
+        """
+        if not full and not self._is_copy_needed():
+            raise UsageError(
+                f"{self._vm}: the replica is up to date: there is nothing to resynchronise",
+                hint=f"hvfuse resync {self._vm} --full",
+            )
+        if at_ns is not None and self._replication.copies.is_copying:
+            raise UsageError(f"{self._vm}: a copy is under way already", hint=f"hvfuse resync {self._vm} --cancel")
+        now_ns = self._clock.now_ns()
+        return self._order(lambda orders: orders.resynchronise(full=full, at_ns=at_ns, now_ns=now_ns))
+
+    def suspend(self) -> Orders:
+        """Hold the copy up that is under way or needed. For any thread. Raises UsageError if there is none."""
+        self._check_copy("suspend")
+        return self._order(Orders.suspend)
+
+    def resume(self) -> Orders:
+        """Let a suspended copy go on. For any thread."""
+        return self._order(Orders.resume)
+
+    def cancel(self) -> Orders:
+        """Give up the copy that is under way or needed. For any thread. Raises UsageError if there is none."""
+        self._check_copy("cancel")
+        return self._order(Orders.cancel)
+
+    def unseed(self) -> Orders:
+        """Let the first copy go over the network, although it was exported. For any thread."""
+        return self._order(without_seed)
+
+    def _check_copy(self, what: str) -> None:
+        if not self._shown.orders().full and not self._is_copy_needed():
+            raise UsageError(f"{self._vm}: there is no copy to {what}")
+
+    def _is_copy_needed(self) -> bool:
+        """As far as one can tell without waiting for the loop's thread."""
+        if not self._replication.is_joined:
+            return True
+        try:
+            status = self._source.status()
+        except UnreachableError:
+            return True
+        return status.resync_required is not None or status.resyncing
+
+    def _order(self, change: Callable[[Orders], Orders]) -> Orders:
+        orders = self._shown.change_orders(change)
+        self._replication.copies.look_at_orders()
+        self._hand_over(self._look_again)
+        return orders
+
+
+def _told(orders: Orders) -> Mapping[str, object]:
+    return {"orders": orders.as_json()}
+
+
+def _resync_at(message: wire.Message) -> int | None:
+    at_ns = message.get("at_ns")
+    if at_ns is not None and (not isinstance(at_ns, int) or isinstance(at_ns, bool)):
+        raise UsageError("at_ns is a number of nanoseconds since 1970")
+    return at_ns
 
 
 def _for_the_wire(error: HvfuseError) -> HvfuseError:

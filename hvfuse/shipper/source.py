@@ -55,9 +55,11 @@ class SourceStatus:
 
     `resync_required`: why the logs cannot tell the difference between disk and replica any more.
     `resyncing`: the copy that began the generation is not acknowledged (`Source.resynced`). `resync_scope`:
-    of the resynchronisation required or under way, None when there is neither. `resync_bases`: (generation,
-    least cycle) of the replicas for which REGIONS is enough. `acknowledged`: the last cycle of the generation
-    that the target is known to have.
+    of the resynchronisation required or under way, None when there is neither. Both may be: then logs were lost
+    during the copy, which goes on all the same; once it is acknowledged, the marked regions have to follow.
+    `resync_bases`: (generation, least cycle) of the replicas for which REGIONS is enough. `acknowledged`: the last
+    cycle of the generation that the target is known to have. `dirty_bytes`: what a copy that is required and has not
+    begun has to compare; 0 if that is everything.
     """
 
     vm: str
@@ -69,6 +71,12 @@ class SourceStatus:
     resyncing: bool = False
     resync_bases: tuple[tuple[bytes, int], ...] = ()
     acknowledged: int = 0
+    dirty_bytes: int = 0
+
+    @property
+    def bytes_total(self) -> int:
+        """Of the disks."""
+        return sum(disk.size for disk in self.disks)
 
     def scope_for(self, position: Position | None) -> ResyncScope:
         """What has to be compared with a replica that stands at `position`."""
@@ -234,6 +242,7 @@ def _status(answer: wire.Message) -> SourceStatus:
             resyncing=bool(answer["resyncing"]),
             resync_bases=tuple((bytes.fromhex(base), int(least)) for base, least in answer["resync_bases"]),
             acknowledged=int(answer["acknowledged"]),
+            dirty_bytes=int(answer["dirty_bytes"]),
             disks=tuple(
                 SourceDisk(
                     name=disk["name"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -133,6 +133,7 @@ class Tracked:
     acknowledged: int = 0
     bases: list[tuple[bytes, int]] = field(default_factory=list)
     dirty: dict[bytes, set[int]] = field(default_factory=dict)
+    comparing: dict[bytes, set[int]] = field(default_factory=dict)
     now_ns: int = 1_700_000_000_000_000_000
     barriers: dict[tuple[bytes, int], list[bytes]] = field(default_factory=dict)
 
@@ -140,7 +141,7 @@ class Tracked:
         return SourceStatus(
             vm=self.vm, generation=self.generation, cycle=self.cycle,
             resync_required=self.resync_required, resync_scope=self.scope, resyncing=self.resyncing,
-            resync_bases=tuple(self.bases), acknowledged=self.acknowledged,
+            resync_bases=tuple(self.bases), acknowledged=self.acknowledged, dirty_bytes=self.dirty_bytes(),
             disks=tuple(
                 SourceDisk(name=d.name, disk_id=d.disk_id, format="raw", size=len(d.image), log_bytes=0)
                 for d in self.disks
@@ -154,8 +155,10 @@ class Tracked:
             self.lose_logs()
             old = self.bases[:1] if self.resyncing else [(self.generation, self.acknowledged)]
             self.bases = [*old, (generation, 0)]
+            for disk in self.disks:
+                self.comparing.setdefault(disk.disk_id, set()).update(self.dirty.pop(disk.disk_id, ()))
         else:
-            self.bases = []
+            self.bases, self.dirty, self.comparing = [], {}, {}
         self.generation, self.cycle, self.acknowledged, self.resync_required = generation, 1, 0, None
         self.scope, self.resyncing = scope, True
         for disk in self.disks:
@@ -168,25 +171,36 @@ class Tracked:
         """Mark what the logs hold, and let them go."""
         logs = [log for cycle in self.cycles() if cycle.generation == self.generation for log in cycle.logs]
         for disk in self.disks:
-            written = [(op.offset, op.length) for op in disk.ops if op.kind is not Kind.FLUSH]
             for log in logs:
                 if log.header.disk_id == disk.disk_id:
                     entries = log.entries()
                     changes = entries[entries["kind"] != Kind.FLUSH]
-                    written += zip(changes["offset"].tolist(), changes["length"].tolist(), strict=True)
-            for offset, length in written:
-                self.dirty.setdefault(disk.disk_id, set()).update(
-                    range(offset // REGION, -(-(offset + length) // REGION))
-                )
-            disk.ops = []
+                    self._mark(disk, zip(changes["offset"].tolist(), changes["length"].tolist(), strict=True))
+        self.mark_written()
         spool.release(self.cycles())
 
+    def mark_written(self) -> None:
+        for disk in self.disks:
+            self._mark(disk, [(op.offset, op.length) for op in disk.ops if op.kind is not Kind.FLUSH])
+            disk.ops = []
+
+    def _mark(self, disk: Disk, written: Iterable[tuple[int, int]]) -> None:
+        for offset, length in written:
+            self.dirty.setdefault(disk.disk_id, set()).update(range(offset // REGION, -(-(offset + length) // REGION)))
+
     def end_logging(self, reason: str) -> None:
-        """What a full disk does to the tracker: from here on, writes are only marked."""
+        """What a full disk does to the tracker: from here on, writes are only marked. A copy goes on."""
         self.lose_logs()
         if self.scope is None:
             self.scope, self.bases = ResyncScope.REGIONS, [(self.generation, self.acknowledged)]
         self.resync_required = reason
+
+    def dirty_bytes(self) -> int:
+        if not self.resync_required or (self.scope is ResyncScope.FULL and not self.resyncing):
+            return 0
+        self.mark_written()  # as the tracker does at once
+        marks = [self.dirty] if self.resyncing else [self.dirty, self.comparing]
+        return sum(extent.length for extents in self._extents(marks).values() for extent in extents)
 
     def crash(self, reason: str, *, hot: Sequence[int] = ()) -> None:
         """The host dies: sealed cycles stay, the active one is lost; its regions, and `hot` ones, are marked."""
@@ -198,10 +212,13 @@ class Tracked:
             self.dirty.setdefault(disk.disk_id, set()).update(hot)
 
     def regions(self) -> Regions:
+        return self._extents([self.comparing] if self.resyncing else [self.dirty, self.comparing])
+
+    def _extents(self, marks: list[dict[bytes, set[int]]]) -> Regions:
         return {
             disk.disk_id: [
                 Extent(region * REGION, min(REGION, len(disk.image) - region * REGION))
-                for region in sorted(self.dirty.get(disk.disk_id, ()))
+                for region in sorted(set().union(*(each.get(disk.disk_id, ()) for each in marks)))
                 if region * REGION < len(disk.image)
             ]
             for disk in self.disks
@@ -209,10 +226,12 @@ class Tracked:
 
     def resynced(self, generation: bytes) -> None:
         assert generation == self.generation
+        if self.resyncing:
+            self.comparing = {}
         if self.resyncing and not self.resync_required:
             self.scope, self.bases, self.dirty = None, [], {}
         elif self.resyncing:
-            self.bases = [(generation, 0)]
+            self.scope, self.bases = ResyncScope.REGIONS, [(generation, 0)]
         self.resyncing = False
 
     def flush(self) -> None:

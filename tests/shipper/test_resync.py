@@ -56,7 +56,7 @@ def test_after_the_logs_were_lost_only_the_marked_regions_are_compared(site):
     site.assert_equal()
     copied = site.records.copies[-1]
     assert (copied.regions, copied.bytes_compared) == (2, 2 * REGION)
-    assert asked(site) == 2 * REGION
+    assert asked(site) == 2 * 2 * REGION, "the summaries, then the digests of what differs"
     assert copied.bytes_sent < 2 * REGION + 1000
     assert "resynchronised: 2 regions, 128 KiB of 5 MiB compared" in copied.text
     assert site.records.states == [WAITING, RESYNCHRONIZING, REPLICATING]
@@ -179,10 +179,10 @@ def test_logs_that_are_lost_again_during_the_resync_lead_to_another_of_the_regio
     monkeypatch.setattr(MemoryReplica, "put", put_and_lose)
     site.shipper().cycle_now()
     site.assert_equal()
-    assert [copied.regions for copied in site.records.copies[-2:]] == [2, 3]
+    assert [(copied.passes, copied.regions) for copied in site.records.copies[-2:]] == [(1, 2), (2, 3)]
 
 
-def test_a_resync_that_was_begun_and_lost_its_logs_begins_anew_over_the_same_replica(site):
+def test_a_resync_that_lost_its_logs_while_no_shipper_ran_goes_on_and_a_pass_follows(site):
     lose(site)
     site.replica.die_at = 1
     with pytest.raises(Killed):
@@ -191,9 +191,12 @@ def test_a_resync_that_was_begun_and_lost_its_logs_begins_anew_over_the_same_rep
     site.source.disks[1].do(write(0, b"lost again"))
     site.source.end_logging(LOST)
     site.source.flush()
+    begun, points = site.source.generation, len(site.replica.all_points)
     site.shipper().cycle_now()
     site.assert_equal()
-    assert site.records.copies[-1].regions == 3
+    assert [(copied.passes, copied.regions) for copied in site.records.copies[-2:]] == [(1, 2), (2, 3)]
+    assert site.source.generation != begun and len(site.replica.all_points) == points + 1
+    assert len(set(site.replica.puts)) == len(site.replica.puts), "nothing of the first pass came again"
 
 
 def test_a_full_resync_sends_differences_alone_and_says_what_it_compared(site):

@@ -41,6 +41,7 @@ def listening(tmp_path, source: Tracked, asked: list | None = None) -> wire.List
             "cycle": source.cycle, "resync_required": source.resync_required, "mountpoint": "/mnt", "pid": 1,
             "untracked": [], "resync_scope": source.scope, "resyncing": source.resyncing,
             "acknowledged": source.acknowledged,
+            "dirty_bytes": source.status().dirty_bytes,
             "resync_bases": [[generation.hex(), cycle] for generation, cycle in source.bases],
             "disks": [
                 {"name": d.name, "disk_id": d.disk_id.hex(), "format": "raw", "size": len(d.image), "log_bytes": 7}

@@ -1,0 +1,360 @@
+"""The copies of one VM: which may start and when, each in passes until one fits into the logs, over any number of
+runs.
+
+A copy is of whole disks or of differences (`hvfuse.shipper.copy`). Before each step it is asked whether it may go on
+(`hvfuse.shipper.permission`), between its frames too; if not, WaitingError says what it waits for. What it took is
+kept while it runs (`hvfuse.shipper.progress`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NoReturn
+
+from hvfuse.errors import HvfuseError
+from hvfuse.manifest import ReplicationState
+from hvfuse.position import Position
+from hvfuse.shipper.copy import CopyReport, Over, copy
+from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.permission import Cause, Need, Wait, permission
+from hvfuse.shipper.policy import Records, ShippingPolicy
+from hvfuse.shipper.progress import CopyKind, CopyProgress, Meter
+from hvfuse.shipper.replica import Replica
+from hvfuse.shipper.source import ResyncScope, Source, SourceStatus
+from hvfuse.system import Clock
+from hvfuse.words import bytes_text
+
+STALLED_PASSES = 3
+"""So many in a row that have hardly become smaller are told of."""
+
+FULL_ORDERED = "a comparison of everything was ordered"
+
+_log = logging.getLogger(__name__)
+
+
+class WaitingError(HvfuseError):
+    """A copy is needed, and waits."""
+
+    recoverable = True
+
+    def __init__(self, message: str, wait: Wait, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.wait = wait
+
+
+class Copies:
+    """Makes the copies of one VM. For one thread; `look_at_orders` for any.
+
+    Arguments as for `Replication`. `notes`: in words, what was done, for whoever waits for it.
+    """
+
+    def __init__(
+        self,
+        *,
+        vm: str,
+        folder: str,
+        source: Source,
+        replica: Replica,
+        records: Records,
+        policy: ShippingPolicy,
+        clock: Clock,
+        between: Callable[[], None],
+    ) -> None:
+        self._vm = vm
+        self._folder = folder
+        self._source = source
+        self._replica = replica
+        self._records = records
+        self._policy = policy
+        self._clock = clock
+        self._between = between
+        self._told_wait: tuple[object, ...] | None = None
+        self._last_note: str | None = None
+        self._orders_changed = False
+        self._is_due_told = False
+        self.notes: list[str] = []
+        self.due_ns: int | None = None
+        """When a copy that waits goes on by itself, ns since 1970."""
+        self.committed = 0
+        """Copies, of this process."""
+        self.is_copying = False
+
+    def look_at_orders(self) -> None:
+        """The orders have changed: a copy under way is to notice."""
+        self._orders_changed = True
+
+    # When --------------------------------------------------------------------------------------------------
+
+    def permit(self, status: SourceStatus, reason: str, scope: ResyncScope, *, asked: bool) -> ResyncScope:
+        """What a copy of `scope` that is needed, or under way, is to compare. Raises WaitingError if it has to wait."""
+        orders = self._records.orders()
+        is_later = orders.at_ns is not None and orders.at_ns > self._clock.now_ns() and not (orders.now or asked)
+        if orders.full and scope is ResyncScope.REGIONS and is_later:
+            # What is needed in the meantime does not wait for what was ordered beyond it.
+            orders = replace(orders, full=False, at_ns=None)
+        if orders.full and not status.resyncing:
+            scope = ResyncScope.FULL
+        need = self._need(status, scope)
+        wait = self._permission(need, orders, asked=asked)
+        if wait is not None:
+            self._wait(need, wait, reason)
+        if asked and (orders.cancelled or not orders.now):
+            self._records.change_orders(Orders.ask)
+        return ResyncScope.FULL if orders.full else scope
+
+    def is_full_due(self) -> bool:
+        """Whether a comparison of everything was ordered for a VM that needs none, and may start."""
+        orders = self._records.orders()
+        wait = None
+        if orders.full:
+            wait = self._permission(Need(is_first=False, stands_at=_hex(self._replica.position())), orders)
+        self._set_due(wait.until_ns if wait else None)
+        return orders.full and wait is None
+
+    def settle(self) -> None:
+        """No copy is needed: what was ordered is done."""
+        orders = self._records.orders()
+        if orders != orders.done():
+            self._records.change_orders(Orders.done)
+        self._told_wait = None
+
+    def _need(self, status: SourceStatus, scope: ResyncScope) -> Need:
+        position = self._replica.position()
+        is_whole = scope is ResyncScope.FULL or not status.bytes_total
+        follows = position is not None and position.generation == status.generation and position.cycle == 0
+        return Need(
+            is_first=not self._replica.points(),
+            is_under_way=status.resyncing,
+            is_pass=follows and scope is ResyncScope.REGIONS,
+            part=1.0 if is_whole else status.dirty_bytes / status.bytes_total,
+            stands_at=_hex(position),
+        )
+
+    def _permission(self, need: Need, orders: Orders, *, asked: bool = False) -> Wait | None:
+        return permission(
+            need,
+            orders,
+            resync=self._policy.resync,
+            initial=self._policy.initial,
+            now_ns=self._clock.now_ns(),
+            asked=asked,
+        )
+
+    def _wait(self, need: Need, wait: Wait, reason: str) -> NoReturn:
+        """Show that a copy waits, and say so to whoever asked."""
+        if wait.cause is Cause.CANCELLED:
+            self._replica.abandon()
+        state = _waiting_state(need, wait)
+        told = (state, wait, reason)
+        if told != self._told_wait:
+            self._told_wait = told
+            _log.info("%s: %s", self._vm, _waiting_text(need, wait))
+            dropped = {"progress": None, "copy": None} if wait.cause is Cause.CANCELLED else {}
+            self._records.update(
+                state=state, error=None, hint=None, resync_reason=None if need.is_first else reason, **dropped
+            )
+        self._set_due(wait.until_ns)
+        text = f"{self._vm}: {_waiting_text(need, wait)}"
+        raise WaitingError(text, wait, hint=f"hvfuse resync {self._vm} {_HINTS[wait.cause]}")
+
+    def _set_due(self, due_ns: int | None) -> None:
+        if due_ns != self.due_ns or not self._is_due_told:
+            self.due_ns, self._is_due_told = due_ns, True
+            self._records.update(copy_due_ns=due_ns)
+
+    # What --------------------------------------------------------------------------------------------------
+
+    def start(self, status: SourceStatus, reason: str, scope: ResyncScope, *, asked: bool = False) -> None:
+        """Begin a generation and copy. What the old generation's logs hold comes with the copy.
+
+        Raises WaitingError, ResyncRequiredError (`scope` is too narrow), and as `Replication.cycle_now`.
+        """
+        self._begin(status, reason, self.permit(status, reason, scope, asked=asked))
+
+    def _begin(self, status: SourceStatus, reason: str, scope: ResyncScope) -> None:
+        need = self._need(status, scope)
+        _log.info("%s: %s: %s", self._vm, "copying" if need.is_first else "resynchronising", reason)
+        if not need.is_first and not need.is_pass:
+            self._announce(reason)
+        if scope is ResyncScope.FULL:
+            self._source.discard_damaged()  # for REGIONS the tracker has yet to mark what is in the logs
+        status = self._source.begin(os.urandom(16), scope)
+        self._copy(status, scope)
+
+    def announce(self, reason: str) -> None:
+        """A copy is to start as soon as what was sealed before has gone over. Raises WaitingError if not even that
+        is to be sent."""
+        if self._records.orders().suspended:
+            self._wait(Need(is_first=not self._replica.points()), Wait(Cause.SUSPENDED), reason)
+        self._announce(reason)
+
+    def _announce(self, reason: str) -> None:
+        self._note(reason)
+        self._records.update(state=ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, resync_reason=reason)
+
+    def go_on(self, status: SourceStatus, reason: str, scope: ResyncScope, *, asked: bool) -> None:
+        """Go on with the copy that is under way; or begin one of everything, if that was ordered. Raises as `start`."""
+        wanted = self.permit(status, reason, scope, asked=asked)
+        if wanted is scope:
+            self._copy(status, scope)
+        else:
+            self._begin(status, FULL_ORDERED, wanted)
+
+    def acknowledge(self, status: SourceStatus) -> None:
+        """The replica has the copy; its last run ended before it could say so."""
+        assert status.generation is not None
+        kept = CopyProgress.from_json(self._records.copy_progress())
+        if kept is not None and kept.generation == status.generation.hex() and kept.report and not kept.is_told:
+            self._tell(kept, kept.report)
+        self._source.resynced(status.generation)
+
+    def _copy(self, status: SourceStatus, scope: ResyncScope) -> None:
+        """Copy, or go on with it: to a replica that has a position, the differences alone."""
+        assert status.generation is not None
+        if scope is ResyncScope.FULL and self._records.orders().full:
+            self._records.change_orders(lambda orders: replace(orders, full=False))
+        position = self._replica.position()
+        need = replace(self._need(status, scope), is_under_way=True)
+        meter = self._meter(status.generation, position, need)
+        self._set_due(None)
+        self._told_wait = None
+        self._records.update(state=_copying_state(meter.now.kind), progress=meter.now.part, copy=meter.now.as_json())
+        # Also after an interruption: logs that no copy will ever need fill up the disk.
+        self._source.release(status.generation, 0)
+        regions = self._source.regions() if scope is ResyncScope.REGIONS else None
+        over = Over(previous=position, regions=regions) if position else None
+        self._run(status, meter, need, over)
+        self.committed += 1
+        assert meter.now.report is not None
+        self._tell(meter.now, meter.now.report)
+        self._source.resynced(status.generation)
+        self._look_at_pace(meter.now)
+
+    def _run(self, status: SourceStatus, meter: Meter, need: Need, over: Over | None) -> None:
+        assert status.generation is not None
+        self.is_copying = True
+        try:
+            copy(
+                status.disks,
+                vm=self._vm,
+                folder=self._folder,
+                generation=status.generation,
+                replica=self._replica,
+                level=self._policy.level,
+                clock=self._clock,
+                over=over,
+                algorithm=self._policy.algorithm,
+                progress=lambda done, total, sent: self._progress(meter, need, done, total, sent),
+                before_commit=meter.complete,
+            )
+        except HvfuseError as error:
+            meter.save()
+            if isinstance(error, _HeldUpError):
+                self._wait(need, error.wait, "the copy is not complete")
+            raise
+        finally:
+            self.is_copying = False
+
+    def _meter(self, generation: bytes, position: Position | None, need: Need) -> Meter:
+        """Goes on counting where an earlier run of this copy, or the pass before it, ended."""
+        kept = CopyProgress.from_json(self._records.copy_progress())
+        kind = CopyKind.INITIAL if need.is_first else CopyKind.RESYNC
+        if kept is not None and kept.kind is CopyKind.EXPORT:
+            kept = None
+        if kept is not None and kept.generation == generation.hex():
+            now = replace(kept, report=None)
+        elif kept is not None and kept.report and position is not None and kept.generation == _hex(position):
+            now = kept.next_pass(generation.hex())
+        else:
+            now = CopyProgress(kind=kind, generation=generation.hex())
+        return Meter(now, clock=self._clock, keep=self._keep)
+
+    def _keep(self, now: CopyProgress) -> None:
+        self._records.update(progress=now.part, copy=now.as_json())
+
+    def _progress(self, meter: Meter, need: Need, done: int, total: int, sent: int) -> None:
+        kept = meter.tell(done, total, sent)
+        self._between()
+        if kept or self._orders_changed:
+            self._orders_changed = False
+            wait = self._permission(need, self._records.orders())
+            if wait is not None:
+                raise _HeldUpError(f"{self._vm}: {wait.text}", wait)
+
+    # How it went -------------------------------------------------------------------------------------------
+
+    def _tell(self, now: CopyProgress, report: CopyReport) -> None:
+        """Once for each pass: what it took, with those before it."""
+        _log.info("%s: %s", self._vm, report.text)
+        if self._last_note in self.notes and now.number > 1:
+            self.notes.remove(self._last_note)
+        self._last_note = report.text
+        self._note(report.text)
+        self._records.copied(report)
+        self._records.update(progress=1.0, copy=replace(now, is_told=True).as_json())
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _look_at_pace(self, now: CopyProgress) -> None:
+        """Say that the guest is faster than the copy, and take it back when it is not any more."""
+        if now.stalled >= STALLED_PASSES:
+            text = _stalled_text(now)
+            _log.warning("%s: %s", self._vm, text)
+            self._records.update(error=text, hint=_STALLED_HINT)
+            if text not in self.notes:
+                self.notes[:] = [note for note in self.notes if not note.startswith(_STALLED)] + [text]
+        elif now.stalled_before >= STALLED_PASSES:
+            self._records.update(error=None, hint=None)
+
+
+class _HeldUpError(WaitingError):
+    """Raised between two frames; what is to follow has to wait until nobody uses the replica any more."""
+
+
+_STALLED = "the guest writes faster than the copy gets over"
+_STALLED_HINT = "let the guest write less for a while, or give the copy more bandwidth or the logs a higher soft_limit"
+
+
+def _stalled_text(now: CopyProgress) -> str:
+    """What a pass sent was written during the pass before it."""
+    written = bytes_text(round(now.bytes_sent / max(now.previous_seconds, 1e-3)))
+    sent = bytes_text(round(now.bytes_sent / max(now.seconds, 1e-3)))
+    return f"{_STALLED}: {written}/s against {sent}/s in pass {now.number}; it goes on trying"
+
+
+_HINTS = {
+    Cause.SUSPENDED: "--resume",
+    Cause.SEED: "--now",
+    Cause.TIME: "--now",
+    Cause.CANCELLED: "--now",
+    Cause.MANUAL: "--now",
+    Cause.WINDOW: "--now",
+}
+
+
+def _hex(position: Position | None) -> str | None:
+    return None if position is None else position.generation.hex()
+
+
+def _waiting_text(need: Need, wait: Wait) -> str:
+    return f"the {'first copy' if need.is_first else 'resynchronisation'} {wait.text}"
+
+
+def _waiting_state(need: Need, wait: Wait) -> ReplicationState:
+    if wait.cause is Cause.SUSPENDED:
+        return ReplicationState.SUSPENDED if need.is_first else ReplicationState.RESYNCHRONIZE_SUSPENDED
+    if not need.is_first:
+        return ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
+    if wait.cause is Cause.SEED:
+        return ReplicationState.WAITING_FOR_INITIAL_REPLICATION
+    return ReplicationState.READY_FOR_INITIAL_REPLICATION
+
+
+def _copying_state(kind: CopyKind) -> ReplicationState:
+    is_first = kind is CopyKind.INITIAL
+    return ReplicationState.INITIAL_REPLICATION_IN_PROGRESS if is_first else ReplicationState.RESYNCHRONIZING

@@ -1,0 +1,116 @@
+"""Whether a copy that is needed may start or go on now, or what it waits for. Pure.
+
+The first of these that applies decides:
+
+    suspended                              waits to be resumed
+    exported to a medium                   waits until the replica stands where the medium's contents do
+    asked for                              goes
+    ordered for a time                     waits until then, and goes
+    cancelled                              waits to be asked for
+    under way, or the next pass of a copy  goes
+    the first copy                         goes, or waits, as the policy says
+    resyncs are not automatic              waits to be asked for
+    at most a quarter of the disks         goes: a crash must not leave a VM unprotected until the evening
+    anything else                          goes while the window is open, else waits for it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, tzinfo
+from enum import Enum
+
+from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.window import Initial, Resync
+
+AT_ONCE_PART = 0.25
+"""Of the disks' size: as much may be resynchronised at any time of the day."""
+
+
+class Cause(Enum):
+    """What is so of a copy that waits, in words for an administrator."""
+
+    SUSPENDED = "is suspended"
+    SEED = "waits for a seed to be imported"
+    TIME = "waits for the time that was set"
+    CANCELLED = "was cancelled, and waits to be asked for"
+    MANUAL = "waits to be asked for"
+    WINDOW = "waits for the window of resynchronisations"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """A copy that is needed. `is_first`: there is no recovery point yet. `is_under_way`: it has begun. `is_pass`: it
+    compares what got dirty during a copy that no recovery point followed yet. `part`: of the disks' size, to be
+    compared; 1 for everything. `stands_at`: generation (hex) at which the replica stands, None if nowhere."""
+
+    is_first: bool
+    is_under_way: bool = False
+    is_pass: bool = False
+    part: float = 1.0
+    stands_at: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Why a copy waits. `until_ns`: when it goes on by itself, ns since 1970; None: not before somebody acts."""
+
+    cause: Cause
+    until_ns: int | None = None
+
+    @property
+    def text(self) -> str:
+        """The cause in words; the time is in local time."""
+        if self.until_ns is None:
+            return self.cause.value
+        return f"{self.cause.value}: {datetime.fromtimestamp(self.until_ns // 10**9):%Y-%m-%d %H:%M}"
+
+
+def permission(
+    need: Need,
+    orders: Orders,
+    *,
+    resync: Resync,
+    initial: Initial,
+    now_ns: int,
+    asked: bool = False,
+    tz: tzinfo | None = None,
+) -> Wait | None:
+    """What the copy waits for; None: it may go. `asked`: somebody waits for it now. `tz`: the window's."""
+    barred = _barred(need, orders)
+    if barred is not None:
+        return Wait(barred)
+    if asked or orders.now:
+        return None
+    if orders.at_ns is not None:
+        return _until(orders.at_ns, now_ns)
+    if orders.cancelled:
+        return Wait(Cause.CANCELLED)
+    if need.is_under_way or need.is_pass:
+        return None
+    return _first(need, initial, now_ns) if need.is_first else _another(need, resync, now_ns, tz)
+
+
+def _barred(need: Need, orders: Orders) -> Cause | None:
+    """What no wish for a copy comes against."""
+    if orders.suspended:
+        return Cause.SUSPENDED
+    return Cause.SEED if orders.seed is not None and orders.seed != need.stands_at else None
+
+
+def _first(need: Need, initial: Initial, now_ns: int) -> Wait | None:
+    if initial.how == "seed" and need.stands_at is None:
+        return Wait(Cause.SEED)
+    return None if initial.at_ns is None else _until(initial.at_ns, now_ns)
+
+
+def _another(need: Need, resync: Resync, now_ns: int, tz: tzinfo | None) -> Wait | None:
+    if not resync.automatic:
+        return Wait(Cause.MANUAL)
+    if need.part <= AT_ONCE_PART or resync.window.is_open(now_ns, tz):
+        return None
+    return Wait(Cause.WINDOW, resync.window.next_opening_ns(now_ns, tz))
+
+
+def _until(at_ns: int, now_ns: int) -> Wait | None:
+    return None if now_ns >= at_ns else Wait(Cause.TIME, at_ns)

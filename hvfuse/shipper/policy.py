@@ -1,0 +1,54 @@
+"""What the shipper is told of a VM: how to ship it, and where to keep how that goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from hvfuse.formats.digests import Algorithm
+from hvfuse.shipper.copy import CopyReport
+from hvfuse.shipper.cycle import CycleReport
+from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.window import AT_NIGHT, AT_ONCE, Initial, Resync
+
+
+class Records(Protocol):
+    """Where a VM's replication stands, kept for others to see and for after a restart."""
+
+    def update(self, **fields: object) -> None:
+        """Keep new values, durably, of any of: `state` (ReplicationState); `error`, `hint`,
+        `resync_reason` (text or None); `generation` (hex); `cycle`; `point` (id);
+        `last_replication_time_ns`; `progress` (of a copy, 0 to 1, None when there is none); `copy`
+        (`CopyProgress.as_json`, None when there is no copy); `copy_due_ns` (when a copy that waits starts by
+        itself, ns since 1970, None when it does not); `orders` (Orders)."""
+
+    def orders(self) -> Orders:
+        """What an administrator ordered, as it was kept last."""
+
+    def change_orders(self, change: Callable[[Orders], Orders]) -> Orders:
+        """Replace the orders by what `change` makes of them, durably, in one step whoever else changes them.
+        Returns the new ones; raises what `change` raises. For any thread."""
+
+    def copy_progress(self) -> Mapping[str, object] | None:
+        """What `copy` was kept last."""
+
+    def cycle(self, report: CycleReport) -> None:
+        """Keep the statistics of a committed cycle."""
+
+    def copied(self, report: CopyReport) -> None:
+        """Keep the statistics of a committed copy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShippingPolicy:
+    """`frequency_seconds`: from one cycle's begin to the next's. `level`: zstd level, 0 for none.
+    `soft_limit`: part of the disks' size; what sealed logs may hold before those of an outage are compacted.
+    `algorithm`: of the digests by which copies compare. `resync`, `initial`: when copies start."""
+
+    frequency_seconds: float = 30.0
+    level: int = 1
+    soft_limit: float = 0.25
+    algorithm: Algorithm = Algorithm.XXH3
+    resync: Resync = AT_NIGHT
+    initial: Initial = AT_ONCE
