@@ -22,8 +22,6 @@ from hvfuse import system, wire
 from hvfuse.errors import UnreachableError
 from hvfuse.formats import vhd
 from hvfuse.formats.tracking import IndexHead
-from hvfuse.shipper.copy import CopyReport
-from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.replication import Replication, ShippingPolicy
 from hvfuse.shipper.source import TrackerSource
 from hvfuse.target.local import LocalReplica
@@ -34,6 +32,7 @@ from hvfuse.tracker.service import TrackerControl
 from hvfuse.tracker.vm import TrackedVm
 from tests.crash.powerloss import PowerLoss
 from tests.crash.workload import Action, Operation
+from tests.shipper.logs import NoRecords
 
 VM = "vm"
 DISKS = {"a.raw": 640 << 10, "b.raw": (512 << 10) + 512, "c.vhd": 1 << 20}
@@ -142,19 +141,6 @@ class _Clock(system.SystemClock):
     def now_ns(self) -> int:
         self._now_ns += 30 * 10**9
         return self._now_ns
-
-
-class _NoRecords:
-    """Nobody looks at them here."""
-
-    def update(self, **fields: object) -> None:
-        pass
-
-    def cycle(self, report: CycleReport) -> None:
-        pass
-
-    def copied(self, report: CopyReport) -> None:
-        pass
 
 
 class Host:
@@ -306,7 +292,7 @@ class Host:
             folder=self.folder,
             source=TrackerSource("tracker.sock", self.folder),
             replica=self.replica,
-            records=_NoRecords(),
+            records=NoRecords(),
             policy=ShippingPolicy(),
             clock=self._clock,
             housekeep=self._keep_house,

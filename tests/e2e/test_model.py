@@ -36,6 +36,7 @@ from hvfuse.target.store import Store
 from hvfuse.target.view import View
 from hvfuse.tracker.service import TrackerControl
 from hvfuse.tracker.vm import TrackedVm
+from tests.shipper.logs import NoRecords
 
 STEPS = 50
 EXAMPLES = int(os.environ.get("HVFUSE_EXAMPLES", "60"))
@@ -55,16 +56,6 @@ class InProcess(TrackerSource):
         if op == "rotate":
             self._machine.note_barrier(bytes.fromhex(answer["generation"]), answer["cycle"])
         return dict(answer)
-
-
-class Records:
-    """Nobody looks at them here."""
-
-    def update(self, **fields: object) -> None: ...
-
-    def cycle(self, report: object) -> None: ...
-
-    def copied(self, report: object) -> None: ...
 
 
 class Clock(SystemClock):
@@ -114,7 +105,7 @@ class Machine(RuleBasedStateMachine):
             folder=self.folder,
             source=InProcess(self),
             replica=self.replica,
-            records=Records(),
+            records=NoRecords(),
             policy=ShippingPolicy(),
             clock=self.clock,
             housekeep=lambda: None,

@@ -20,6 +20,7 @@ from hvfuse.target.journal import PointReader
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.store import Store
 from tests.e2e.conftest import Installation
+from tests.shipper.logs import NoRecords
 
 DISKS = 8
 ROTATIONS = int(os.environ.get("HVFUSE_ROTATIONS", "60"))
@@ -36,14 +37,6 @@ while True:
         os.pwrite(file, page, 4096 * (number % 64))
         os.pwrite(file, page, 0)
 """
-
-
-class Records:
-    def update(self, **fields: object) -> None: ...
-
-    def cycle(self, report: object) -> None: ...
-
-    def copied(self, report: object) -> None: ...
 
 
 def test_no_point_ever_shows_one_disk_ahead_of_the_one_before_it(installation: Installation) -> None:
@@ -88,7 +81,7 @@ def _ship_and_look(store: Store, home: Home, names: list[str]) -> list[int]:
         folder=home.folder("vm1"),
         source=TrackerSource(socket, home.folder("vm1")),
         replica=replica,
-        records=Records(),
+        records=NoRecords(),
         policy=ShippingPolicy(),
         clock=SystemClock(),
         housekeep=lambda: None,

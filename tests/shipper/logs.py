@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from hvfuse.frames import Fill
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint, point_id
 from hvfuse.position import NO_DIGEST, Position, PositionMismatchError
 from hvfuse.reconcile import plan
+from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.source import Regions, ResyncScope, SourceDisk, SourceStatus
 from hvfuse.spool import SealedCycle
 
@@ -411,3 +412,27 @@ def apply_frame(image: bytearray, frame: frames.Frame) -> None:
 
 def random_bytes(seed: int, length: int) -> bytes:
     return np.random.default_rng(seed).bytes(length)
+
+
+class NoRecords:
+    """Records that nobody looks at; only the orders of this process are kept."""
+
+    def __init__(self) -> None:
+        self._orders = Orders()
+
+    def update(self, **fields: object) -> None:
+        self._orders = fields.get("orders", self._orders)
+
+    def orders(self) -> Orders:
+        return self._orders
+
+    def change_orders(self, change: Callable[[Orders], Orders]) -> Orders:
+        self._orders = change(self._orders)
+        return self._orders
+
+    def copy_progress(self) -> None:
+        return None
+
+    def cycle(self, report: object) -> None: ...
+
+    def copied(self, report: object) -> None: ...
