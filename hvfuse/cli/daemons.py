@@ -40,6 +40,7 @@ def tracker(session: Session, vm: str) -> None:
         state_dir=home.state_dir(vm),
         exclude=policy.exclude,
         hard_limit=policy.hard_limit / 100,
+        soft_limit=policy.soft_limit / 100,
     )
 
 

@@ -5,7 +5,8 @@ Tracking state, 16,384 bytes, little-endian, never longer:
     offset  size
          0 4,096 record, first copy
      4,096 4,096 record, second copy
-     8,192 8,192 region map: one byte a region (`hvfuse.tracker.regions`): bit 0 hot, bit 1 dirty
+     8,192 8,192 region map: one byte a region (`hvfuse.tracker.regions`): bit 0 hot, bit 1 dirty,
+                 bit 2 comparing
 
 A record is written to the copy that does not hold the newest one, then synced; the valid copy with
 the higher `write_number` counts. A torn write therefore costs at most the record being written. The map
@@ -15,9 +16,10 @@ least what the older one did until that was settled.
     Record (the rest of its 4,096 bytes is zero)
     offset size field
          0    8 magic "HVFTRK1\0"
-         8    4 version, 1
+         8    4 version, 2
         12    4 flags: bit 0 detached cleanly, bit 1 resynchronisation required, bit 2 resynchronising:
-                  the copy that began the generation is not acknowledged yet
+                  the copy that began the generation is not acknowledged yet. Both: the copy is valid, and
+                  another one has to follow it
         16    8 write_number, from 1
         24   16 disk_id
         40   16 generation; zeroes: not tracked
@@ -27,12 +29,14 @@ least what the older one did until that was settled.
         80    8 next_seq: a lower bound for the next entry's sequence number
         88   16 digest of the last sealed log of the generation; zeroes: none yet
        104   16 unique_id of that log
-       120    8 size of the image when it was sealed, bytes
+       120    8 zeroes
        128    4 disk_count: disks of the VM tracked together
        132    2 address_space, as in the companion
-       134    2 scope of the resynchronisation required or under way: 0 none, 1 marked regions, 2 full
-       136   16 base_generation: while resynchronising regions, the generation that the dirty marks add to
-       152    8 base_cycle: the least cycle of it that they add to
+       134    2 scope: 0 none, 1 marked regions, 2 full. While resynchronising, of the copy under way; what has to
+                  be compared after that is the dirty regions. Otherwise of the copy that is required
+       136   16 base_generation: while a copy of regions is under way, or its generation is being begun, the
+                  generation that the regions were marked against; zeroes: they are marked against this one
+       152    8 base_cycle: the least cycle of it that the marks add to
        160    8 region_size, bytes
        168   16 boot_id of the host that has the disk attached, or had it last
        184    8 image size at the clean detach, bytes
@@ -40,6 +44,9 @@ least what the older one did until that was settled.
        200    8 image inode number at the clean detach
        208  248 reason for the resynchronisation, UTF-8, padded with zeroes
        456   16 xxh3-128 of bytes 0 to 455
+
+Version 1 had no mark "comparing": the dirty regions were those of the copy under way and what was lost since,
+together. `upgraded` and `upgraded_marks` say what such a state comes to. Offset 120 had a size that nobody read.
 
 An index map is a head of 4,096 bytes and entries of 64 bytes as in `hvfuse.formats.companion`, stored
 through a shared map: a process that dies leaves them in the page cache. The entries of the log end
@@ -66,7 +73,7 @@ unique id, so that what an earlier log left in the map never counts.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import xxhash
@@ -82,10 +89,16 @@ MAP_SIZE = STATE_SIZE - MAP_OFFSET
 HEAD_SIZE = 4096
 MAX_REASON = 248
 
-_VERSION = 1
+VERSION = 2
+HOT = 1
+DIRTY = 2
+COMPARING = 4
+"""Marks of a region; what they mean: `hvfuse.tracker.regions`."""
+
+_HEAD_VERSION = 1
 _RECORD_MAGIC = b"HVFTRK1\0"
 _HEAD_MAGIC = b"HVFIDX1\0"
-_RECORD = struct.Struct("<8sIIQ16s16sQQQQ16s16sQIHH16sQQ16sQqQ248s")
+_RECORD = struct.Struct("<8sIIQ16s16sQQQQ16s16s8xIHH16sQQ16sQqQ248s")
 _HEAD = struct.Struct("<8sII16s16s16s16sQQQQQq")
 assert _RECORD.size == 456
 assert _HEAD.size == 128
@@ -107,7 +120,8 @@ class Scope(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingRecord:
-    """The record's fields, as in the table above. `resync_reason` is None unless one is required."""
+    """The record's fields, as in the table above. `resync_reason` is None unless one is required. `version`
+    is what was read; what is written is always of the present one."""
 
     disk_id: bytes
     generation: bytes = NOT_TRACKED
@@ -117,7 +131,6 @@ class TrackingRecord:
     next_seq: int = 1
     digest: bytes = bytes(16)
     unique_id: bytes = bytes(16)
-    sealed_size: int = 0
     disk_count: int = 0
     address_space: AddressSpace = AddressSpace.LOGICAL
     scope: Scope = Scope.NONE
@@ -132,6 +145,7 @@ class TrackingRecord:
     resync_reason: str | None = None
     resyncing: bool = False
     write_number: int = 0
+    version: int = VERSION
 
     @property
     def is_tracked(self) -> bool:
@@ -144,9 +158,9 @@ class TrackingRecord:
         flags |= _RESYNC * (self.resync_reason is not None)
         reason = (self.resync_reason or "").encode(errors="backslashreplace")[:MAX_REASON]
         body = _RECORD.pack(
-            _RECORD_MAGIC, _VERSION, flags, self.write_number, self.disk_id, self.generation,
+            _RECORD_MAGIC, VERSION, flags, self.write_number, self.disk_id, self.generation,
             self.cycle, self.acknowledged, self.serial, self.next_seq, self.digest, self.unique_id,
-            self.sealed_size, self.disk_count, self.address_space, self.scope, self.base_generation,
+            self.disk_count, self.address_space, self.scope, self.base_generation,
             self.base_cycle, self.region_size, self.boot_id, self.image_size, self.image_mtime_ns,
             self.image_inode, reason,
         )  # fmt: skip
@@ -159,19 +173,19 @@ def _unpack_record(data: bytes) -> TrackingRecord | None:
     if not body.startswith(_RECORD_MAGIC) or xxhash.xxh3_128_digest(body) != digest:
         return None
     (_, version, flags, write_number, disk_id, generation, cycle, acknowledged, serial, next_seq, log_digest,
-     unique_id, sealed_size, disk_count, space, scope, base_generation, base_cycle, region_size, boot_id,
+     unique_id, disk_count, space, scope, base_generation, base_cycle, region_size, boot_id,
      image_size, mtime, inode, reason) = _RECORD.unpack(body)  # fmt: skip
-    if version != _VERSION:
-        raise UnsupportedError(f"tracking state of version {version}; this hvfuse reads version {_VERSION}")
+    if not 1 <= version <= VERSION:
+        raise UnsupportedError(f"tracking state of version {version}; this hvfuse reads versions 1 to {VERSION}")
     return TrackingRecord(
         disk_id=disk_id, generation=generation, cycle=cycle, acknowledged=acknowledged, serial=serial,
-        next_seq=next_seq, digest=log_digest, unique_id=unique_id, sealed_size=sealed_size,
+        next_seq=next_seq, digest=log_digest, unique_id=unique_id,
         disk_count=disk_count, address_space=AddressSpace(space), scope=Scope(scope),
         base_generation=base_generation, base_cycle=base_cycle, region_size=region_size, boot_id=boot_id,
         detached_cleanly=bool(flags & _CLEAN), image_size=image_size, image_mtime_ns=mtime,
         image_inode=inode, resyncing=bool(flags & _RESYNCING),
         resync_reason=reason.rstrip(b"\0").decode(errors="replace") if flags & _RESYNC else None,
-        write_number=write_number,
+        write_number=write_number, version=version,
     )  # fmt: skip
 
 
@@ -183,6 +197,33 @@ def unpack_state(data: Buffer) -> TrackingRecord:
     if not valid:
         raise CorruptError("neither copy of the tracking state's record matches its checksum")
     return max(valid, key=lambda record: record.write_number)
+
+
+def upgraded(record: TrackingRecord) -> TrackingRecord:
+    """A record as if the present version had written it; for the marks that go with it see `upgraded_marks`.
+
+    Where version 1 had lost logs during a copy, the copy counted for nothing: it is not under way any more,
+    and what is marked adds to its base; or everything has to be compared.
+    """
+    if record.version == VERSION:
+        return record
+    given_up = record.resyncing and record.resync_reason is not None
+    has_base = record.resyncing and record.scope is Scope.REGIONS
+    return replace(
+        record,
+        version=VERSION,
+        resyncing=record.resyncing and not given_up,
+        base_generation=record.base_generation if has_base else NOT_TRACKED,
+        base_cycle=record.base_cycle if has_base else 0,
+    )
+
+
+def upgraded_marks(record: TrackingRecord, marks: bytes) -> bytes:
+    """The region map that goes with `upgraded(record)`, `record` being as it was read. Doing it again to the
+    result changes nothing."""
+    if record.version == VERSION or upgraded(record).resyncing is False or record.scope is not Scope.REGIONS:
+        return marks
+    return bytes(mark & ~DIRTY | COMPARING if mark & DIRTY else mark for mark in marks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +245,7 @@ class IndexHead:
     def pack(self) -> bytes:
         """The 136 bytes that count of the head."""
         body = _HEAD.pack(
-            _HEAD_MAGIC, _VERSION, int(self.active), self.unique_id, self.previous_unique_id,
+            _HEAD_MAGIC, _HEAD_VERSION, int(self.active), self.unique_id, self.previous_unique_id,
             self.generation, self.disk_id, self.cycle, self.serial, self.first_seq,
             self.previous_size, self.start_size, self.opened_ns,
         )  # fmt: skip
@@ -219,7 +260,7 @@ def unpack_head(data: Buffer) -> IndexHead | None:
         return None
     (_, version, state, unique_id, previous_unique_id, generation, disk_id, cycle, serial, first_seq,
      previous_size, start_size, opened_ns) = _HEAD.unpack(body)  # fmt: skip
-    if version != _VERSION:
+    if version != _HEAD_VERSION:
         return None
     return IndexHead(
         active=state == 1, unique_id=unique_id, previous_unique_id=previous_unique_id,

@@ -25,15 +25,19 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from hvfuse import system
-from hvfuse.extent import Buffer
+from hvfuse.extent import Buffer, Extent
 from hvfuse.formats.companion import AddressSpace, Kind
 from hvfuse.formats.image import ImageFormat, ImageInfo
+from hvfuse.formats.tracking import DIRTY, HOT
 from hvfuse.tracker.disk_logs import DiskLogs
 from hvfuse.tracker.log import MAX_LOG_SIZE, ReplicationLog
-from hvfuse.tracker.regions import DIRTY, HOT, MAX_REGIONS, RegionMap, region_size
+from hvfuse.tracker.regions import MAX_REGIONS, RegionMap, region_size
 from hvfuse.tracker.state import TrackingState
 
 _PIECE = 1 << 20
@@ -167,6 +171,20 @@ class TrackedDisk(DiskLogs):
             self._cover(offset, length, DIRTY)
         except OSError as error:
             self._vm.degrade(f"the region map of {self.name} could not be written: {error.strerror}", full=True)
+
+    def doubt(self, ranges: Sequence[Extent]) -> None:
+        """Mark ranges dirty, in memory: the replica is known to differ there. What lies past the end of the disk is
+        left out. Caller holds the gate, and ends logging, which makes it durable. Raises OSError."""
+        size = self.size()
+        there = [extent for extent in ranges if extent.offset < size]
+        if not there:
+            return
+        regions = self.regions
+        assert regions is not None, "only tracked disks can differ"
+        if size > regions.reach:
+            regions = self._enlarge_regions(size)
+        lengths = [min(extent.end, size) - extent.offset for extent in there]
+        regions.mark_ranges(np.array([extent.offset for extent in there], np.int64), np.array(lengths, np.int64))
 
     def _made_room(self, error: OSError, offset: int, length: int) -> bool:
         """The image could not be written. If that is because the file system is full, the logs go before

@@ -67,6 +67,11 @@ class DiskLogs:
         )
         self._standby = ReplicationLog.prepare(self.folder, self.name, head, self._free_index())
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether a log stands by; the guest's thread may have given it up. Caller holds the gate."""
+        return self._standby is not None
+
     def _take_serial(self) -> int:
         return max(self._tracked_state().record.serial, spool.greatest_serial(self.folder, self.name)) + 1
 
@@ -148,8 +153,13 @@ class DiskLogs:
             next_seq=header.first_seq + header.entry_count,
             digest=header.digest(),
             unique_id=header.unique_id,
-            sealed_size=header.end_size,
         )
+
+    def unsealed(self) -> list[ReplicationLog]:
+        """The logs whose entries no companion need tell of: the one being sealed, the active one. Caller holds the
+        gate; as long as it does, none of their index maps is taken for another log."""
+        retired, log = self._retired, self.log  # the first may be let go at any moment
+        return [each for each in (retired[0] if retired else None, log) if each is not None]
 
     def drop_logs(self) -> None:
         """Give up the active log and the one standing by. Caller holds the gate or nobody writes.

@@ -7,7 +7,7 @@
 - The host died: sealed logs are durable and stay; of an unsealed one counts the prefix whose entries and
   payloads check out. It is done again on the image and then given up, and the hot regions become dirty:
   only they are compared with the replica. What was synced by the guest is on the image already, and
-  in that prefix, so doing it again cannot take it back.
+  in that prefix, so doing it again cannot take it back. A copy under way goes on; they are left to the next.
 - Anything else (the image changed behind our back, a disk came or went): the whole disks are compared.
 """
 
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from hvfuse import spool, system
 from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.formats.companion import UNCLEAN, Kind
-from hvfuse.formats.tracking import IndexHead, Scope
+from hvfuse.formats.tracking import DIRTY, IndexHead, Scope
+from hvfuse.tracker import resync
 from hvfuse.tracker.disk import TrackedDisk
 from hvfuse.tracker.index import IndexMap
 from hvfuse.tracker.log import ReplicationLog
-from hvfuse.tracker.regions import DIRTY
-from hvfuse.tracker.resync import Tracked, origin_generation, regions_of
+from hvfuse.tracker.resync import Tracked, regions_of
 from hvfuse.tracker.state import TrackingState
 
 REDONE = 128
@@ -46,14 +46,9 @@ class Finding:
 
 def recover(disks: list[Tracked], *, now_ns: int) -> Finding:
     """Bring the disks to a state from which their generation continues, or say what is required."""
-    known = next((state.record.resync_reason for _, state in disks if state.record.resync_reason), None)
-    if not any(state.record.is_tracked for _, state in disks):
-        return Finding(reason=known, scope=Scope.FULL if known else Scope.NONE)
-    # Marks know as little as logs of what happened behind the mount: this comes before anything recorded.
-    changed = _membership_changed(disks) or _changed_offline(disks)
-    if changed is not None or known is not None:
-        recorded = max(state.record.scope for _, state in disks)
-        return Finding(reason=changed or known, scope=recorded if changed is None else Scope.FULL)
+    recorded = _recorded(disks)
+    if recorded is not None:
+        return recorded
     if all(state.record.detached_cleanly for _, state in disks):
         return Finding()
     boot = system.boot_id()
@@ -66,9 +61,34 @@ def recover(disks: list[Tracked], *, now_ns: int) -> Finding:
         return Finding(reason=f"the logs left by a crash could not be taken up: {error}", scope=Scope.FULL)
 
 
+def _recorded(disks: list[Tracked]) -> Finding | None:
+    """What the records say by themselves; None if the logs are to be taken up."""
+    known = next((state.record.resync_reason for _, state in disks if state.record.resync_reason), None)
+    if not any(state.record.is_tracked for _, state in disks):
+        return Finding(reason=known, scope=Scope.FULL if known else Scope.NONE)
+    # Marks know as little as logs of what happened behind the mount: this comes before anything recorded.
+    changed = _membership_changed(disks) or _changed_offline(disks)
+    if changed is not None:
+        return Finding(reason=changed, scope=Scope.FULL)
+    return None if known is None else Finding(reason=known, scope=_still_to_compare(disks))
+
+
+def _still_to_compare(disks: list[Tracked]) -> Scope:
+    """Where a generation was being begun, writes were logged before the reason went: their regions are hot, and
+    those logs are not taken up."""
+    found = resync.next_scope(disks)
+    if found is Scope.REGIONS:
+        try:
+            for disk, _ in disks:
+                regions_of(disk).mark_hot_dirty()
+                regions_of(disk).save()
+        except OSError:
+            found = Scope.FULL
+    return found
+
+
 def _membership_changed(disks: list[Tracked]) -> str | None:
-    generations = {origin_generation(state.record) for _, state in disks}
-    if len(generations) > 1:
+    if not resync.have_one_history(disks):
         added = [disk.name for disk, state in disks if not state.record.is_tracked]
         return f"{', '.join(added) or 'a disk'} was added or exchanged while the VM was not mounted"
     expected = disks[0][1].record.disk_count
@@ -152,17 +172,15 @@ def _recover_from_power_loss(disks: list[Tracked]) -> Finding:
         regions_of(disk).mark_hot_dirty()
     _give_up_partial_cycles(disks)
     _drop_rest(disks)
-    # Where no first copy is complete, marks add to nothing.
-    scope = max([Scope.REGIONS] + [state.record.scope for _, state in disks])
     marked = sum(regions_of(disk).count(DIRTY) for disk, _ in disks)
     doubtful = sum(extent.length for disk, _ in disks for extent in regions_of(disk).extents(DIRTY, disk.size()))
     total = sum(disk.size() for disk, _ in disks)
     reason = (
         f"the host stopped while the VM was attached: {marked} regions, {_size(doubtful)} of {_size(total)} to compare"
     )
-    if scope is Scope.FULL:
-        reason = f"the host stopped before the first copy was complete: {_size(total)} to compare"
-    return Finding(reason=reason, scope=scope, report=f"{reason}; {redone} logged writes done again")
+    if resync.is_resyncing(disks):
+        reason += " once the copy under way is complete"
+    return Finding(reason=reason, scope=Scope.REGIONS, report=f"{reason}; {redone} logged writes done again")
 
 
 def _redo_durable_tail(logs: Sequence[_Unsealed]) -> int:

@@ -4,18 +4,25 @@ A disk is cut into at most 8,192 regions of equal size, a power of two. Before t
 region that is not marked, the mark is made durable; so after a crash of the host, only marked regions
 have to be compared with the replica, whatever the page cache lost.
 
-Two marks, one byte a region on disk (`hvfuse.formats.tracking`):
+Three marks, one byte a region on disk (`hvfuse.formats.tracking`):
 
 - HOT: written to since log and image were last synced together. Set before the write, cleared after a
   sealing for regions that have been left alone for a whole cycle: a region in use would only be
-  marked again at once.
-- DIRTY: differs from the replica with no log that says how. Set when logging ended; cleared only when
-  the target has acknowledged a resynchronisation of the region.
+  marked again at once; and cleared where what it stands for has become dirty.
+- DIRTY: may differ from the replica with no log that says how. Set when logging ends, and from then on before
+  each write.
+- COMPARING: the copy under way compares it. A copy of regions begins by making the dirty ones comparing, at the
+  very instant at which logging begins; so what is dirty while it runs became so since, and is left to the next.
+  Cleared when the target has acknowledged the copy.
+
+No mark is taken before something else stands for it: until a copy is under way, dirty and comparing
+regions count alike; once it is, `hvfuse.tracker.resync` says which count for what.
 
 Marking costs a sync, so it is done ahead for a writer in a hurry: a miss that comes soon after another marks
 four times as many regions as that did, from the missed one upward and around. A writer over a whole
 disk, sequential or random, pays a handful of syncs; one that writes here and there now and then, whose
-regions a crash would have to compare, marks just these.
+regions a crash would have to compare, marks just these. Dirty marks go a few regions ahead at most: each will
+be compared, and copies follow each other until what gets dirty meanwhile is little.
 
 The map in memory is never behind the one on disk: a byte is set in memory first, then written and synced,
 and only then may the write go on. Clearing is written without a sync: what a crash brings back is a mark
@@ -33,15 +40,14 @@ from numpy.typing import NDArray
 from hvfuse.extent import Extent
 from hvfuse.formats.companion import Entries, Kind
 from hvfuse.formats.image import ImageFormat, ImageInfo
+from hvfuse.formats.tracking import COMPARING, DIRTY, HOT
 
 MAX_REGIONS = 8192
 MIN_REGION = 64 << 10
 """Bytes; the block in which source and replica are compared."""
 
-HOT = 1
-DIRTY = 2
-
 _MARK_AHEAD = 4
+_MOST_AHEAD = {HOT: MAX_REGIONS, DIRTY: 8}
 _SOON = 0.1
 """Seconds."""
 
@@ -102,7 +108,8 @@ class RegionMap:
         marks = self._array()
         marks[first : last + 1] |= mark
         now = time.monotonic()
-        self._ahead = min(self._ahead * _MARK_AHEAD, MAX_REGIONS) if now - self._missed_at < _SOON else 1
+        most = _MOST_AHEAD[mark]
+        self._ahead = min(self._ahead * _MARK_AHEAD, most) if now - self._missed_at < _SOON else 1
         self._missed_at = now
         if self._ahead > 1:
             marks[np.arange(last, last + self._ahead) % max(self.used, last + 1)] |= mark
@@ -138,11 +145,14 @@ class RegionMap:
     def mark_entries(self, entries: Entries) -> None:
         """Mark dirty, in memory, what a log's entries cover: the log is about to be given up."""
         entries = entries[entries["kind"] != Kind.FLUSH]
-        first = (entries["offset"] >> self._shift).astype(np.int64)
-        last = ((entries["offset"] + entries["length"] - 1) >> self._shift).astype(np.int64)
+        self.mark_ranges(entries["offset"].astype(np.int64), entries["length"].astype(np.int64))
+
+    def mark_ranges(self, offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        """Mark dirty, in memory, what ranges cover: shape (n,), in bytes; none is empty. What lies beyond `reach`
+        counts for the last region."""
         edges = np.zeros(MAX_REGIONS + 1, np.int64)
-        np.add.at(edges, np.minimum(first, MAX_REGIONS - 1), 1)
-        np.add.at(edges, np.minimum(last + 1, MAX_REGIONS), -1)
+        np.add.at(edges, np.minimum(offsets >> self._shift, MAX_REGIONS - 1), 1)
+        np.add.at(edges, np.minimum((offsets + lengths - 1 >> self._shift) + 1, MAX_REGIONS), -1)
         self._array()[np.cumsum(edges)[:-1] > 0] |= DIRTY
 
     def mark_cut(self, before: int, after: int) -> None:
@@ -155,9 +165,20 @@ class RegionMap:
         marks = self._array()
         marks[marks & HOT != 0] |= DIRTY
 
+    def forget_hot(self) -> None:
+        """Let all regions be cold, in memory: what was written to them is sealed and synced, or marked dirty."""
+        self._array()[:] &= np.uint8(~HOT & 0xFF)
+
+    def start_comparing(self) -> None:
+        """Make comparing what is dirty, or was to be compared before, and all else unmarked. Durable. Raises
+        OSError. Caller holds the gate, and lets logging begin before it lets go."""
+        marks = self._array()
+        marks[:] = np.where(marks & (DIRTY | COMPARING), np.uint8(COMPARING), np.uint8(0))
+        self.save()
+
     def clear(self, mark: int) -> None:
-        """Take a mark from all regions: DIRTY once the target has acknowledged a resynchronisation, HOT when
-        everything is synced and sealed. Durable. Raises OSError."""
+        """Take marks from all regions: COMPARING, or all that say "differs", once the target has acknowledged a
+        copy, HOT when everything is synced and sealed. Durable. Raises OSError."""
         self._array()[:] &= np.uint8(~mark & 0xFF)
         self.save()
 
@@ -177,7 +198,7 @@ class RegionMap:
         return made
 
     def extents(self, mark: int, disk_size: int) -> list[Extent]:
-        """The ranges of a disk of that size, in bytes, that carry `mark`; ascending and apart."""
+        """The ranges of a disk of that size, in bytes, that carry any of the marks in `mark`; ascending and apart."""
         marked = np.concatenate([[0], (self._array() & mark != 0).astype(np.int8), [0]])
         edges = np.flatnonzero(np.diff(marked))
         found = []
@@ -188,7 +209,7 @@ class RegionMap:
         return found
 
     def count(self, mark: int) -> int:
-        """How many regions carry `mark`."""
+        """How many regions carry any of the marks in `mark`."""
         return int(np.count_nonzero(self._array() & mark))
 
 

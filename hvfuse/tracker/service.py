@@ -3,12 +3,17 @@
 The main thread belongs to FUSE; one thread of the control socket takes requests (`hvfuse.wire`):
 
     status                          -> `TrackedVm.status`, and "mountpoint", "pid"
-    regions                         -> "scope", "disks": what has to be compared with the replica
+    regions                         -> "scope", "disks": what the copy under way, or required, compares
     begin    generation, scope      -> begin a generation; as status. scope: "full" (default), "regions"
     resynced generation             -> {}; the target has the copy that began it
     rotate                          -> "generation", "cycle", "sealed_ns", "barrier_ns"
     release  generation, cycle      -> {}
+    touched  disks                  -> "generation", "cycle", "disks": what of them the cycle in progress changed
+    doubt    generation, reason,    -> {}; the replica was found to differ there: a resynchronisation is
+             disks                     required, of this and of what the logs held
     stop     force (default false)  -> {}; BusyError while somebody uses the mount, unless forced
+
+In "touched" and "doubt", "disks" is {disk id, hexadecimal: [[offset, length], ...]}, in bytes.
 
 When the mount is gone, however that came about, the logs are sealed and a clean detach is recorded.
 """
@@ -24,25 +29,35 @@ from hvfuse import wire
 from hvfuse.errors import UsageError
 from hvfuse.formats.tracking import Scope
 from hvfuse.mountpoint import check_mountpoint, clear_dead_mount, stop, unmount
+from hvfuse.tracker import touched
+from hvfuse.tracker.budget import HARD_LIMIT, SOFT_LIMIT
 from hvfuse.tracker.mount import serve
-from hvfuse.tracker.vm import HARD_LIMIT, TrackedVm
+from hvfuse.tracker.vm import TrackedVm
 
 SOCKET_NAME = "tracker.sock"
 
 
 def run_tracker(
-    *, vm: str, folder: str, mountpoint: str, state_dir: str, exclude: frozenset[str], hard_limit: float = HARD_LIMIT
+    *,
+    vm: str,
+    folder: str,
+    mountpoint: str,
+    state_dir: str,
+    exclude: frozenset[str],
+    hard_limit: float = HARD_LIMIT,
+    soft_limit: float = SOFT_LIMIT,
 ) -> None:
     """Serve one VM until it is unmounted or told to stop. Blocks; belongs in the main thread.
 
-    `hard_limit`: part of the disks' size that logs may take before they are given up.
+    `hard_limit`: part of the disks' size that logs may take before they are given up; `soft_limit`: the same while
+    a copy is under way.
 
     Raises NotFoundError, BusyError, CorruptError, UnsupportedError or PrerequisiteError before
     anything is mounted.
     """
     clear_dead_mount(mountpoint)
     check_mountpoint(mountpoint)
-    tracked = TrackedVm(vm, folder, exclude=exclude, hard_limit=hard_limit)
+    tracked = TrackedVm(vm, folder, exclude=exclude, hard_limit=hard_limit, soft_limit=soft_limit)
     tracked.attach()
     control = TrackerControl(tracked, mountpoint)
     listener: wire.Listener | None = None
@@ -79,6 +94,8 @@ class TrackerControl:
             "resynced": self._resynced,
             "rotate": self._rotate,
             "release": self._release,
+            "touched": lambda request: vm.touched(touched.ranges(request.get("disks"))),
+            "doubt": self._doubt,
             "stop": self._stop,
         }
 
@@ -109,6 +126,13 @@ class TrackerControl:
 
     def _release(self, request: wire.Message) -> dict[str, Any]:
         self._vm.release(_generation(request), int(request["cycle"]))
+        return {}
+
+    def _doubt(self, request: wire.Message) -> dict[str, Any]:
+        reason = request.get("reason")
+        if not isinstance(reason, str) or not reason:
+            raise UsageError("a doubt needs a reason, in words")
+        self._vm.doubt(_generation(request), reason, touched.ranges(request.get("disks")))
         return {}
 
     def _stop(self, request: wire.Message) -> dict[str, Any]:

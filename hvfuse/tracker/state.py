@@ -35,7 +35,7 @@ class TrackingState:
             if is_new or os.fstat(self._fd).st_size < STATE_SIZE:
                 self._create(folder, address_space, region_size)
             else:
-                self.record = self._read()
+                self.record = self._upgraded(self._read())
         except BaseException:
             os.close(self._fd)
             raise
@@ -65,6 +65,18 @@ class TrackingState:
                 hint="remove the file to track the disk anew; that begins with a full copy",
             ) from None
 
+    def _upgraded(self, record: TrackingRecord) -> TrackingRecord:
+        """The state of an earlier version as it is meant now. The map is durable before the record, which the next
+        `update` writes: a death in between has it done again."""
+        if record.version == tracking.VERSION:
+            return record
+        marks = system.pread(self._fd, MAP_SIZE, MAP_OFFSET)
+        meant = tracking.upgraded_marks(record, marks)
+        if meant != marks:
+            self._store_map(meant)
+            self._sync_map()
+        return tracking.upgraded(record)
+
     def update(self, **changes: Any) -> None:
         """Change fields of the record, durably. Raises OSError."""
         # The guest's thread may degrade the disk while the control thread notes a sealed log: neither
@@ -79,7 +91,7 @@ class TrackingState:
         """The record cannot be written: without a file the disk is a new one, here as at the next attach."""
         with contextlib.suppress(OSError):
             system.unlink("state:give-up", self.path, missing_ok=True)
-        self.record = replace(self.record, generation=tracking.NOT_TRACKED)
+        self.record = replace(self.record, generation=tracking.NOT_TRACKED, resyncing=False)
 
     def regions(self) -> RegionMap:
         """The disk's region map, as it is on disk."""

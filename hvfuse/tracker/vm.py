@@ -2,19 +2,18 @@
 
 Locks, always taken in this order:
 
-- `_rotation` serialises what changes logs: begin, rotate, resize, release, detach. Whoever seals holds
+- `_rotation` serialises what changes logs: begin, rotate, resize, release, doubt, detach. Whoever seals holds
   it, so a log is sealed before the next switch needs its index map.
 - `gate` is held by every write, by the switch, and by whatever changes marks or ends logging. It forbids that
   a write lands between the switch of one disk and that of the next, and that a payload goes to a log while
   it is switched away. Logs are sealed and images synced outside of it, so the barrier itself lasts
-  microseconds; it waits for a write that is marking a cold region, which takes a sync.
+  microseconds; it waits for a write that is marking a cold region, which takes a sync. Where a generation begins,
+  it also keeps writes out while the marks change sides: what is written is in the copy, or in its logs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 import threading
 import time
@@ -22,25 +21,16 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hvfuse import spool, system
-from hvfuse.errors import (
-    BusyError,
-    HvfuseError,
-    NotFoundError,
-    ResyncRequiredError,
-    UnsupportedError,
-    UsageError,
-)
+from hvfuse.errors import HvfuseError, NotFoundError, ResyncRequiredError, UsageError
 from hvfuse.formats.image import is_disk_name, probe_for_tracking
-from hvfuse.formats.tracking import NOT_TRACKED, Scope
-from hvfuse.tracker import recovery, resync
+from hvfuse.formats.tracking import HOT, NOT_TRACKED, Scope
+from hvfuse.tracker import recovery, report, resync, touched
+from hvfuse.tracker.budget import HARD_LIMIT, SOFT_LIMIT, Budget
 from hvfuse.tracker.disk import TrackedDisk, address_space
-from hvfuse.tracker.regions import HOT, greatest_size, region_size
+from hvfuse.tracker.regions import greatest_size, region_size
 from hvfuse.tracker.state import TrackingState
-
-HARD_LIMIT = 0.5
-"""Part of the disks' size that logs may take before they are given up, as in Hyper-V Replica."""
-LEAST_LIMIT = 8 << 20
-"""Bytes that the logs may always take, however small the disks."""
+from hvfuse.tracker.touched import Ranges
+from hvfuse.tracker.ways_in import refuse_other_ways_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +53,7 @@ class TrackedVm:
         *,
         exclude: frozenset[str] = frozenset(),
         hard_limit: float = HARD_LIMIT,
+        soft_limit: float = SOFT_LIMIT,
         clock: system.Clock | None = None,
     ) -> None:
         self.name = name
@@ -71,8 +62,7 @@ class TrackedVm:
         self.disks: dict[str, TrackedDisk] = {}
         self.recovered: str | None = None
         self._exclude = exclude
-        self._hard_limit = hard_limit
-        self._sealed_bytes = 0
+        self._budget = Budget(hard_limit=hard_limit, soft_limit=soft_limit)
         self._lost: str | None = None
         self._clock: system.Clock = clock or system.SystemClock()
         self._rotation = threading.RLock()
@@ -105,7 +95,7 @@ class TrackedVm:
 
     def _open(self, name: str) -> TrackedDisk:
         path = os.path.join(self.folder, name)
-        _refuse_other_ways_in(path)
+        refuse_other_ways_in(path)
         info = probe_for_tracking(path)
         state = None
         if name not in self._exclude:
@@ -124,9 +114,11 @@ class TrackedVm:
         self.recovered = found.report
         boot = system.boot_id()
         for disk, state in disks:
-            wider = max(found.scope, state.record.scope)
-            state.update(detached_cleanly=False, boot_id=boot, resync_reason=found.reason, scope=wider)
-            disk.marks_only = found.reason is not None and wider is Scope.REGIONS
+            changes = {"scope": max(found.scope, state.record.scope)}
+            if found.scope is Scope.FULL:
+                changes = resync.EVERYTHING
+            state.update(detached_cleanly=False, boot_id=boot, resync_reason=found.reason, **changes)
+            disk.marks_only = found.scope is Scope.REGIONS
             if found.reason is not None:
                 # Where a sync has failed, the page cache may show what is not on the disk.
                 os.posix_fadvise(disk.fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -137,11 +129,16 @@ class TrackedVm:
             with contextlib.suppress(ResyncRequiredError):  # the disks are served all the same
                 self._start_logs()
 
-    def _start_logs(self) -> None:
-        """First logs of this attachment or generation. Raises ResyncRequiredError."""
+    def _start_logs(self, copied: Scope = Scope.NONE) -> None:
+        """First logs of this attachment, or of a generation that begins with a copy of scope `copied`.
+        Raises ResyncRequiredError."""
         disks = self._tracked()
         self._prepare(self._cycle + 1)
         with self.gate:
+            if not all(disk.is_prepared for disk, _ in disks):
+                raise ResyncRequiredError(f"{self.name}: nothing can be logged: {self.resync_reason}")
+            if copied is not Scope.NONE:
+                self._start_comparing(copied)
             now = self._clock.now_ns()
             for disk, _ in disks:
                 disk.switch(now_ns=now)
@@ -197,36 +194,54 @@ class TrackedVm:
     def begin(self, generation: bytes, scope: Scope = Scope.FULL) -> None:
         """Begin a generation: from one instant on, all writes to all disks are logged, as cycle 1.
 
-        A copy of the given scope is to follow; `resynced` says that the target has it. Logs that the
-        target has not acknowledged are given up; for scope REGIONS what they hold is marked.
-        Idempotent for the generation in progress. Raises OSError, ResyncRequiredError (the scope is too
-        narrow).
+        A copy of the given scope is to follow; `resynced` says that the target has it. A copy under way is
+        abandoned, and logs that the target has not acknowledged are given up; for scope REGIONS what either of
+        them was for is compared by the new one. Idempotent for the generation in progress, also when its logs
+        were lost during its copy. Raises OSError, UsageError (a generation that was in progress before),
+        ResyncRequiredError (the scope is too narrow, or logging ended at once).
         """
         with self._rotation:
-            if self.is_logging and self._generation == generation:
-                return
             disks = self._tracked()
             if not disks:
                 raise NotFoundError(f"{self.name}: every disk is excluded from replication")
-            if scope is Scope.REGIONS and resync.scope(disks) is Scope.FULL:
-                raise ResyncRequiredError(f"{self.name}: marked regions are not enough: {self.resync_reason}")
+            if self._generation == generation:
+                if self.is_logging or resync.is_resyncing(disks):
+                    return
+                raise UsageError(f"{self.name}: generation {generation.hex()} has begun before; it takes a new one")
+            self._demand_enough(scope)
             # Until the new generation stands on disk for all disks, a death in here must not leave a
             # state that looks continuous: the reason stays until then.
             with self.gate:
                 self.degrade(self.resync_reason or "a new generation was being begun", full=scope is Scope.FULL)
-            if scope is Scope.REGIONS and resync.scope(disks) is not Scope.REGIONS:
-                raise ResyncRequiredError(f"{self.name}: the marked regions are not enough: {self.resync_reason}")
+                self._demand_enough(scope)
+                resync.open_generation(disks, generation, scope)
             for disk, _ in disks:
                 disk.drop_retired()
                 disk.drop_strays()
-            resync.begin(disks, generation, scope)
             self._generation, self._cycle = generation, 0
             self._count_sealed()
-            self._start_logs()
+            self._start_logs(scope)
             self._sync_images()
-            for _, state in disks:
-                state.update(resync_reason=None)
-            self._lost = None
+            with self.gate:
+                self._require_logging()
+                resync.start_copy(disks)
+                self._lost = None
+
+    def _demand_enough(self, scope: Scope) -> None:
+        """Raises ResyncRequiredError if a copy of that scope would not bring the replica up."""
+        if scope is Scope.REGIONS and resync.scope(self._tracked()) is Scope.FULL:
+            reason = self.resync_reason or "a copy of everything is under way"
+            raise ResyncRequiredError(f"{self.name}: the marked regions are not enough: {reason}")
+
+    def _start_comparing(self, scope: Scope) -> None:
+        """Caller holds the gate. Raises ResyncRequiredError."""
+        self._demand_enough(scope)
+        try:
+            resync.start_comparing(self._tracked(), scope)
+        except OSError as error:
+            reason = f"a region map could not be written: {error.strerror}"
+            self.degrade(reason, full=True)
+            raise ResyncRequiredError(f"{self.name}: {reason}") from None
 
     def _sync_images(self) -> None:
         """What was written before the logs began is in no hot region, and the copy that follows takes it
@@ -238,12 +253,13 @@ class TrackedVm:
             self._give_up(f"an image could not be synced: {error.strerror}")
 
     def resynced(self, generation: bytes) -> None:
-        """The target has the copy that began `generation`. Idempotent. Raises OSError, UsageError."""
+        """The target has the copy that began `generation`. If logs were lost during it, a resynchronisation of
+        what was written since stays required. Idempotent. Raises OSError, UsageError."""
         with self._rotation:
             if generation != self._generation:
                 raise UsageError(f"{self.name}: generation {generation.hex()} is not the one in progress")
             with self.gate:
-                if any(state.record.resyncing for _, state in self._tracked()):
+                if resync.is_resyncing(self._tracked()):
                     resync.finish(self._tracked())
 
     def rotate(self) -> Rotation:
@@ -338,17 +354,12 @@ class TrackedVm:
 
     def over_budget(self) -> str | None:
         """Why the logs must not grow any more; None while they may. Caller holds the gate."""
-        disks = [disk for disk, _ in self._tracked()]
-        active = sum(disk.log.stored for disk in disks if disk.log is not None)
-        capacity = sum(max(disk.capacity, disk.size()) for disk in disks)
-        if self._sealed_bytes + active <= max(self._hard_limit * capacity, LEAST_LIMIT):
-            return None
-        return f"the logs that the target has not taken have reached {self._hard_limit:.0%} of the disks' size"
+        return self._budget.excess(self._tracked())
 
     def _count_sealed(self) -> None:
         """Look at what waits in the spool. A log that cannot be read is the shipper's to complain of."""
         with contextlib.suppress(HvfuseError, OSError):
-            self._sealed_bytes = sum(log.header.stored_bytes for log in spool.list_logs(self.folder))
+            self._budget.sealed = sum(log.header.stored_bytes for log in spool.list_logs(self.folder))
 
     def _give_up(self, reason: str) -> NoReturn:
         with self.gate:
@@ -376,18 +387,61 @@ class TrackedVm:
             spool.release([c for c in cycles if c.generation != generation or c.cycle <= cycle])
             self._count_sealed()
 
-    def regions(self) -> dict[str, Any]:
-        """What has to be compared with the replica, for the control socket: offsets and lengths in bytes."""
-        with self.gate:
-            disks = self._tracked()
-            scope = resync.scope(disks)
+    # Verification -----------------------------------------------------------------------------
+
+    def touched(self, asked: Ranges) -> dict[str, Any]:
+        """Which of the given ranges were written to, zeroed, trimmed or cut since the cycle in progress began, for
+        the control socket: all that can be read of the images by now is accounted for.
+
+        Raises ResyncRequiredError when nothing is being logged, UsageError for a disk that is not tracked.
+        """
+        with self._rotation:
+            disks = self._disks_by_id(asked)
+            with self.gate:
+                self._require_logging()
+                logs = {disk_id: disk.log for disk_id, disk in disks.items()}
+                found = {disk_id: touched.covered(log) for disk_id, log in logs.items() if log is not None}
+            answer = {disk_id: found[disk_id].among(asked[disk_id]) for disk_id in asked}
             return {
-                "scope": resync.status(disks)["resync_scope"],
-                "disks": [
-                    {"disk_id": state.record.disk_id.hex(), "extents": resync.extents(disk, scope)}
-                    for disk, state in disks
-                ],
+                "generation": self._generation.hex(),
+                "cycle": self._cycle + 1,
+                "disks": touched.as_field(answer),
             }
+
+    def doubt(self, generation: bytes, reason: str, doubtful: Ranges) -> None:
+        """The replica differs from the disks in these ranges, as somebody found: require that they are compared,
+        and with them what the logs hold, which are given up. Durable when this returns.
+
+        Raises UsageError for another generation than the one in progress, or a disk that is not tracked.
+        """
+        with self._rotation:
+            disks = self._disks_by_id(doubtful)
+            if generation != self._generation:
+                raise UsageError(f"{self.name}: generation {generation.hex()} is not the one in progress")
+            with self.gate:
+                full = False
+                try:
+                    for disk_id, disk in disks.items():
+                        disk.doubt(doubtful[disk_id])
+                except OSError:
+                    full = True
+                self.degrade(reason, full=full)
+
+    def _disks_by_id(self, wanted: Ranges) -> dict[bytes, TrackedDisk]:
+        """Raises UsageError."""
+        known = {state.record.disk_id: disk for disk, state in self._tracked()}
+        for disk_id in wanted:
+            if disk_id not in known:
+                raise UsageError(f"{self.name}: no disk with the id {disk_id.hex()} is tracked")
+        return {disk_id: known[disk_id] for disk_id in wanted}
+
+    # What is told of it -----------------------------------------------------------------------
+
+    def regions(self) -> dict[str, Any]:
+        """What the copy under way compares with the replica, or, if there is none, what the required one has to;
+        for the control socket: offsets and lengths in bytes."""
+        with self.gate:
+            return report.regions(self._tracked())
 
     def _tracked(self) -> list[tuple[TrackedDisk, TrackingState]]:
         return [(disk, disk.state) for disk in self.disks.values() if disk.state is not None]
@@ -396,55 +450,15 @@ class TrackedVm:
         """What there is to know, for the control socket: JSON types, sizes in bytes."""
         present = {name for name in os.listdir(self.folder) if is_disk_name(name)}
         disks = self._tracked()
-        scope = resync.scope(disks)
         return {
             "vm": self.name,
             "generation": self._generation.hex() if self._generation != NOT_TRACKED else None,
             "cycle": self._cycle + 1,
+            "logging": self.is_logging,
             "resync_required": self.resync_reason,
             **resync.status(disks),
             "recovered": self.recovered,
             "untracked": sorted(present - set(self.disks)),
             "excluded": sorted(name for name, disk in self.disks.items() if disk.state is None),
-            "disks": [_disk_status(disk, state, scope) for disk, state in disks],
+            "disks": report.tracked_status(disks),
         }
-
-
-def _disk_status(disk: TrackedDisk, state: TrackingState, scope: Scope) -> dict[str, Any]:
-    log = disk.log  # which the guest's thread may give up at any moment
-    return {
-        "name": disk.name,
-        "disk_id": state.record.disk_id.hex(),
-        "format": disk.format.value,
-        "size": disk.size(),
-        "log_bytes": log.size if log is not None else 0,
-        "log_entries": log.entry_count if log is not None else 0,
-        "open_handles": disk.open_handles,
-        "resync_bytes": sum(length for _, length in resync.extents(disk, scope)),
-    }
-
-
-def _refuse_other_ways_in(path: str) -> None:
-    """A disk must have no name but its own, and nobody may be writing to it: that would bypass the log.
-
-    Raises BusyError, UnsupportedError, OSError.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        if os.fstat(fd).st_nlink > 1:
-            raise UnsupportedError(
-                f"{path}: has a hard link; what is written through the other name would not be logged",
-                hint="remove the other name, or make it a copy",
-            )
-        # The kernel grants a read lease only where no descriptor is open for writing.
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except BlockingIOError:
-        raise BusyError(
-            f"{path}: another program has it open for writing", hint="it can be mounted once that has ended"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EACCES, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise  # those: a file system without leases
-    finally:
-        os.close(fd)

@@ -64,10 +64,10 @@ def test_what_was_compacted_arrives_and_the_next_cycles_continue_it(host):
 
 
 def test_the_tracker_counts_again_what_waits(host):
-    before = host.vm._sealed_bytes
+    before = host.vm._budget.sealed
     assert compacted(host)
     host.vm.release(host.vm._generation, 0)
-    assert 0 < host.vm._sealed_bytes < before
+    assert 0 < host.vm._budget.sealed < before
 
 
 @pytest.mark.parametrize("cleanly", [True, False])

@@ -649,7 +649,7 @@ def test_a_second_tracker_on_the_same_disks_is_refused(tmp_path: Path) -> None:
 def test_rotations_race_with_writers_and_no_write_is_torn_between_cycles(tmp_path: Path) -> None:
     """A writer stamps a counter to the disks in turn; at every barrier the counters differ by one at most."""
     folder = make_folder(tmp_path, **{f"d{n}": MIB for n in range(4)})
-    vm = attached(folder, hard_limit=1000)
+    vm = attached(folder, hard_limit=1000, soft_limit=1000)
     stop = threading.Event()
 
     def write() -> None:

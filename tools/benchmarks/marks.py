@@ -26,7 +26,7 @@ ROUNDS = 5
 
 def measure(folder: str, *, marking: bool) -> tuple[float, int]:
     """(writes per second, syncs of the map) of one round."""
-    vm = TrackedVm("vm", folder, hard_limit=1000)
+    vm = TrackedVm("vm", folder, hard_limit=1000, soft_limit=1000)
     vm.attach()
     vm.begin(uuid.uuid4().bytes)
     disk = vm.disks["disk.raw"]

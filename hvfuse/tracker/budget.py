@@ -1,0 +1,38 @@
+"""How much the logs of a VM may take before they are given up and regions marked instead."""
+
+from __future__ import annotations
+
+from hvfuse.tracker import resync
+from hvfuse.tracker.resync import Tracked
+
+HARD_LIMIT = 0.5
+"""Part of the disks' size that logs may take before they are given up, as in Hyper-V Replica."""
+SOFT_LIMIT = 0.25
+"""The same while a copy is under way. Logs are of no use before it is complete: past this, it is cheaper to compare
+in another pass what they tell."""
+LEAST_LIMIT = 8 << 20
+"""Bytes that the logs may always take, however small the disks."""
+
+
+class Budget:
+    """The limits of one VM. `sealed`: bytes of payload in sealed logs, as far as known."""
+
+    def __init__(self, *, hard_limit: float, soft_limit: float) -> None:
+        self.sealed = 0
+        self._hard_limit = hard_limit
+        self._soft_limit = min(soft_limit, hard_limit)
+
+    def excess(self, disks: list[Tracked]) -> str | None:
+        """Why the logs must not grow any more; None while they may. Caller holds the gate."""
+        copying = resync.is_resyncing(disks)
+        limit = self._soft_limit if copying else self._hard_limit
+        active = sum(disk.log.stored for disk, _ in disks if disk.log is not None)
+        capacity = sum(max(disk.capacity, disk.size()) for disk, _ in disks)
+        if self.sealed + active <= max(limit * capacity, LEAST_LIMIT):
+            return None
+        if not copying:
+            return f"the logs that the target has not taken have reached {limit:.0%} of the disks' size"
+        return (
+            f"the logs reached {limit:.0%} of the disks' size before the copy was complete: what is written from "
+            "now on is marked, and compared in another pass"
+        )
