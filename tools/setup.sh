@@ -72,7 +72,7 @@ find_python() {
 
 missing_test_packages() {
     local pair
-    for pair in qemu-img:qemu-utils qemu-io:qemu-utils fio:fio mkfs.ext4:e2fsprogs losetup:mount vhdiinfo:libvhdi-utils; do
+    for pair in qemu-img:qemu-utils qemu-io:qemu-utils fio:fio mkfs.ext4:e2fsprogs losetup:mount vhdiinfo:libvhdi-utils rsync:rsync; do
         [[ $(PATH=$PATH:/usr/sbin:/sbin type -t "${pair%:*}") ]] || printf '%s ' "${pair#*:}"
     done
 }

@@ -80,8 +80,8 @@ def candidates(
 ) -> Generator[Candidate]:
     """The spans of the aligned extents `wanted`, ascending, on which there may be a difference.
 
-    `asker` runs what asks the other side, one thing at a time. Close the generator before either side is
-    closed. Raises whatever the sides raise.
+    `asker` runs what asks the other side: with several threads, several batches at once. Close the generator
+    before either side is closed. Raises whatever the sides raise.
     """
     if not wanted:
         return
@@ -89,8 +89,10 @@ def candidates(
     in_doubt = plan.in_doubt(wanted, source.occupied(low, high), other.occupied(low, high))
     asked: deque[tuple[list[tuple[Extent, ...]], Future[Digests]]] = deque()
     order = plan.spans(in_doubt)
+    size = 1  # small at first, so that those who compare need not wait
     try:
-        while batch := list(itertools.islice(order, BATCH)):
+        while batch := list(itertools.islice(order, size)):
+            size = min(2 * size, BATCH)
             extents = [extent for span in batch for extent in span]
             asked.append((batch, asker.submit(other.summaries, extents, key)))
             if len(asked) > 2:

@@ -17,6 +17,8 @@ from hvfuse.formats.digests import BLOCK, Digests, differ, touched_blocks
 
 SPAN = 4 << 20
 """Bytes; a multiple of a block."""
+MAX_SIZE = 1 << 62
+"""Bytes; no disk is larger, so that offsets, lengths and their sums fit 64 signed bits."""
 
 
 def intersect(one: Iterable[Extent], other: Iterable[Extent]) -> Iterator[Extent]:
