@@ -9,7 +9,8 @@ tests that attack each clause:
             (test_killed_at_every_labelled_call_the_logs_still_give_the_disk),
       - or by a region marked in the durable region map
             (test_whatever_a_power_cut_leaves_the_marked_regions_cover_every_difference,
-             test_every_unlogged_write_is_marked_durably_before_it_is_answered);
+             test_every_unlogged_write_is_marked_durably_before_it_is_answered,
+             test_whatever_happens_every_difference_is_in_a_log_or_will_be_looked_at);
     otherwise the state on disk says that a full resynchronisation is required
             (test_a_map_that_cannot_be_written_asks_for_a_full_resynchronisation).
 

@@ -231,7 +231,7 @@ class World:
         if request == "rotate":
             self._sealed()
         if request == "resynced":
-            self._in_doubt = False
+            self._in_doubt = self._vm.resync_reason is not None  # then another one follows
 
     def _sealed(self) -> None:
         """A rotation was answered: its logs and the images are durable."""

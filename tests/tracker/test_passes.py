@@ -11,7 +11,10 @@ import pytest
 
 from hvfuse import system
 from hvfuse.errors import ResyncRequiredError
-from hvfuse.formats.tracking import Scope
+from hvfuse.formats.tracking import COMPARING, DIRTY, Scope
+from hvfuse.tracker.disk import TrackedDisk
+from hvfuse.tracker.regions import RegionMap
+from hvfuse.tracker.vm import TrackedVm
 from tests.crash.host import FAST_FOLDER, Death
 from tests.tracker.replica_model import BLOCK, Site, Violation
 
@@ -64,6 +67,35 @@ def live(site: Site, steps: int = STEPS) -> None:
 @pytest.mark.parametrize("seed", range(WORLDS))
 def test_whatever_happens_every_difference_is_in_a_log_or_will_be_looked_at(root: str, seed: int) -> None:
     live(Site(root, seed=seed))
+
+
+def forget_what_was_comparing(self: RegionMap) -> None:
+    self.clear(COMPARING)
+    START_COMPARING(self)
+
+
+def forget_what_got_dirty(self: RegionMap, mark: int) -> None:
+    CLEAR(self, mark | DIRTY)
+
+
+START_COMPARING, CLEAR = RegionMap.start_comparing, RegionMap.clear
+PLANTED: dict[str, tuple[object, str, object]] = {
+    "an abandoned copy's regions are forgotten": (RegionMap, "start_comparing", forget_what_was_comparing),
+    "what got dirty meanwhile is taken as compared": (RegionMap, "clear", forget_what_got_dirty),
+    "a lost log's end is forgotten": (TrackedDisk, "unsealed", lambda self: []),
+    "what was not synced when the host died is forgotten": (RegionMap, "mark_hot_dirty", lambda self: None),
+    "what the copy read was not synced": (TrackedVm, "_sync_images", lambda self: None),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_bugs_that_are_planted_break_the_promise(root: str, monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
+    monkeypatch.setattr(*PLANTED[planted])
+    with pytest.raises(Violation):
+        for seed in range(30):
+            folder = os.path.join(root, str(seed))
+            os.mkdir(folder)
+            live(Site(folder, seed=seed))
 
 
 # Deaths at every call of the steps that change sides --------------------------------------------------------
