@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -190,7 +190,9 @@ class SeedWriter:
             demand_empty(self._directory)
             self._put_manifest()
             return
-        demand_same(found, self._manifest.cycle, self._directory)
+        own = self._manifest.cycle
+        disks = [(disk.disk_id, disk.name) for disk in own.disks]
+        demand_same(found, self._directory, vm=own.vm, generation=own.generation, disks=disks)
         if found.complete:
             self._manifest = found
         count = len(found.files) if found.complete else len(_data_files(self._directory))
@@ -319,18 +321,18 @@ def demand_empty(directory: str) -> None:
         raise UsageError(f"{directory}: not empty: {found[0]} is in it", hint=_ELSEWHERE)
 
 
-def demand_same(found: SeedManifest, cycle: CycleManifest, directory: str) -> None:
-    """Raises UsageError unless `found`, the manifest in `directory`, is of an export of the same copy."""
+def demand_same(
+    found: SeedManifest, directory: str, *, vm: str, generation: bytes | None, disks: Iterable[tuple[bytes, str]]
+) -> None:
+    """Raises UsageError unless `found`, the manifest in `directory`, is of an export of just this copy.
 
-    def identity(cycle: CycleManifest) -> tuple[bytes, set[tuple[bytes, str]]]:
-        return cycle.generation, {(disk.disk_id, disk.name) for disk in cycle.disks}
-
-    if found.cycle.vm != cycle.vm:
+    `generation`: None if no copy would do. `disks`: (id, name) of each.
+    """
+    if found.cycle.vm != vm:
         raise UsageError(f"{directory}: holds an export of VM {found.cycle.vm}", hint=_ELSEWHERE)
-    if identity(found.cycle) != identity(cycle):
-        raise UsageError(
-            f"{directory}: holds an older export of {cycle.vm}, which is of no use any more", hint=_ELSEWHERE
-        )
+    same = {(disk.disk_id, disk.name) for disk in found.cycle.disks} == set(disks)
+    if found.cycle.generation != generation or not same:
+        raise UsageError(f"{directory}: holds an older export of {vm}, which is of no use any more", hint=_ELSEWHERE)
 
 
 class SeedReader:

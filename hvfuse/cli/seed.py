@@ -1,0 +1,260 @@
+"""`hvfuse seed`: the first copy of a VM on a medium instead of over the network, or from copies that are there."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hvfuse import wire
+from hvfuse.cli.main import Session
+from hvfuse.cli.output import counted, emit_json, json_option, note
+from hvfuse.cli.progress import showing_copy
+from hvfuse.control.daemon import serving_pid
+from hvfuse.control.home import Home, check_vm_name
+from hvfuse.control.records import Records
+from hvfuse.errors import BusyError, UnreachableError, UsageError
+from hvfuse.manifest import ReplicationState
+from hvfuse.shipper.orders import Orders
+from hvfuse.words import bytes_text, duration_text
+
+if TYPE_CHECKING:
+    from hvfuse.medium import SeedReader
+    from hvfuse.target.local import LocalReplica
+
+PATIENCE = 30 * 86400.0
+"""Seconds: large disks on a slow medium."""
+ANSWER_SECONDS = 60.0
+
+
+@click.group()
+def seed() -> None:
+    """Take a VM's first copy to its target on a medium.
+
+    At the source, `hvfuse seed export VM DIR` writes it; writes are logged while the medium travels. At the
+    target, `hvfuse seed import DIR` reads it into the store. Then replication goes on with what has changed.
+    """
+
+
+@seed.command("export")
+@click.argument("vm")
+@click.argument("directory", metavar="DIR")
+@json_option
+@click.pass_obj
+def export_command(session: Session, vm: str, directory: str, as_json: bool) -> None:
+    """Write the first copy of VM's disks into DIR, which is to be empty or new.
+
+    The VM has to be mounted, and runs on. Interrupted, the same command goes on where it was. Until the copy is
+    imported at the target, nothing of the VM goes over the network (see `hvfuse seed cancel`).
+    """
+    home = session.home_with(vm)
+    if serving_pid(home.tracker_socket(vm)) is None:
+        raise UnreachableError(f"{vm} is not mounted, so nothing tracks its writes", hint=f"hvfuse mount {vm}")
+    session.prepare()
+    path = os.path.abspath(directory)
+    with Records(home.records) as records:
+        _refuse_while_copying(home, vm, records)
+        with _told_on_interrupt(home, vm, directory), showing_copy(records, vm):
+            report = _export(session, home, vm, records, path)
+    if as_json:
+        emit_json(report)
+        return
+    size = f"{bytes_text(report['medium_bytes'])} in {counted(report['files'], 'file')}"
+    what = f"was exported before: {size}" if report["already"] else f"exported: {bytes_text(report['bytes_total'])} as "
+    took = "" if report["already"] else f"{size}, in {duration_text(report['seconds'])}"
+    click.echo(f"{vm}: {what}{took}")
+    click.echo(f"{vm}: what is written from now on is logged; at the target: hvfuse seed import {directory}")
+
+
+def _refuse_while_copying(home: Home, vm: str, records: Records) -> None:
+    """Raises BusyError while the shipper copies over the network: an export would wait for the end of that."""
+    record = records.read(vm)
+    copying = record.state is ReplicationState.INITIAL_REPLICATION_IN_PROGRESS
+    if copying and (record.copy or {}).get("kind") != "export" and serving_pid(home.shipper_socket(vm)) is not None:
+        raise BusyError(
+            f"{vm}: the first copy is under way over the network",
+            hint=f"to export it instead: hvfuse resync {vm} --suspend, then the same command again",
+        )
+
+
+@contextmanager
+def _told_on_interrupt(home: Home, vm: str, directory: str) -> Iterator[None]:
+    """Say at Ctrl-C what goes on."""
+    background = serving_pid(home.shipper_socket(vm)) is not None
+    try:
+        yield
+    except KeyboardInterrupt:
+        if background:
+            note(f"{vm}: it goes on all the same, see `hvfuse status {vm}`; to end it: hvfuse seed cancel {vm}")
+        else:
+            note(f"{vm}: stopped here; to go on: hvfuse seed export {vm} {directory}")
+        raise
+
+
+def _export(session: Session, home: Home, vm: str, records: Records, path: str) -> dict[str, Any]:
+    """Have the VM's shipper do it, or do it here if none runs. Returns the fields of `ExportReport`."""
+    if serving_pid(home.shipper_socket(vm)) is not None:
+        answer = wire.request(home.shipper_socket(vm), "export", timeout=PATIENCE, directory=path)
+        return {name: value for name, value in answer.items() if name != "ok"}
+    from hvfuse.cli.wiring import shipper
+
+    home.make_vm(vm)
+    with shipper(home, session.config.policy(vm), vm, records) as here:
+        return here.export(path).as_json()
+
+
+@seed.command()
+@click.argument("vm")
+@json_option
+@click.pass_obj
+def cancel(session: Session, vm: str, as_json: bool) -> None:
+    """Do not wait for VM's export to be imported: copy over the network after all.
+
+    An export under way ends. What is on the medium can be imported as long as the copy has not begun.
+    """
+    from hvfuse.shipper.export import without_seed
+
+    home = session.home_with(vm)
+    session.prepare()
+    with Records(home.records) as records:
+        generation = records.orders(vm).seed
+        if generation is not None and serving_pid(home.shipper_socket(vm)) is not None:
+            answer = wire.request(home.shipper_socket(vm), "unseed", timeout=ANSWER_SECONDS)
+            assert Orders.from_json(answer["orders"]).seed is None
+        else:
+            records.change_orders(vm, without_seed)
+    if as_json:
+        emit_json({"vm": vm, "cancelled": generation is not None, "generation": generation})
+    elif generation is None:
+        click.echo(f"{vm}: no export is waited for")
+    else:
+        click.echo(f"{vm}: the export is not waited for any more; the first copy goes over the network")
+
+
+@seed.command("import")
+@click.argument("directory", metavar="DIR")
+@click.option("--name", metavar="VM", help="The VM's name in this store.  [default: as at its source]")
+@click.option(
+    "--existing",
+    metavar="VM",
+    help="DIR holds plain copies of this VM's disks, not an export: take them; only what differs is sent then.",
+)
+@json_option
+@click.pass_obj
+def import_command(session: Session, directory: str, name: str | None, existing: str | None, as_json: bool) -> None:
+    """Read the export in DIR into this installation's store. To be run at the target.
+
+    All of it is verified before any of it is used. Interrupted, the same command goes on where it was.
+    The source, whose store this is, goes on by itself with what was written since the export.
+    """
+    if existing is not None and name is not None:
+        raise UsageError("--name and --existing do not go together", hint="hvfuse seed import --help")
+    report = _adopt(session, directory, existing) if existing is not None else _import(session, directory, name)
+    if as_json:
+        emit_json(report)
+        return
+    vm = report["vm"]
+    if report["already"]:
+        click.echo(f"{vm}: was imported before")
+    else:
+        took = duration_text(report["seconds"])
+        click.echo(
+            f"{vm}: imported: {bytes_text(report['bytes_total'])}, {bytes_text(report['bytes_read'])} read, in {took}"
+        )
+
+
+def _import(session: Session, directory: str, name: str | None) -> dict[str, Any]:
+    from hvfuse.medium import SeedReader
+    from hvfuse.target.local import LocalReplica
+    from hvfuse.target.store import Store
+
+    started = time.monotonic()
+    reader = SeedReader(os.path.abspath(directory))
+    cycle = reader.manifest.cycle
+    vm = check_vm_name(cycle.vm if name is None else name)
+    home = session.prepare()
+    with Store(home.store) as store, closing(LocalReplica(store, vm)) as replica:
+        already = _is_imported(replica, vm, cycle.generation)
+        counts = {"frames_put": 0, "frames_held": 0, "bytes_read": 0} if already else _read_in(reader, replica, vm)
+    return {
+        "vm": vm,
+        "directory": os.path.abspath(directory),
+        "generation": cycle.generation.hex(),
+        "disks": [disk.name for disk in cycle.disks],
+        "bytes_total": sum(disk.size for disk in cycle.disks),
+        "medium_bytes": reader.manifest.file_bytes,
+        "frames": reader.manifest.frames,
+        **counts,
+        "seconds": time.monotonic() - started,
+        "already": already,
+    }
+
+
+def _is_imported(replica: LocalReplica, vm: str, generation: bytes) -> bool:
+    """Whether the store has this copy already. Raises UsageError if it has another."""
+    position = replica.position()
+    if position is not None and position.generation == generation:
+        return True
+    if position is not None or replica.points():
+        raise UsageError(
+            f"{vm}: the store has a replica of it already, at {position}",
+            hint=f"at the source: hvfuse resync {vm} sends only what differs; or import it under another --name",
+        )
+    return False
+
+
+def _read_in(reader: SeedReader, replica: LocalReplica, vm: str) -> dict[str, int]:
+    """Verify the medium, then put it into the replica. Returns what that took."""
+    manifest = reader.manifest
+    with _bar("Verifying", manifest.frame_bytes) as bar:
+        numbers = reader.verify(bar.update)
+    cycle = replace(manifest.cycle, vm=vm)
+    held = replica.begin(cycle)
+    put = read = 0
+    with _bar("Importing", manifest.frame_bytes) as bar:
+        for _, frame in reader.frames(but=held):
+            replica.put(frame)
+            put, read = put + 1, read + len(frame)
+            bar.update(len(frame))
+    replica.commit(cycle, len(held | numbers))
+    return {"frames_put": put, "frames_held": len(held), "bytes_read": read}
+
+
+def _adopt(session: Session, directory: str, existing: str) -> dict[str, Any]:
+    from hvfuse.target.adopt import adopt
+    from hvfuse.target.store import Store
+
+    started = time.monotonic()
+    vm = check_vm_name(existing)
+    folder = os.path.abspath(directory)
+    home = session.prepare()
+    with Store(home.store) as store, _bar("Copying", 0) as bar:
+
+        def tell(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        report = adopt(store, vm, folder, progress=tell)
+    return {
+        "vm": vm,
+        "directory": folder,
+        "generation": report.position.generation.hex(),
+        "disks": list(report.disks),
+        "bytes_total": report.bytes_total,
+        "bytes_read": report.bytes_written,
+        "cloned": report.cloned,
+        "seconds": time.monotonic() - started,
+        "already": False,
+    }
+
+
+def _bar(label: str, length: int) -> AbstractContextManager[Any]:
+    """click's progress bar, on a terminal alone. `length`: bytes."""
+    hidden = not sys.stderr.isatty()
+    return click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden)

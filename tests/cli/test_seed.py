@@ -1,0 +1,199 @@
+"""`hvfuse seed` on a VM that is mounted without `hvfuse run`, and in a home of the target's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hvfuse import system
+from hvfuse.control.records import Records
+from hvfuse.target.journal import PointReader
+from hvfuse.target.store import Store
+from tests.cli.conftest import CommandLine
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def target(tmp_path: Path, hvfuse: CommandLine, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """The other home, into whose store the source's VMs are replicated."""
+    (hvfuse.root / "hvfuse.toml").write_text(f'[paths]\nstore = "{tmp_path / "target" / "store"}"\n')
+    return CommandLine(tmp_path / "target", capsys)
+
+
+@pytest.fixture
+def disk(hvfuse: CommandLine, target: CommandLine) -> Path:
+    disk = hvfuse.add_vm("vm", 4 * MIB)
+    with open(hvfuse.root / "disks" / "vm" / "os.raw", "r+b") as file:
+        file.write(os.urandom(2 * MIB))
+    assert hvfuse("mount", "vm") == 0
+    return disk
+
+
+def write(disk: Path, text: bytes, offset: int = 0) -> None:
+    with open(disk, "r+b") as file:
+        file.seek(offset)
+        file.write(text)
+
+
+def newest(target: CommandLine, vm: str = "vm") -> bytes:
+    with Store(str(target.root / "store"), create=False, read_only=True) as store:
+        reader = PointReader(store, vm, store.point(vm).id)
+        try:
+            return reader.pread("os.raw", 0, reader.disks[0].size)
+        finally:
+            reader.close()
+
+
+def orders(hvfuse: CommandLine) -> str | None:
+    with Records(str(hvfuse.root / "state" / "records")) as records:
+        return records.orders("vm").seed
+
+
+@pytest.mark.mount
+def test_what_is_written_after_an_export_follows_the_import(
+    hvfuse: CommandLine, target: CommandLine, disk: Path, tmp_path: Path
+) -> None:
+    medium = tmp_path / "medium"
+    done = hvfuse.json("seed", "export", "vm", str(medium))
+    assert list(done) == [
+        "vm", "directory", "generation", "bytes_total", "bytes_sent", "frames_sent", "frames_held", "frames",
+        "medium_bytes", "files", "seconds", "already",
+    ]  # fmt: skip
+    assert (done["vm"], done["directory"], done["bytes_total"], done["already"]) == ("vm", str(medium), 4 * MIB, False)
+    assert 2 * MIB < done["medium_bytes"] < 2.1 * MIB
+    assert orders(hvfuse) == done["generation"]
+    assert sorted(os.listdir(medium)) == ["frames-00000.hvs", "manifest.json"]
+    assert hvfuse("seed", "export", "vm", str(medium)) == 0
+    assert "vm: was exported before: 2 MiB in 1 file\n" in hvfuse.out
+    write(disk, b"written while the medium travels", 3 * MIB)
+    assert hvfuse("replicate", "vm") != 0
+    assert "waits for a seed" in hvfuse.err
+
+    came = target.json("seed", "import", str(medium))
+    assert list(came) == [
+        "vm", "directory", "generation", "disks", "bytes_total", "medium_bytes", "frames", "frames_put", "frames_held",
+        "bytes_read", "seconds", "already",
+    ]  # fmt: skip
+    assert (came["vm"], came["generation"], came["disks"]) == ("vm", done["generation"], ["os.raw"])
+    assert (came["frames_put"], came["frames_held"], came["already"]) == (done["frames"], 0, False)
+    again = target.json("seed", "import", str(medium))
+    assert (again["already"], again["frames_put"], again["bytes_read"]) == (True, 0, 0)
+    cycle = hvfuse.json("replicate", "vm")
+    assert cycle["bytes_sent"] < 5000
+    assert newest(target) == disk.read_bytes()
+    assert orders(hvfuse) is None
+    assert target("seed", "import", str(medium)) == 0
+    assert target.out == "vm: was imported before\n"
+    assert hvfuse("seed", "export", "vm", str(tmp_path / "another")) == 2
+    assert "has a replica already" in hvfuse.err and "hvfuse resync vm" in hvfuse.err
+    assert not (tmp_path / "another").exists()
+
+
+@pytest.mark.mount
+def test_a_cancelled_export_is_not_waited_for(
+    hvfuse: CommandLine, target: CommandLine, disk: Path, tmp_path: Path
+) -> None:
+    assert hvfuse("seed", "cancel", "vm") == 0
+    assert hvfuse.out == "vm: no export is waited for\n"
+    medium = tmp_path / "medium"
+    assert hvfuse("seed", "export", "vm", str(medium)) == 0
+    assert f"hvfuse seed import {medium}" in hvfuse.out
+    assert hvfuse.json("seed", "cancel", "vm")["cancelled"] is True
+    assert orders(hvfuse) is None
+    assert hvfuse("replicate", "vm") == 0
+    assert newest(target) == disk.read_bytes()
+    assert target("seed", "import", str(medium)) == 0
+    assert target.out == "vm: was imported before\n", "the copy went over the network in the same generation"
+    assert hvfuse("seed", "cancel", "nosuch") == 5
+
+
+@pytest.mark.mount
+def test_an_import_under_another_name_and_over_another_replica(
+    hvfuse: CommandLine, target: CommandLine, disk: Path, tmp_path: Path
+) -> None:
+    medium = tmp_path / "medium"
+    assert hvfuse("seed", "export", "vm", str(medium)) == 0
+    assert target("seed", "import", str(medium), "--name", "../vm") == 2
+    assert target.json("seed", "import", str(medium), "--name", "copy")["vm"] == "copy"
+    assert hvfuse("seed", "cancel", "vm") == 0
+    # The copy over the network is made anew elsewhere, so that the medium's is another one.
+    shutil.rmtree(medium)
+    assert hvfuse("umount", "vm") == 0
+    write(hvfuse.root / "disks" / "vm" / "os.raw", b"behind the mount")
+    assert hvfuse("mount", "vm") == 0
+    assert hvfuse("seed", "export", "vm", str(medium)) == 0
+    assert target("seed", "import", str(medium), "--name", "copy") == 2
+    assert "copy: the store has a replica of it already" in target.err
+    assert "hvfuse resync" in target.err
+
+
+@pytest.mark.mount
+def test_a_damaged_or_unfinished_medium_changes_nothing_in_the_store(
+    hvfuse: CommandLine, target: CommandLine, disk: Path, tmp_path: Path
+) -> None:
+    medium = tmp_path / "medium"
+
+    def stop(label: str, call: str, size: int) -> None:
+        if label == "seed:table":
+            raise OSError(5, "Input/output error")
+
+    system.install(stop)
+    try:
+        assert hvfuse("seed", "export", "vm", str(medium)) == 1
+    finally:
+        system.install(None)
+    assert target("seed", "import", str(medium)) == 2
+    assert "not finished" in target.err and "hvfuse seed export vm DIR" in target.err
+    assert hvfuse.json("seed", "export", "vm", str(medium))["frames_held"] > 0
+    path = medium / "frames-00000.hvs"
+    raw = bytearray(path.read_bytes())
+    raw[MIB] ^= 4
+    path.write_bytes(raw)
+    answer = target.json("seed", "import", str(medium), code=7)
+    offset = int(answer["error"]["message"].removeprefix(f"{path}: damaged at byte ").split(":")[0])
+    assert offset <= MIB < offset + 65536
+    assert target.json("store", "info")["vms"] == []
+    raw[MIB] ^= 4
+    path.write_bytes(raw)
+    assert target("seed", "import", str(medium)) == 0
+    assert hvfuse("replicate", "vm") == 0
+    assert newest(target) == disk.read_bytes()
+
+
+@pytest.mark.mount
+def test_copies_that_are_at_the_target_already_leave_only_differences_to_be_sent(
+    hvfuse: CommandLine, target: CommandLine, disk: Path, tmp_path: Path
+) -> None:
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    shutil.copy(hvfuse.root / "disks" / "vm" / "os.raw", copies)
+    write(disk, os.urandom(100_000), MIB)
+    came = target.json("seed", "import", str(copies), "--existing", "vm")
+    assert (came["vm"], came["disks"], came["bytes_total"], came["already"]) == ("vm", ["os.raw"], 4 * MIB, False)
+    hvfuse.json("replicate", "vm")
+    with Records(str(hvfuse.root / "state" / "records")) as records:
+        copied = records.read("vm").last_copy
+    assert copied is not None and 100_000 < int(str(copied["bytes_sent"])) < 300_000
+    assert newest(target) == disk.read_bytes()
+    assert target("seed", "import", str(copies), "--existing", "vm") == 2
+    assert target("seed", "import", str(copies), "--existing", "vm", "--name", "x") == 2
+
+
+def test_what_is_no_export_is_not_imported(hvfuse: CommandLine, tmp_path: Path) -> None:
+    assert hvfuse("seed", "import", str(tmp_path / "nowhere")) == 5
+    (tmp_path / "holiday.jpg").touch()
+    assert hvfuse("seed", "import", str(tmp_path)) == 5
+    assert "there is no export in it" in hvfuse.err
+    assert hvfuse("seed", "import", str(tmp_path), "--existing", "vm") == 2
+
+
+def test_what_is_not_mounted_is_not_exported(hvfuse: CommandLine, tmp_path: Path) -> None:
+    hvfuse.add_vm("vm")
+    assert hvfuse("seed", "export", "vm", str(tmp_path / "m")) == 11
+    assert hvfuse.err.endswith("hint: hvfuse mount vm\n")
+    assert hvfuse("seed", "export", "nosuch", str(tmp_path / "m")) == 5
+    assert not (tmp_path / "m").exists()
