@@ -30,6 +30,7 @@ from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.replication import RESYNC_ERRORS, Replication
 from hvfuse.shipper.retry import next_attempt, next_interval, refusal
 from hvfuse.shipper.source import Source
+from hvfuse.shipper.verifier import Verifier
 from hvfuse.system import Clock
 
 LOOK_UP = 0.5
@@ -82,7 +83,8 @@ class _Shown:
 class Shipper:
     """Ships one VM at its policy's frequency, and when asked to.
 
-    `folder`: where the disks' images lie. `housekeep` is called after cycles were committed.
+    `folder`: where the disks' images lie. `housekeep` is called after cycles were committed. `proofs_path`: of the
+    file of what verification proved; without one nothing can be verified.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Shipper:
         policy: ShippingPolicy,
         clock: Clock,
         housekeep: Callable[[], None] = lambda: None,
+        proofs_path: str | None = None,
     ) -> None:
         self._vm = vm
         self._source = source
@@ -121,6 +124,19 @@ class Shipper:
             clock=clock,
             between=self.check_stop,
         )
+        self._verifier: Verifier | None = None
+        if proofs_path is not None:
+            self._verifier = Verifier(
+                vm=vm,
+                folder=folder,
+                path=proofs_path,
+                source=source,
+                replica=replica,
+                clock=clock,
+                ship=partial(self._attempt, asked=False),
+                allow_copy=partial(self.order_resync, full=False, at_ns=None),
+                algorithm=policy.algorithm,
+            )
         self._frequency = policy.frequency_seconds
         self._clock = clock
         self._due = clock.monotonic()
@@ -145,6 +161,7 @@ class Shipper:
             "cancel": lambda message: _told(self.cancel()),
             "export": lambda message: self.request(partial(self.export, str(message.get("directory")))).as_json(),
             "unseed": lambda message: _told(self.unseed()),
+            "verify": lambda message: self.request(partial(self.verify, message)),
         }
         self.missed = 0
         """Cycles that were due while an earlier one still ran."""
@@ -184,6 +201,8 @@ class Shipper:
             self._meanwhile("the target is away", self._replication.hold_out)
         elif self._waits:
             self._meanwhile("a copy waits", self._replication.rest)
+        if self._verifier is not None:
+            self._verifier.idle()
         return max(0.0, min(self._due - self._clock.monotonic(), self._until_copy()))
 
     def _until_copy(self) -> float:
@@ -276,6 +295,8 @@ class Shipper:
         with self._guard:
             self._ended = True
             requests, self._requests = self._requests, []
+        if self._verifier is not None:
+            self._verifier.close()
         for _, answer in requests:
             answer.set_exception(StoppedError(f"{self._vm}: the shipper has stopped"))
 
@@ -287,6 +308,9 @@ class Shipper:
         suspend              -> "orders"
         resume               -> "orders"
         cancel               -> "orders"
+        export  directory    -> the fields of `ExportReport`, once the medium is complete
+        unseed               -> "orders"
+        verify  ...          -> `hvfuse.shipper.verifier`
         status               -> what is in the records
         stop                 -> {}
         """
@@ -344,6 +368,15 @@ class Shipper:
         except OSError as error:
             raise refusal(error, directory) from error
 
+    def verify(self, message: wire.Message) -> Mapping[str, object]:
+        """A request of `hvfuse.shipper.verifier`, in this thread. Raises HvfuseError."""
+        if self._verifier is None:
+            raise UsageError(f"{self._vm}: nothing is kept of what is verified here")
+        try:
+            return self._verifier.handle(message)
+        except OSError as error:
+            raise refusal(error) from error
+
     # An administrator's orders ----------------------------------------------------------------------------------
 
     def order_resync(self, *, full: bool, at_ns: int | None) -> Orders:
@@ -351,7 +384,7 @@ class Shipper:
 
         Raises UsageError if there is nothing to do, or the time makes no sense.
         """
-        if not full and not self._is_copy_needed():
+        if not full and not self._is_copy_needed() and not self._doubts():
             raise UsageError(
                 f"{self._vm}: the replica is up to date: there is nothing to resynchronise",
                 hint=f"hvfuse resync {self._vm} --full",
@@ -392,6 +425,10 @@ class Shipper:
         except UnreachableError:
             return True
         return status.resync_required is not None or status.resyncing
+
+    def _doubts(self) -> bool:
+        """Whether verification found mismatches, which are in doubt from now on."""
+        return self._verifier is not None and self.request(self._verifier.doubt)
 
     def _order(self, change: Callable[[Orders], Orders]) -> Orders:
         orders = self._shown.change_orders(change)
