@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from hvfuse import system
+from hvfuse import system, wire
 from hvfuse.control.records import Records
 from hvfuse.target.journal import PointReader
 from hvfuse.target.store import Store
@@ -91,6 +92,55 @@ def test_what_is_written_after_an_export_follows_the_import(
     assert hvfuse("seed", "export", "vm", str(tmp_path / "another")) == 2
     assert "has a replica already" in hvfuse.err and "hvfuse resync vm" in hvfuse.err
     assert not (tmp_path / "another").exists()
+
+
+@pytest.mark.mount
+def test_logs_that_are_lost_while_the_medium_travels_leave_their_regions_to_be_compared(
+    hvfuse: CommandLine, target: CommandLine, tmp_path: Path
+) -> None:
+    config = hvfuse.root / "hvfuse.toml"
+    config.write_text(config.read_text() + "[replication]\nsoft_limit = 1\n")
+    disk = hvfuse.add_vm("vm", 64 * MIB)
+    with open(hvfuse.root / "disks" / "vm" / "os.raw", "r+b") as file:
+        file.write(os.urandom(40 * MIB))
+    assert hvfuse("mount", "vm") == 0
+    assert hvfuse("seed", "export", "vm", str(tmp_path / "medium")) == 0
+    for _ in range(6):
+        write(disk, os.urandom(2 * MIB), 50 * MIB)
+    told = wire.request(str(hvfuse.root / "state" / "vms" / "vm" / "tracker.sock"), "status")
+    assert told["resyncing"] and told["resync_required"], "the logs must have passed the soft limit"
+    assert target("seed", "import", str(tmp_path / "medium")) == 0
+    assert hvfuse("replicate", "vm") == 0
+    assert newest(target) == disk.read_bytes()
+    with Records(str(hvfuse.root / "state" / "records")) as records:
+        copied = records.read("vm").last_copy
+    assert copied is not None and copied["regions"]
+    assert 2 * MIB < int(str(copied["bytes_sent"])) < 4 * MIB
+
+
+@pytest.mark.mount
+def test_a_medium_that_gets_full_is_gone_on_with_when_it_is_larger(
+    hvfuse: CommandLine, target: CommandLine, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    medium = tmp_path / "medium"
+    medium.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "none", medium], check=True)
+    try:
+        assert hvfuse("seed", "export", "vm", str(medium)) == 9
+        assert "are free; vm will take about 2 MiB" in hvfuse.err
+        assert os.listdir(medium) == [] and orders(hvfuse) is None
+        monkeypatch.setattr("hvfuse.shipper.export.DOUBT", 0.0)
+        assert hvfuse("seed", "export", "vm", str(medium)) == 9
+        assert f"{medium}: the medium is full" in hvfuse.err
+        assert "the same command goes on" in hvfuse.err
+        subprocess.run(["mount", "-o", "remount,size=8m", medium], check=True)
+        generation = orders(hvfuse)
+        assert hvfuse.json("seed", "export", "vm", str(medium))["generation"] == generation
+        assert target("seed", "import", str(medium)) == 0
+    finally:
+        subprocess.run(["umount", medium], check=True)
+    assert hvfuse("replicate", "vm") == 0
+    assert newest(target) == disk.read_bytes()
 
 
 @pytest.mark.mount
