@@ -90,20 +90,24 @@ class Copies:
 
     def permit(self, status: SourceStatus, reason: str, scope: ResyncScope, *, asked: bool) -> ResyncScope:
         """What a copy of `scope` that is needed, or under way, is to compare. Raises WaitingError if it has to wait."""
-        orders = self._records.orders()
-        is_later = orders.at_ns is not None and orders.at_ns > self._clock.now_ns() and not (orders.now or asked)
-        if orders.full and scope is ResyncScope.REGIONS and is_later:
-            # What is needed in the meantime does not wait for what was ordered beyond it.
-            orders = replace(orders, full=False, at_ns=None)
+        orders = self._orders_for(scope)
         if orders.full and not status.resyncing:
             scope = ResyncScope.FULL
         need = self._need(status, scope)
         wait = self._permission(need, orders, asked=asked)
         if wait is not None:
             self._wait(need, wait, reason)
-        if asked and (orders.cancelled or not orders.now):
+        if asked and (orders.cancelled or orders.at_ns is not None):
             self._records.change_orders(Orders.ask)
         return ResyncScope.FULL if orders.full else scope
+
+    def _orders_for(self, scope: ResyncScope) -> Orders:
+        """What is needed in the meantime does not wait for what was ordered beyond it, for later."""
+        orders = self._records.orders()
+        is_later = orders.at_ns is not None and orders.at_ns > self._clock.now_ns()
+        if orders.full and is_later and scope is ResyncScope.REGIONS:
+            return replace(orders, full=False, at_ns=None)
+        return orders
 
     def is_full_due(self) -> bool:
         """Whether a comparison of everything was ordered for a VM that needs none, and may start."""
@@ -226,14 +230,14 @@ class Copies:
         self._source.release(status.generation, 0)
         regions = self._source.regions() if scope is ResyncScope.REGIONS else None
         over = Over(previous=position, regions=regions) if position else None
-        self._run(status, meter, need, over)
+        self._run(status, meter, need, scope, over)
         self.committed += 1
         assert meter.now.report is not None
         self._tell(meter.now, meter.now.report)
         self._source.resynced(status.generation)
         self._look_at_pace(meter.now)
 
-    def _run(self, status: SourceStatus, meter: Meter, need: Need, over: Over | None) -> None:
+    def _run(self, status: SourceStatus, meter: Meter, need: Need, scope: ResyncScope, over: Over | None) -> None:
         assert status.generation is not None
         self.is_copying = True
         try:
@@ -247,7 +251,7 @@ class Copies:
                 clock=self._clock,
                 over=over,
                 algorithm=self._policy.algorithm,
-                progress=lambda done, total, sent: self._progress(meter, need, done, total, sent),
+                progress=lambda *figures: self._obey(need, scope, kept=meter.tell(*figures)),
                 before_commit=meter.complete,
             )
         except HvfuseError as error:
@@ -275,12 +279,12 @@ class Copies:
     def _keep(self, now: CopyProgress) -> None:
         self._records.update(progress=now.part, copy=now.as_json())
 
-    def _progress(self, meter: Meter, need: Need, done: int, total: int, sent: int) -> None:
-        kept = meter.tell(done, total, sent)
+    def _obey(self, need: Need, scope: ResyncScope, *, kept: bool) -> None:
+        """Between two frames. `kept`: that is the moment to look whether orders came past this process, too."""
         self._between()
         if kept or self._orders_changed:
             self._orders_changed = False
-            wait = self._permission(need, self._records.orders())
+            wait = self._permission(need, self._orders_for(scope))
             if wait is not None:
                 raise _HeldUpError(f"{self._vm}: {wait.text}", wait)
 

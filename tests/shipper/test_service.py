@@ -125,7 +125,7 @@ def test_a_new_vm_is_copied_and_has_a_point_after_its_first_cycle(site):
     ]
     assert site.records.fields | {"generation": None} == {
         "state": ReplicationState.REPLICATING, "error": None, "hint": None, "resync_reason": None,
-        "progress": None, "copy": None, "copy_due_ns": None, "orders": Orders(), "generation": None, "cycle": 1,
+        "progress": None, "copy": None, "copy_due_ns": None, "generation": None, "cycle": 1,
         "point": report.point, "last_replication_time_ns": report.sealed_ns,
     }  # fmt: skip
     assert site.records.reports == [replace(report, notes=())]
