@@ -55,6 +55,7 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
                 ),
                 clock=clock,
                 housekeep=keep_house,
+                proofs_path=home.proofs(vm),
             )
 
 

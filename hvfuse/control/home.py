@@ -107,6 +107,10 @@ class Home:
         """Lock of whoever runs cycles of the VM."""
         return os.path.join(self.state_dir(vm), "shipper.lock")
 
+    def proofs(self, vm: str) -> str:
+        """What verification proved of the VM's replica."""
+        return os.path.join(self.state_dir(vm), "proofs")
+
     def log(self, vm: str, role: str) -> str:
         """What the VM's process `role` ("tracker", "shipper") said."""
         return os.path.join(self.state_dir(vm), f"{role}.log")

@@ -23,7 +23,6 @@ block unproved.
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +38,6 @@ from hvfuse.extent import Buffer, Extent, round_up
 from hvfuse.formats.digests import BLOCK
 from hvfuse.reconcile import plan
 
-FILE_NAME = "proofs"
 MAX_REGIONS = 8192
 RECENT_SECONDS = 30 * 86400
 MAX_MISMATCHES = 1000
@@ -126,8 +124,13 @@ class Verified:
     budget: int
     mismatches: tuple[Mismatch, ...]
 
+    @property
+    def text(self) -> str:
+        """How much is proved, in plain words. Never more than it is."""
+        return f"{int(100 * self.proved_30d)} % of blocks proved in the last 30 days"
+
     def as_json(self) -> dict[str, object]:
-        """The fields, as they stand in `hvfuse status --json`."""
+        """The fields, as they are told over the control socket."""
         return {
             "proved_30d": round(self.proved_30d, 4),
             "oldest_ns": self.oldest_ns,
@@ -324,11 +327,6 @@ def load(path: str) -> Proofs:
         return unpack(data)
     except (CorruptError, UnsupportedError) as error:
         raise type(error)(f"{path}: {error}", hint=f"rm {path}; then every block counts as not proved yet") from None
-
-
-def file_path(state_dir: str) -> str:
-    """Where the proofs of the VM lie whose part of the state directory that is."""
-    return os.path.join(state_dir, FILE_NAME)
 
 
 def _with(mismatch: Mismatch, extent: Extent) -> Mismatch:
