@@ -3,13 +3,14 @@
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from hvfuse.frames import unpack_header
+from hvfuse.frames import FrameHeader, unpack_header
 from hvfuse.reconcile import plan
 from hvfuse.shipper import slots
+from hvfuse.shipper.copies import WaitingError
 from hvfuse.shipper.replication import ShippingPolicy
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import TrackerSource
@@ -18,9 +19,9 @@ from hvfuse.target.journal import PointReader
 from hvfuse.target.local import SMALL_FRAME, LocalReplica
 from hvfuse.target.retention import RetentionPolicy
 from hvfuse.target.store import Store
-from hvfuse.tracker import regions
+from hvfuse.tracker import budget, regions
 
-from .logs import Killed
+from .logs import Killed, random_bytes
 from .test_service import Clock
 from .test_with_tracker import SIZES, Host
 
@@ -34,6 +35,7 @@ class StoredHost(Host):
         self.puts: list[tuple[bytes, int, int]] = []
         self.large: list[tuple[bytes, int, int]] = []
         self.die_at: int | None = None
+        self.meddle: Callable[[FrameHeader], object] = lambda header: None
 
     def shipper(self) -> Shipper:
         self.replica = Counted(self)
@@ -77,6 +79,7 @@ class Counted(LocalReplica):
         header = unpack_header(frame)
         super().put(frame)
         self.host.puts.append((header.generation, header.cycle, header.number))
+        self.host.meddle(header)
         if header.cycle or len(frame) > SMALL_FRAME:
             self.host.large.append(self.host.puts[-1])
         if self.host.die_at == len(self.host.puts):
@@ -241,3 +244,83 @@ def test_a_store_rolled_back_to_an_older_copy_is_named_and_its_points_stay_right
     assert {point: host.at(point) for point in [*points[:2], newest]} == {
         point: were[point] for point in [*points[:2], newest]
     }
+
+
+def busy(host: StoredHost, *, passes: int, die: bool = False) -> None:
+    """From now on the guest writes more than its logs may hold during so many copies, and dies in each if it is to."""
+    seen: set[bytes] = set()
+    dice = random.Random(passes)
+
+    def meddle(header: FrameHeader) -> None:
+        if header.cycle or header.generation in seen or len(seen) == passes:
+            return
+        seen.add(header.generation)
+        host.scribble(dice, 5)
+        for _ in range(8):
+            host.vm.disks["a.raw"].write(random_bytes(dice.randrange(1000), 200_000), dice.randrange(2 << 20))
+        host.scribble(dice, 5)
+        assert host.vm.status()["resync_required"], "the logs were given up"
+        if die:
+            raise Killed
+
+    host.meddle = meddle
+
+
+@pytest.mark.parametrize("how", ["first copy", "regions", "everything"])
+@pytest.mark.parametrize("die", [False, True])
+def test_a_guest_that_outwrites_its_logs_is_caught_up_with_pass_by_pass(host, monkeypatch, how, die):
+    monkeypatch.setattr(budget, "LEAST_LIMIT", 1 << 18)
+    dice = random.Random(8)
+    were = {}
+    if how != "first copy":
+        host.scribble(dice, 20)
+        were[host.shipper().cycle_now().point] = host.images()
+        with host.vm.gate:
+            host.vm.degrade("the disk is full", full=how == "everything")
+        host.scribble(dice, 5)
+    busy(host, passes=3, die=die)
+    for life in range(10):
+        try:
+            point = host.shipper().cycle_now().point
+            break
+        except Killed:
+            host.replica.close()
+            if life % 2:
+                host.detach()
+                host.attach()
+            host.scribble(dice, 3)
+    assert (life == 3) == die
+    were[point] = host.images()
+    assert {point.id for point in host.replica.points()} == were.keys(), "no point in between"
+    assert {point: host.at(point) for point in were} == were
+    last = host.records.copies[-1]
+    assert (last.passes, last.is_whole) == (4, how == "first copy")
+    assert host.vm.status()["resync_scope"] is None
+    were[host.shipper().cycle_now().point] = host.images()
+    assert {point: host.at(point) for point in were} == were
+    assert check(host.store).findings == ()
+
+
+@pytest.mark.parametrize("how", ["first copy", "everything"])
+def test_cancelled_in_the_middle_the_store_drops_what_was_staged_and_the_points_stay(host, how):
+    dice = random.Random(9)
+    were = {}
+    if how == "everything":
+        host.scribble(dice, 20)
+        were[host.shipper().cycle_now().point] = host.images()
+        with host.vm.gate:
+            host.vm.degrade("an image was exchanged", full=True)
+        host.scribble(dice, 20)
+    shipper = host.shipper()
+    host.meddle = lambda header: shipper.cancel() if header.cycle == 0 else None
+    with pytest.raises(WaitingError, match="was cancelled"):
+        shipper.cycle_now()
+    host.meddle = lambda header: None
+    assert {point.id for point in host.replica.points()} == were.keys()
+    assert {point: host.at(point) for point in were} == were
+    assert check(host.store).findings == ()
+    host.scribble(dice, 10)
+    host.replica.close()
+    were[host.shipper().cycle_now().point] = host.images()
+    assert {point: host.at(point) for point in were} == were
+    assert check(host.store).findings == ()
