@@ -240,11 +240,11 @@ def _report(error: Exception, *, as_json: bool) -> int:
     if known is None and isinstance(error, OSError) and error.strerror:
         known = HvfuseError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     if known is None:
-        from hvfuse.cli.main import _keep_traceback
+        from hvfuse.cli.main import keep_traceback
 
         known = HvfuseError(
             f"internal error: {type(error).__name__}: {error}",
-            hint=f"the traceback is in {_keep_traceback(error)}; please report it",
+            hint=f"the traceback is in {keep_traceback(error)}; please report it",
         )
     code = known.exit_code if known.exit_code != HvfuseError.exit_code else FAILED
     _note(f"hvfuse: {_one_line(str(known))}")

@@ -18,7 +18,7 @@ from hvfuse.cli.main import Session
 from hvfuse.cli.output import emit_json, json_option, note, time_text
 from hvfuse.cli.progress import showing_copy
 from hvfuse.cli.replicate import make_cycle
-from hvfuse.cli.status import orders_fields
+from hvfuse.cli.status import copy_fields, orders_fields
 from hvfuse.cli.wiring import drop_staged
 from hvfuse.control.copying import copy_text
 from hvfuse.control.daemon import serving_pid
@@ -138,7 +138,8 @@ class _Target:
         if self.has_shipper:
             answer = wire.request(self.home.shipper_socket(self.vm), op, timeout=ANSWER_SECONDS, **fields)
             return Orders.from_json(answer["orders"])
-        if not (fields.get("full") or self.records.orders(self.vm).full or self.is_in_doubt()):
+        is_for_one = op != "resume" and not fields.get("full") and not self.records.orders(self.vm).full
+        if is_for_one and not self.is_in_doubt():
             raise _nothing_to(self.vm, op)
         return self.records.change_orders(self.vm, change)
 
@@ -151,7 +152,7 @@ class _Target:
 
     def beginning(self) -> tuple[str, ...]:
         """What has to be done for an order to be carried out; nothing where a shipper runs."""
-        return () if self.has_shipper else ("no shipper runs: it begins with `hvfuse run`",)
+        return () if self.has_shipper else ("no shipper runs: nothing begins before `hvfuse run`",)
 
 
 def _nothing_to(vm: str, op: str) -> UsageError:
@@ -172,17 +173,23 @@ def _start(target: _Target, wish: _Wish) -> _Outcome:
     if not wish.insists:
         _refuse_what_is_held_up(target, before)
     now_ns = time.time_ns()
-    generation = target.read().generation
-    orders = target.order(
-        "resync",
-        lambda orders: orders.resynchronise(full=wish.full, at_ns=wish.at_ns, now_ns=now_ns),
-        full=wish.full,
-        at_ns=wish.at_ns,
-    )
+
+    def order() -> Orders:
+        orders = target.order(
+            "resync",
+            lambda orders: orders.resynchronise(full=wish.full, at_ns=wish.at_ns, now_ns=now_ns),
+            full=wish.full,
+            at_ns=wish.at_ns,
+        )
+        for line in _taken_back(before):
+            note(f"{target.vm}: {line}")
+        return orders
+
     if wish.wait:
-        return _completed(target, generation)
+        return _completed(target, order)
+    orders = order()
     when = "now" if wish.at_ns is None else f"at {instant_text(wish.at_ns, now_ns=now_ns)}"
-    lines = (f"a resynchronisation was ordered: {when}", *_taken_back(before), *target.beginning())
+    lines = (f"a resynchronisation was ordered: {when}", *target.beginning())
     due = None if wish.at_ns is None else time_text(wish.at_ns)
     return _Outcome(lines, _fields(target, orders, due=due))
 
@@ -215,10 +222,18 @@ def _taken_back(before: Orders) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _completed(target: _Target, generation: str | None) -> _Outcome:
-    """Wait for what was ordered. `generation`: the record's before."""
-    with _told_on_interrupt(target), showing_copy(target.records, target.vm):
-        report = make_cycle(target.session, target.home, target.vm, target.records)
+def _completed(target: _Target, order: Callable[[], Orders]) -> _Outcome:
+    """Order a copy, and wait until it is complete. Raises UnreachableError if the VM is not mounted."""
+    generation = target.read().generation
+    with _told_on_interrupt(target):
+        order()
+        if not target.is_mounted:
+            raise UnreachableError(
+                f"{target.vm} is not mounted, so nothing can be compared; it begins once it is mounted",
+                hint="hvfuse run",
+            )
+        with showing_copy(target.records, target.vm):
+            report = make_cycle(target.session, target.home, target.vm, target.records)
     record = target.read()
     orders = Orders.from_json(record.orders)
     if record.generation == generation:
@@ -230,13 +245,8 @@ def _completed(target: _Target, generation: str | None) -> _Outcome:
 
 @contextmanager
 def _told_on_interrupt(target: _Target) -> Iterator[None]:
-    """Say at Ctrl-C what goes on. Raises UnreachableError if the VM is not mounted."""
-    vm = target.vm
-    if not target.is_mounted:
-        raise UnreachableError(
-            f"{vm} is not mounted, so nothing can be compared; it is done once it is", hint="hvfuse run"
-        )
-    background = target.has_shipper
+    """Say at Ctrl-C what goes on."""
+    vm, background = target.vm, target.has_shipper
     try:
         yield
     except KeyboardInterrupt:
@@ -267,9 +277,9 @@ def _resume(target: _Target, wish: _Wish) -> _Outcome:
     if not Orders.from_json(record.orders).suspended:
         line = "copies are not suspended"
         return _Outcome((line,), _fields(target, Orders.from_json(record.orders)))
-    orders = target.order("resume", Orders.resume)
     if wish.wait:
-        return _completed(target, record.generation)
+        return _completed(target, lambda: target.order("resume", Orders.resume))
+    orders = target.order("resume", Orders.resume)
     return _Outcome(("copies are not suspended any more", *target.beginning()), _fields(target, orders))
 
 
@@ -286,7 +296,7 @@ def _cancel(target: _Target, _: _Wish) -> _Outcome:
         f"cancelled; {dropped}",
         f"no recovery points are made before: hvfuse resync {target.vm} --now",
     )
-    return _Outcome(lines, _fields(target, orders, dropped=record.copy))
+    return _Outcome(lines, _fields(target, orders, dropped=copy_fields(record.copy)))
 
 
 _ACTIONS: Mapping[str, Callable[[_Target, _Wish], _Outcome]] = {

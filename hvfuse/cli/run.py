@@ -16,6 +16,7 @@ import click
 from hvfuse.cli.main import Session
 from hvfuse.cli.output import is_terminal
 from hvfuse.cli.status import plain_line, reason_lines, statuses, table
+from hvfuse.control.copying import percent
 from hvfuse.control.records import Records
 from hvfuse.control.status import VmStatus
 from hvfuse.control.supervisor import TICK_SECONDS, Supervisor, collected, only_supervisor, require_mountable
@@ -47,7 +48,7 @@ class PlainDisplay:
     def show(self, found: Sequence[VmStatus]) -> None:
         for one in found:
             # Not what counts up all the time (pending bytes, ages): that would be a line a second.
-            tenth = None if one.progress is None else int(one.progress * 10)
+            tenth = None if one.copy is None else percent(one.copy) // 10
             key = (one.state, tenth, one.latest_point, [reason.id for reason in one.reasons])
             if self._told.get(one.name) != key:
                 self._told[one.name] = key

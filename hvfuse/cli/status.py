@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import click
 from hvfuse.cli.main import Session
 from hvfuse.cli.output import emit_json, is_terminal, json_option, one_line, time_text
 from hvfuse.cli.wiring import store_facts
+from hvfuse.control.copying import percent
 from hvfuse.control.records import Records, VmRecord
 from hvfuse.control.status import Health, VmStatus, is_protected, vm_status
 from hvfuse.control.supervisor import find_vms
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from hvfuse.shipper.orders import Orders
+    from hvfuse.shipper.proofs import Verified
 
 WATCH_SECONDS = 2.0
 PIPE_WIDTH = 10_000
@@ -110,7 +112,7 @@ def show(found: Sequence[VmStatus], *, as_json: bool, disks: str) -> None:
 
     console = Console(width=None if is_terminal() else PIPE_WIDTH)
     console.print(table(found))
-    for line in reason_lines(found):
+    for line in (*reason_lines(found), *_verified_lines(found)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -126,9 +128,10 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
         "rpo_seconds": None if status.rpo_seconds is None else round(status.rpo_seconds, 3),
         "pending_bytes": status.pending_bytes,
         "points": status.points,
-        "copy": None if status.copy is None else {name: status.copy[name] for name in _COPY_FIELDS},
+        "copy": copy_fields(status.copy),
         "copy_due": None if status.copy_due_ns is None else time_text(status.copy_due_ns),
         "orders": orders_fields(status.orders),
+        "verified": None if status.verified is None else _verified_fields(status.verified),
         "disks": [
             {"name": disk.name, "format": disk.format, "size": disk.size, "log_bytes": disk.log_bytes}
             for disk in status.disks
@@ -143,6 +146,43 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
             for reason in status.reasons
         ],
     }
+
+
+def copy_fields(copy: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """How far a copy is, as it stands in JSON."""
+    return None if copy is None else {name: copy[name] for name in _COPY_FIELDS}
+
+
+def _verified_fields(verified: Verified) -> dict[str, Any]:
+    """What verification proved, as it stands in JSON. `continuous`: bytes a second in idle time, 0 for none."""
+    last = verified.last_run
+    return {
+        "proved_30d": round(verified.proved_30d, 4),
+        "oldest": None if verified.oldest_ns is None else time_text(verified.oldest_ns),
+        "continuous": verified.budget,
+        "last_run": None if last is None else {"finished": time_text(last["finished_ns"]), **_run_fields(last)},
+        "mismatches": [
+            {
+                "disk": mismatch.disk,
+                "offset": mismatch.extent.offset,
+                "length": mismatch.extent.length,
+                "found": time_text(mismatch.found_ns),
+            }
+            for mismatch in verified.mismatches
+        ],
+    }
+
+
+def _run_fields(run: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("seed", "bytes_compared", "bytes_unproved", "mismatch_bytes", "seconds")
+    return {name: run[name] for name in names}
+
+
+def _verified_lines(found: Sequence[VmStatus]) -> Iterator[str]:
+    """How much of the VMs is proved, of those that ever were verified."""
+    for one in found:
+        if one.verified is not None:
+            yield one_line(f"{one.name}: {one.verified.text}")
 
 
 def orders_fields(orders: Orders) -> dict[str, Any]:
@@ -178,7 +218,7 @@ def table(found: Sequence[VmStatus]) -> Table:
 
 
 def _state_text(status: VmStatus) -> str:
-    progress = f" {status.progress:.0%}" if status.progress is not None else ""
+    progress = f" {percent(status.copy)}%" if status.copy is not None else ""
     return f"{status.state}{progress}"
 
 

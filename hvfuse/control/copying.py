@@ -11,15 +11,17 @@ _DONE = {"initial": "copied", "resync": "compared", "export": "exported"}
 
 
 def percent(copy: Mapping[str, Any]) -> int:
-    """How much is done, 0 to 100; 100 only at the end."""
+    """How much is done, 0 to 100; 100 only at the end, 0 while it is not known yet how much there is to do."""
     total = copy["bytes_total"]
-    return min(100, int(100 * copy["bytes_done"] / total)) if total else 100
+    return min(100, int(100 * copy["bytes_done"] / total)) if total else 0
 
 
 def copy_text(copy: Mapping[str, Any], *, is_under_way: bool = True) -> str:
     """A copy in one line: "37 %, 1.2 GiB of 3.3 GiB compared, 15 MiB sent, 210 MiB/s, 9.0 s left"; without rate and
     time left if it is not under way."""
     again = f"pass {copy['pass']}, " if copy["pass"] > 1 else ""
+    if not copy["bytes_total"]:
+        return f"{again}just begun"
     rate = f", {rate_text(copy)}" if is_under_way else ""
     return f"{again}{percent(copy)} %, {done_text(copy)}{rate}"
 

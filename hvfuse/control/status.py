@@ -3,10 +3,10 @@
 Nothing is remembered here; a process that does not answer is reported as such. Health, by the worst
 reason (thresholds are the constants below):
 
-    Critical   the logs or the store cannot be read; the tracker cannot start; the tracker or the shipper
-               does not run, or the folder is gone, although the VM is protected; state Error; a
-               resynchronisation is required and not under way (it waits, is suspended, was cancelled);
-               replication fails and is two intervals late
+    Critical   the logs or the store cannot be read; verification found that the replica differs from the
+               disks; the tracker cannot start; the tracker or the shipper does not run, or the folder is
+               gone, although the VM is protected; state Error; a resynchronisation is required and not
+               under way (it waits, is suspended, was cancelled); replication fails and is two intervals late
     Warning    initial replication is not complete (it is under way, waits, is suspended, was cancelled);
                copies are suspended although none is needed now; replication fails; the last cycle is older
                than an hour, or than two intervals if that is more, or lies in the future; a disk in the
@@ -34,7 +34,9 @@ from hvfuse.errors import HvfuseError, UnreachableError
 from hvfuse.formats import hrl
 from hvfuse.formats.image import is_disk_name, probe_for_tracking
 from hvfuse.manifest import ReplicationState
+from hvfuse.shipper import proofs
 from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.proofs import Verified
 
 STALE_SECONDS = 3600.0
 STALE_INTERVALS = 2
@@ -111,7 +113,8 @@ class VmStatus:
 
     `rpo_seconds`: age of what the target has, None when unknown. `pending_bytes`: what the logs hold
     that the target lacks, and what has to be compared with it. `points`: recovery points in the store.
-    `copy`, `copy_due_ns`, `orders`: as in the VM's record. `tracker`, `shipper`: whether they answer.
+    `copy`, `copy_due_ns`, `orders`: as in the VM's record. `verified`: None if it never was. `tracker`,
+    `shipper`: whether they answer.
     """
 
     name: str
@@ -123,10 +126,10 @@ class VmStatus:
     pending_bytes: int
     points: int
     latest_point: str | None
-    progress: float | None
     copy: Mapping[str, Any] | None
     copy_due_ns: int | None
     orders: Orders
+    verified: Verified | None = None
     disks: tuple[DiskStatus, ...]
     tracker: bool
     shipper: bool
@@ -164,6 +167,7 @@ class _Facts:
     names: frozenset[str] | None
     age: float | None
     forgotten: Sequence[int]
+    verified: Verified | None
 
     @property
     def awaits_seed(self) -> bool:
@@ -206,6 +210,7 @@ def vm_status(
     sealed = _tried(troubles, "logs-damaged", lambda: _sealed_bytes(folder), nothing)
     count = _tried(troubles, "store-damaged", lambda: points(vm), 0)
     nowhere: Sequence[int] = ()
+    unproved: Verified | None = None
     last = record.last_replication_time_ns
     facts = _Facts(
         vm=vm,
@@ -218,6 +223,7 @@ def vm_status(
         names=frozenset(os.listdir(folder)) if os.path.isdir(folder) else None,
         age=None if last is None else (now_ns - last) / 1e9,
         forgotten=_tried(troubles, "store-damaged", lambda: forgotten(vm), nowhere),
+        verified=_tried(troubles, "proofs-damaged", lambda: proofs.load(home.proofs(vm)).verified(now_ns), unproved),
     )
     disks = tracker.answer["disks"] if tracker.answer else ()
     active = sum(max(0, disk["log_bytes"] - _EMPTY_LOG) for disk in disks)
@@ -232,10 +238,10 @@ def vm_status(
         pending_bytes=active + sum(sealed.values()) + in_doubt,
         points=count,
         latest_point=record.point,
-        progress=record.progress,
         copy=record.copy,
         copy_due_ns=record.copy_due_ns,
         orders=facts.orders,
+        verified=facts.verified,
         disks=_disks(folder, tracker.answer, sealed, policy.exclude),
         tracker=tracker.answer is not None,
         shipper=shipper.answer is not None,
@@ -322,6 +328,7 @@ def _reasons(facts: _Facts) -> Iterator[Reason]:
     yield from _process_reasons(facts)
     yield from _failure_reasons(facts, state)
     yield from _copy_reasons(facts, state)
+    yield from _verify_reasons(facts)
     limit = max(STALE_SECONDS, STALE_INTERVALS * facts.policy.frequency)
     if facts.age is not None and facts.age > limit:
         text = f"the last recovery point is {facts.age / 60:.0f} minutes old"
@@ -345,6 +352,17 @@ def _warning(reason_id: str, text: str, next_command: str | None = None) -> Reas
 
 def _critical(reason_id: str, text: str, next_command: str | None = None) -> Reason:
     return Reason(id=reason_id, health=Health.CRITICAL, text=text, next_command=next_command)
+
+
+def _verify_reasons(facts: _Facts) -> Iterator[Reason]:
+    found = facts.verified.mismatches if facts.verified is not None else ()
+    if found:
+        first = found[0]
+        when = instant_text(min(each.found_ns for each in found), now_ns=facts.now_ns)
+        places = f"{first.disk}: offset {first.extent.offset}, length {first.extent.length}"
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        text = f"the replica differs from the disks, as verification found, {when}: {places}{more}"
+        yield _critical("verify-mismatch", text, f"hvfuse verify {facts.vm} --repair")
 
 
 def _process_reasons(facts: _Facts) -> Iterator[Reason]:

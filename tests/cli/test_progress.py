@@ -42,7 +42,7 @@ def test_a_copy_is_told_in_one_line(changes: Mapping[str, Any], text: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("done", "total", "shown"), [(0, 0, 100), (0, 9, 0), (999, 1000, 99), (1000, 1000, 100), (1001, 1000, 100)]
+    ("done", "total", "shown"), [(0, 0, 0), (0, 9, 0), (999, 1000, 99), (1000, 1000, 100), (1001, 1000, 100)]
 )
 def test_a_hundred_percent_is_told_only_at_the_end(done: int, total: int, shown: int) -> None:
     assert percent({**COPY, "bytes_done": done, "bytes_total": total}) == shown

@@ -50,7 +50,7 @@ def test_the_status_of_a_replicated_vm_has_exactly_these_fields(hvfuse: CommandL
     (vm,) = hvfuse.json("status")["vms"]
     assert list(vm) == [
         "name", "state", "health", "last_cycle", "last_replication_time", "rpo_seconds", "pending_bytes", "points",
-        "copy", "copy_due", "orders", "disks", "reasons",
+        "copy", "copy_due", "orders", "verified", "disks", "reasons",
     ]  # fmt: skip
     assert [list(reason) for reason in vm["reasons"]] == [["id", "health", "text", "next_command"]]
     assert (vm["reasons"][0]["id"], vm["reasons"][0]["next_command"]) == ("shipper-down", "hvfuse run")

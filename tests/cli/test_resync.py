@@ -69,7 +69,7 @@ def test_a_time_is_kept_for_the_shipper_to_come(hvfuse: CommandLine) -> None:
     }  # fmt: skip
     assert hvfuse("resync", "vm", "--at", "18:30") == 0
     assert "vm: a resynchronisation was ordered: at " in hvfuse.out
-    assert hvfuse.out.endswith("vm: no shipper runs: it begins with `hvfuse run`\n")
+    assert hvfuse.out.endswith("vm: no shipper runs: nothing begins before `hvfuse run`\n")
     ahead = (orders(hvfuse).at_ns or 0) - time.time_ns()
     assert 0 < ahead <= 86400 * 10**9
 
@@ -78,7 +78,7 @@ def test_what_cannot_begin_now_says_so_and_stays_ordered(hvfuse: CommandLine) ->
     hvfuse.add_vm("vm")
     assert hvfuse("resync", "vm", "--now") == 11
     assert hvfuse.err == (
-        "hvfuse: vm is not mounted, so nothing can be compared; it is done once it is\n  hint: hvfuse run\n"
+        "hvfuse: vm is not mounted, so nothing can be compared; it begins once it is mounted\n  hint: hvfuse run\n"
     )
     assert orders(hvfuse) == Orders(now=True)
     assert hvfuse("resync", "vm", "--no-wait", "--full") == 0
@@ -105,8 +105,8 @@ def test_begin_all_the_same_takes_back_what_stood_against_it(hvfuse: CommandLine
     hvfuse.add_vm("vm")
     recorded(hvfuse, orders=Orders(suspended=True, seed="ab" * 16))
     assert hvfuse("resync", "vm", "--now", "--no-wait") == 0
-    assert "vm: it is not suspended any more\n" in hvfuse.out
-    assert "vm: the seed that was exported is not waited for any more\n" in hvfuse.out
+    assert "vm: it is not suspended any more\n" in hvfuse.err
+    assert "vm: the seed that was exported is not waited for any more\n" in hvfuse.err
     assert orders(hvfuse) == Orders(now=True)
 
 
@@ -137,8 +137,8 @@ def test_a_seed_that_the_configuration_wants_is_not_given_up_by_mistake(hvfuse: 
 def test_a_copy_is_cancelled_and_what_was_dropped_is_told(hvfuse: CommandLine) -> None:
     hvfuse.add_vm("vm")
     copy = {
-        "kind": "initial", "pass": 1, "bytes_total": 4096, "bytes_done": 1024, "bytes_sent": 512, "bytes_saved": 512,
-        "seconds": 1.0, "bytes_per_second": 1024.0, "seconds_left": 3.0,
+        "kind": "initial", "generation": "ab" * 16, "pass": 1, "bytes_total": 4096, "bytes_done": 1024,
+        "bytes_sent": 512, "bytes_saved": 512, "seconds": 1.0, "bytes_per_second": 1024.0, "seconds_left": 3.0,
     }  # fmt: skip
     recorded(hvfuse, orders=Orders(now=True), copy=copy)
     assert hvfuse("resync", "vm", "--cancel") == 0
