@@ -75,6 +75,7 @@ class Copies:
         self._last_note: str | None = None
         self._orders_changed = False
         self._is_due_told = False
+        self._is_stalled = False  # and it was told
         self.notes: list[str] = []
         self.due_ns: int | None = None
         """When a copy that waits goes on by itself, ns since 1970."""
@@ -149,11 +150,11 @@ class Copies:
 
     def _wait(self, need: Need, wait: Wait, reason: str) -> NoReturn:
         """Show that a copy waits, and say so to whoever asked."""
-        if wait.cause is Cause.CANCELLED:
-            self._replica.abandon()
         state = _waiting_state(need, wait)
         told = (state, wait, reason)
         if told != self._told_wait:
+            if wait.cause is Cause.CANCELLED:
+                self._replica.abandon()
             self._told_wait = told
             _log.info("%s: %s", self._vm, _waiting_text(need, wait))
             dropped = {"progress": None, "copy": None} if wait.cause is Cause.CANCELLED else {}
@@ -218,14 +219,16 @@ class Copies:
     def _copy(self, status: SourceStatus, scope: ResyncScope) -> None:
         """Copy, or go on with it: to a replica that has a position, the differences alone."""
         assert status.generation is not None
-        if scope is ResyncScope.FULL and self._records.orders().full:
-            self._records.change_orders(lambda orders: replace(orders, full=False))
+        self._take_full_back(scope)
         position = self._replica.position()
         need = replace(self._need(status, scope), is_under_way=True)
         meter = self._meter(status.generation, position, need)
         self._set_due(None)
         self._told_wait = None
-        self._records.update(state=_copying_state(meter.now.kind), progress=meter.now.part, copy=meter.now.as_json())
+        state = _copying_state(meter.now.kind)
+        # What an earlier attempt failed at is over; that passes do not get smaller is not.
+        over_now = {} if meter.now.stalled_before >= STALLED_PASSES else {"error": None, "hint": None}
+        self._records.update(state=state, progress=meter.now.part, copy=meter.now.as_json(), **over_now)
         # Also after an interruption: logs that no copy will ever need fill up the disk.
         self._source.release(status.generation, 0)
         regions = self._source.regions() if scope is ResyncScope.REGIONS else None
@@ -236,6 +239,11 @@ class Copies:
         self._tell(meter.now, meter.now.report)
         self._source.resynced(status.generation)
         self._look_at_pace(meter.now)
+
+    def _take_full_back(self, scope: ResyncScope) -> None:
+        """A copy of everything is what was ordered, whyever it began."""
+        if scope is ResyncScope.FULL and self._records.orders().full:
+            self._records.change_orders(lambda orders: replace(orders, full=False))
 
     def _run(self, status: SourceStatus, meter: Meter, need: Need, scope: ResyncScope, over: Over | None) -> None:
         assert status.generation is not None
@@ -284,6 +292,7 @@ class Copies:
         self._between()
         if kept or self._orders_changed:
             self._orders_changed = False
+            self._take_full_back(scope)
             wait = self._permission(need, self._orders_for(scope))
             if wait is not None:
                 raise _HeldUpError(f"{self._vm}: {wait.text}", wait)
@@ -308,11 +317,13 @@ class Copies:
         """Say that the guest is faster than the copy, and take it back when it is not any more."""
         if now.stalled >= STALLED_PASSES:
             text = _stalled_text(now)
-            _log.warning("%s: %s", self._vm, text)
+            _log.log(logging.INFO if self._is_stalled else logging.WARNING, "%s: %s", self._vm, text)
+            self._is_stalled = True
             self._records.update(error=text, hint=_STALLED_HINT)
             if text not in self.notes:
                 self.notes[:] = [note for note in self.notes if not note.startswith(_STALLED)] + [text]
         elif now.stalled_before >= STALLED_PASSES:
+            self._is_stalled = False
             self._records.update(error=None, hint=None)
 
 

@@ -21,7 +21,6 @@ from hvfuse.errors import HvfuseError, ResyncRequiredError, UnreachableError, Us
 from hvfuse.manifest import ReplicationState
 from hvfuse.position import PositionMismatchError
 from hvfuse.shipper.copies import WaitingError
-from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.export import Exporter, ExportReport, without_seed
 from hvfuse.shipper.orders import Orders
@@ -29,6 +28,7 @@ from hvfuse.shipper.policy import Records, ShippingPolicy
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.replication import RESYNC_ERRORS, Replication
 from hvfuse.shipper.retry import next_attempt, next_interval, refusal
+from hvfuse.shipper.shown import ShownRecords
 from hvfuse.shipper.source import Source
 from hvfuse.shipper.verifier import Verifier
 from hvfuse.system import Clock
@@ -43,41 +43,6 @@ _Answer = TypeVar("_Answer")
 
 class StoppedError(UnreachableError):
     """The shipper was told to stop; what it was at resumes with its next start."""
-
-
-class _Shown:
-    """Records that also remember their last values, for the control socket to show."""
-
-    def __init__(self, records: Records) -> None:
-        self._records = records
-        self._changing = threading.Lock()  # of `fields`, which is replaced as a whole: any thread may read it
-        self.fields: Mapping[str, object] = {}
-
-    def update(self, **fields: object) -> None:
-        told = {name: value.as_json() if isinstance(value, Orders) else value for name, value in fields.items()}
-        with self._changing:
-            self.fields = {**self.fields, **told}
-        self._records.update(**fields)
-
-    def orders(self) -> Orders:
-        return self._records.orders()
-
-    def change_orders(self, change: Callable[[Orders], Orders]) -> Orders:
-        orders = self._records.change_orders(change)
-        with self._changing:
-            self.fields = {**self.fields, "orders": orders.as_json()}
-        return orders
-
-    def copy_progress(self) -> Mapping[str, object] | None:
-        return self._records.copy_progress()
-
-    def cycle(self, report: CycleReport) -> None:
-        self._records.cycle(report)
-
-    def copied(self, report: CopyReport) -> None:
-        with self._changing:
-            self.fields = {**self.fields, "last_copy": report.as_json()}
-        self._records.copied(report)
 
 
 class Shipper:
@@ -102,7 +67,7 @@ class Shipper:
     ) -> None:
         self._vm = vm
         self._source = source
-        self._shown = _Shown(records)
+        self._shown = ShownRecords(records)
         self._replication = Replication(
             vm=vm,
             folder=folder,

@@ -1,12 +1,15 @@
 import os
+import tracemalloc
 
+import numpy as np
 import pytest
 
 from hvfuse import frames, system
 from hvfuse.errors import UnsupportedError
 from hvfuse.position import NO_DIGEST, Position
+from hvfuse.reconcile import plan
 from hvfuse.shipper import slots
-from hvfuse.shipper.copy import copy
+from hvfuse.shipper.copy import Over, copy
 from hvfuse.shipper.slots import GROUP, MAX_DISK, SLOT, SLOTS
 from hvfuse.shipper.source import SourceDisk
 from hvfuse.system import SystemClock
@@ -157,6 +160,58 @@ def test_progress_may_stop_the_copy_which_then_resumes(tmp_path):
         run(tmp_path, disks, replica, progress=stop)
     assert run(tmp_path, disks, replica).frames_held == 1
     assert_equal(tmp_path, disks, replica)
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_resumed_copy_reads_nothing_of_what_is_held(tmp_path, monkeypatch, over):
+    slot, per_group = 1 << 16, 4
+    for module, name in ((slots, "SLOT"), (plan, "SPAN")):
+        monkeypatch.setattr(module, name, slot)
+    monkeypatch.setattr(slots, "GROUP", per_group * slot)
+    monkeypatch.setattr(slots, "SLOTS", per_group)
+    size = 11 * slot + 700
+    disks = [image(tmp_path, "a.raw", size, (0, random_bytes(1, size)))]
+    options = {"over": Over(previous=Position(b"P" * 16, 3, NO_DIGEST))} if over else {}
+    read: set[int] = set()
+    pread, pread_into = system.pread, system.pread_into
+    monkeypatch.setattr(system, "pread", lambda fd, length, at: (read.add(at // slot), pread(fd, length, at))[1])
+    monkeypatch.setattr(system, "pread_into", lambda fd, view, at: (read.add(at // slot), pread_into(fd, view, at))[1])
+    for kill in range(1, 13):
+        replica = MemoryReplica(die_at=kill)
+        if over:
+            replica.stands, replica.images = options["over"].previous, {disks[0].disk_id: bytearray(size)}
+        with pytest.raises(Killed):
+            run(tmp_path, disks, replica, **options)
+        replica.die_at = None
+        groups, within = np.divmod(list(replica.staged), per_group + 1)
+        held = {group * per_group + place for group, place in zip(groups, within, strict=True) if place < per_group}
+        read.clear()
+        run(tmp_path, disks, replica, **options)
+        assert not read & held and read == set(range(12)) - held, kill
+        assert_equal(tmp_path, disks, replica)
+
+
+class Nowhere(MemoryReplica):
+    """Counts what it is given, and keeps none of it."""
+
+    def put(self, frame: bytes) -> None:
+        self.staged[len(self.staged)] = b""
+
+    def commit(self, manifest, frame_count):
+        assert len(self.staged) == frame_count
+
+
+def test_the_memory_that_a_copy_takes_does_not_grow_with_the_disk(tmp_path):
+    block = random_bytes(1, 8 * MIB)
+    disk = image(tmp_path, "a.raw", 256 * MIB, *((at * 8 * MIB, block) for at in range(32)))
+    tracemalloc.start()
+    try:
+        report = run(tmp_path, [disk], Nowhere())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert report.bytes_sent > 256 * MIB
+    assert peak < 96 * MIB
 
 
 def test_disks_for_which_the_numbers_do_not_suffice_are_refused(tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hvfuse import wire
-from hvfuse.errors import HvfuseError, UsageError
+from hvfuse.errors import HvfuseError, UnreachableError, UsageError
 from hvfuse.manifest import ReplicationState
 from hvfuse.position import NO_DIGEST, Position
 from hvfuse.shipper.copies import WaitingError
@@ -497,6 +497,32 @@ def test_during_a_resync_of_regions_everything_can_be_ordered_instead(tmp_path):
     shipper.turn()
     site.assert_equal()
     assert site.records.copies[-1].regions is None
+
+
+def test_everything_that_is_ordered_while_it_is_compared_is_not_compared_twice(tmp_path):
+    site = begun(tmp_path / "vm", "everything")
+    shipper = site.shipper()
+    site.meddle(1, lambda: shipper.order_resync(full=True, at_ns=None))
+    for _ in range(3):
+        shipper.turn()
+        site.clock.seconds += 30
+    site.assert_equal()
+    assert (len(site.records.copies), site.records.orders()) == (1, Orders())
+
+
+def test_what_an_attempt_failed_at_is_not_shown_any_more_once_the_copy_goes_on(tmp_path, caplog):
+    site = begun(tmp_path / "vm", "everything")
+    shipper = site.shipper()
+    site.replica.fail_with = UnreachableError("the target is away")
+    shipper.turn()
+    assert site.records.fields["error"] == "the target is away"
+    site.replica.fail_with = None
+    site.meddle(1, lambda: errors.append(site.records.fields["error"]))
+    errors: list[object] = []
+    site.clock.seconds += 60
+    shipper.turn()
+    assert errors == [None] and site.state is State.REPLICATING
+    assert "the target is away" in caplog.text
 
 
 # Over the socket, and figures ---------------------------------------------------------------------------------

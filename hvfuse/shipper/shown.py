@@ -1,0 +1,46 @@
+"""The records of a VM, with their last values at hand for the control socket to show."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+
+from hvfuse.shipper.copy import CopyReport
+from hvfuse.shipper.cycle import CycleReport
+from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.policy import Records
+
+
+class ShownRecords:
+    """Records that also remember their last values, for the control socket to show."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self._changing = threading.Lock()  # of `fields`, which is replaced as a whole: any thread may read it
+        self.fields: Mapping[str, object] = {}
+
+    def update(self, **fields: object) -> None:
+        told = {name: value.as_json() if isinstance(value, Orders) else value for name, value in fields.items()}
+        with self._changing:
+            self.fields = {**self.fields, **told}
+        self._records.update(**fields)
+
+    def orders(self) -> Orders:
+        return self._records.orders()
+
+    def change_orders(self, change: Callable[[Orders], Orders]) -> Orders:
+        orders = self._records.change_orders(change)
+        with self._changing:
+            self.fields = {**self.fields, "orders": orders.as_json()}
+        return orders
+
+    def copy_progress(self) -> Mapping[str, object] | None:
+        return self._records.copy_progress()
+
+    def cycle(self, report: CycleReport) -> None:
+        self._records.cycle(report)
+
+    def copied(self, report: CopyReport) -> None:
+        with self._changing:
+            self.fields = {**self.fields, "last_copy": report.as_json()}
+        self._records.copied(report)
