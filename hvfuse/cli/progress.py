@@ -67,8 +67,8 @@ def bar(vm: str, copy: Copy) -> RenderableType:
         ProgressBar(total=100, completed=percent(copy), width=40),
         Text(f"{percent(copy)} %"),
     )
-    saved = bytes_text(copy["bytes_saved"])
-    return Group(line, Text(f"  {done_text(copy)}, {saved} saved, {rate_text(copy)}"))
+    figures = f"{done_text(copy)}, {bytes_text(copy['bytes_saved'])} saved, {rate_text(copy)}"
+    return Group(line, Text(f"  {figures if copy['bytes_total'] else 'just begun'}"))
 
 
 def _lines(progress: Callable[[], Copy | None], vm: str, done: threading.Event) -> None:
