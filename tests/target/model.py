@@ -162,9 +162,13 @@ def send(replica: LocalReplica, manifest: CycleManifest, frames: Sequence[bytes]
 
 
 def _cut(change: Change, size: int) -> Change | None:
+    """A change to a disk that ends at `size` now; None: nothing of it is left. Zeroes stay: an earlier shrink
+    may have told them of what must not be seen again when the disk grows."""
     offset, length, data = change
+    if data is None:
+        return change
     length = min(length, size - offset)
-    return (offset, length, data and data[:length]) if length > 0 else None
+    return (offset, length, data[:length]) if length > 0 else None
 
 
 def contents(store: Store, vm: str, point_id: str) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import itertools
 import os
 import random
 import signal
@@ -127,13 +128,16 @@ def labels() -> Iterator[list[str]]:
 # The process dies
 
 
-def child_that_puts(path: str, manifest: CycleManifest, frames: list[bytes]) -> tuple[int, int]:
-    """A process that takes the copy up, telling through a pipe each frame before it puts it. (pid, pipe)"""
+def child_that_puts(path: str, manifest: CycleManifest, frames: list[bytes]) -> tuple[int, int, int]:
+    """A process that takes the copy up. It tells each frame before it puts it, and waits for leave to do so.
+    Returns its pid, and the descriptors to read from and to give leave to."""
     told, tell = os.pipe()
+    wait, allow = os.pipe()
     child = os.fork()
     if child:
         os.close(tell)
-        return child, told
+        os.close(wait)
+        return child, told, allow
     try:
         with Store(path) as store:
             replica = LocalReplica(store, "vm")
@@ -141,6 +145,7 @@ def child_that_puts(path: str, manifest: CycleManifest, frames: list[bytes]) -> 
             for number, frame in enumerate(frames):
                 if number not in held:
                     os.write(tell, number.to_bytes(4, "little"))
+                    os.read(wait, 1)
                     replica.put(frame)
             os.write(tell, b"done")
             signal.pause()
@@ -149,22 +154,25 @@ def child_that_puts(path: str, manifest: CycleManifest, frames: list[bytes]) -> 
 
 
 def killed_until_done(path: str, manifest: CycleManifest, frames: list[bytes], dice: random.Random) -> tuple[list, int]:
-    """Processes take the copy up and are killed, until one has put all. The numbers put, and how many processes."""
+    """Processes take the copy up and are killed while they put a frame, until one has put all. Returns the
+    numbers of the frames, as often as they were put, and how many processes there were."""
     puts: list[int] = []
     kills, done = 0, False
     while not done:
-        pid, told = child_that_puts(path, manifest, frames)
-        patience = dice.randrange(1, 20)
-        while patience and not done:
+        pid, told, allow = child_that_puts(path, manifest, frames)
+        for _ in range(dice.randrange(1, 16)):
             number = os.read(told, 4)
-            done, patience = number == b"done", patience - 1
-            puts += [] if done else [int.from_bytes(number, "little")]
+            done = number == b"done"
+            if done:
+                break
+            puts.append(int.from_bytes(number, "little"))
+            os.write(allow, b"!")
+        for _ in range(dice.randrange(20_000)):  # the kill may come anywhere in a put, or after it
+            pass
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        while number := os.read(told, 4):  # told between our reading and its death
-            done = done or number == b"done"
-            puts += [] if number == b"done" else [int.from_bytes(number, "little")]
         os.close(told)
+        os.close(allow)
         kills += 1
     return puts, kills
 
@@ -173,8 +181,8 @@ def killed_until_done(path: str, manifest: CycleManifest, frames: list[bytes], d
 def test_killed_again_and_again_no_more_than_the_frame_in_flight_is_put_twice(path, batch, monkeypatch):
     monkeypatch.setattr(direct, "BATCH", batch)
     dice = random.Random(batch)
-    source = Source("vm", {"a.raw": 3000 * 2 * 120})
-    source.write("a.raw", 0, dice.randbytes(3000 * 2 * 120))
+    source = Source("vm", {"a.raw": 3000 * 2 * 100})
+    source.write("a.raw", 0, dice.randbytes(3000 * 2 * 100))
     manifest, frames = source.begin_copy()
     puts, kills = killed_until_done(path, manifest, frames, dice)
     assert kills >= 8
@@ -185,6 +193,46 @@ def test_killed_again_and_again_no_more_than_the_frame_in_flight_is_put_twice(pa
         assert replica.begin(manifest) == frozenset(range(len(frames)))
         replica.close()
         finish(store, source, manifest, frames)
+
+
+def test_killed_at_any_step_every_frame_whose_put_had_returned_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(direct, "BATCH", 2 * direct.PENDING_OVERHEAD)
+    source = Source("vm", {"a.raw": 3000 * 2 * 5})
+    source.write("a.raw", 0, random.Random(2).randbytes(3000 * 2 * 5))
+    manifest, frames = source.begin_copy()
+    for step in itertools.count(1):
+        path = str(tmp_path / str(step))
+        returned = frames_put_until(path, manifest, frames, step)
+        with Store(path) as store:
+            replica = LocalReplica(store, "vm")
+            assert set(range(returned)) <= replica.begin(manifest) <= set(range(returned + 1)), step
+            replica.close()
+        if returned == len(frames):
+            break
+    assert step > 20
+
+
+def frames_put_until(path: str, manifest: CycleManifest, frames: list[bytes], step: int) -> int:
+    """Put frames in a process that dies at the labelled call number `step`. How many puts returned."""
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        calls = itertools.count(1)
+        try:
+            with Store(path) as store:
+                replica = LocalReplica(store, "vm")
+                system.install(lambda label, call, size: os._exit(9) if next(calls) == step else None)
+                replica.begin(manifest)
+                for frame in frames:
+                    replica.put(frame)
+                    os.write(tell, b"!")
+        finally:
+            os._exit(0)
+    os.close(tell)
+    os.waitpid(child, 0)
+    returned = len(os.read(told, 100))
+    os.close(told)
+    return returned
 
 
 def test_a_copy_of_differences_that_is_killed_repeats_no_more_either(path):
@@ -313,13 +361,15 @@ def test_a_note_counts_for_the_very_copy_that_wrote_it(store, note, change):
     assert UnsyncedFrames(store, "vm", dataclasses.replace(staging, **change)).read() == frozenset()
 
 
-def test_entries_of_another_note_behind_ones_own_do_not_count(store, note):
+def test_entries_in_the_place_of_others_do_not_count(store, note):
     path = store.unsynced_path("vm")
     with open(path, "rb") as file:
         whole = file.read()
-    with open(path, "wb") as file:  # the second entry once more, in the fifth's place
-        file.write(whole + whole[HEAD_SIZE + ENTRY_SIZE : HEAD_SIZE + 2 * ENTRY_SIZE])
-    assert note.read() == {3, 5, 7, 11}
+    head, first, rest = whole[:HEAD_SIZE], whole[HEAD_SIZE : HEAD_SIZE + ENTRY_SIZE], whole[HEAD_SIZE + ENTRY_SIZE :]
+    for misplaced, good in ((rest, set()), (rest + first, set()), (first + first + rest, {7})):
+        with open(path, "wb") as file:
+            file.write(head + misplaced)
+        assert note.read() == good
 
 
 @pytest.mark.parametrize("kind", ["link", "directory", "fifo"])

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, precondition, rule
 
+from hvfuse.manifest import CycleKind
 from hvfuse.target import index, schema
 from hvfuse.target.check import check
 from hvfuse.target.journal import PointReader
@@ -87,6 +88,23 @@ class StoreAgainstBytearrays(RuleBasedStateMachine):
     @rule()
     def copy(self):
         self.source.copy_to(self.replica)
+
+    @rule(sent=st.integers(0, 3), given_up=st.booleans())
+    def a_copy_of_differences(self, sent, given_up):
+        source = self.source
+        before = source.generation, source.cycle, source.changes
+        previous, changes = source.position, source.coalesced()
+        source.begin_copy()
+        manifest, frames = source.manifest(CycleKind.COPY, previous=previous), source.frames(changes)
+        self.replica.begin(manifest)
+        for frame in frames[:sent]:
+            self.replica.put(frame)
+        if given_up:
+            self.replica.abandon()
+            source.generation, source.cycle, source.changes = before
+        else:
+            send(self.replica, manifest, frames)
+            source.end_copy(manifest)
 
     @rule(hourly=st.integers(0, 2), keep_all=st.sampled_from([0, 60, 120]))
     def housekeep(self, hourly, keep_all):
