@@ -160,7 +160,7 @@ class SeedManifest:
                 version = fields["hvfuse_seed"]
                 raise UnsupportedError(f"{path}: an export of version {version}; this hvfuse reads {VERSION}")
             return _manifest_of(fields)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise CorruptError(f"{path}: makes no sense: {error!r}") from None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from hvfuse import seed, system
 from hvfuse.errors import (
@@ -228,6 +229,25 @@ def test_a_newer_version_is_refused(medium: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     with pytest.raises(UnsupportedError, match="version 2"):
         SeedReader(str(medium))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"hvfuse_seed": 1, "disks": [1]}',
+        '{"hvfuse_seed": 1, "disks": [], "files": [{"size": Infinity, "frames": 1, "digest": ""}]}',
+    ],
+)
+def test_a_manifest_whose_checksums_are_right_and_that_is_nonsense_is_refused(text: str) -> None:
+    body = text.removesuffix("}").encode() + b","
+    sums = b" ".join(xxhash.xxh3_64_hexdigest(body[at : at + PIECE]).encode() for at in range(0, len(body), PIECE))
+    line = b'\n "check": "' + sums + b" "
+    raw = body + line + xxhash.xxh3_64_hexdigest(line).encode() + b'"\n}\n'
+    with pytest.raises(CorruptError, match="makes no sense"):
+        SeedManifest.unpack(raw, "m")
 
 
 class Killed(BaseException):

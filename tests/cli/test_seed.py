@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from hvfuse import system, wire
 from hvfuse.control.records import Records
+from hvfuse.manifest import ReplicationState
 from hvfuse.target.journal import PointReader
 from hvfuse.target.store import Store
 from tests.cli.conftest import CommandLine
@@ -231,6 +233,22 @@ def test_copies_that_are_at_the_target_already_leave_only_differences_to_be_sent
     assert newest(target) == disk.read_bytes()
     assert target("seed", "import", str(copies), "--existing", "vm") == 2
     assert target("seed", "import", str(copies), "--existing", "vm", "--name", "x") == 2
+
+
+@pytest.mark.mount
+def test_an_export_does_not_wait_behind_a_copy_over_the_network(
+    hvfuse: CommandLine, target: CommandLine, disk: Path, tmp_path: Path
+) -> None:
+    shipper = str(hvfuse.root / "state" / "vms" / "vm" / "shipper.sock")
+    assert hvfuse("status") == 0
+    with Records(str(hvfuse.root / "state" / "records")) as records:
+        state = ReplicationState.INITIAL_REPLICATION_IN_PROGRESS
+        records.update("vm", state=state, copy={"kind": "initial"})
+    with closing(wire.Listener(shipper, lambda message: {}, name="shipper")):
+        assert hvfuse("seed", "export", "vm", str(tmp_path / "m")) == 6
+    assert "hvfuse resync vm --suspend" in hvfuse.err
+    # Nobody is at it any more: it is exported instead.
+    assert hvfuse("seed", "export", "vm", str(tmp_path / "m")) == 0
 
 
 def test_what_is_no_export_is_not_imported(hvfuse: CommandLine, tmp_path: Path) -> None:
