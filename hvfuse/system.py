@@ -91,6 +91,12 @@ def pread_into(fd: int, buffer: memoryview, offset: int) -> int:
     return done
 
 
+def page_buffer(size: int) -> memoryview:
+    """Zeroes to read into, on a page of their own. The kernel copies several times as fast to aligned memory on
+    some processors, and a bytearray begins 16 bytes off."""
+    return memoryview(mmap.mmap(-1, size))
+
+
 def fsync(label: str, fd: int) -> None:
     """Make a file's data and metadata durable. A failure is final: never call again and believe it."""
     if _injector is not None:

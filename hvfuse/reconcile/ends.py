@@ -34,6 +34,7 @@ from hvfuse.extent import Extent
 from hvfuse.formats.digests import DigestKey, Digests, digest_blocks, sparse_digests, summary
 from hvfuse.reconcile import plan
 from hvfuse.reconcile.changes import Change
+from hvfuse.reconcile.compare import PIECE
 
 KEPT_SPANS = 4096
 """Spans whose digests are kept after their summary was asked for: some 4 MiB."""
@@ -197,14 +198,19 @@ class LocalEnd:
             [extent],
             key,
             data=lambda low, high: [(part.offset, part.end) for part in self.occupied(low, high)],
-            digest=lambda low, high: digest_blocks(self.read(Extent(low, high - low)), key),
+            digest=lambda low, high: np.concatenate(
+                [
+                    digest_blocks(self.read(Extent(at, min(PIECE, high - at))), key)  # from the processor's cache
+                    for at in range(low, high, PIECE)
+                ]
+            ),
         )
 
     def read(self, extent: Extent) -> memoryview:
         """The bytes of an extent of at most a span, zeroes beyond the end; valid until this thread reads again."""
         buffer: memoryview | None = getattr(self._own, "buffer", None)
         if buffer is None:
-            buffer = self._own.buffer = memoryview(bytearray(plan.SPAN))
+            buffer = self._own.buffer = system.page_buffer(plan.SPAN)
         view = buffer[: extent.length]
         got = self.read_into(view, extent.offset)
         view[got:] = bytes(extent.length - got)

@@ -99,26 +99,28 @@ class Peer:
             error = found
         except Exception as found:
             error = HvfuseError(f"internal error: {type(found).__name__}: {found}")
+        error = self._explained(error)
         with self._lock:
-            if self._broken is None:
-                self._broken = self._explained(error)
+            self._broken = error
             waiting = list(self._asked.values())
             self._asked.clear()
         self.line.close()
         for answer in waiting:
-            answer.set_exception(self._broken)
+            answer.set_exception(error)
 
     def _take(self, message: messages.Message) -> None:
-        if message.kind is Kind.FAILED and message.number == 0:
-            raise messages.unpack_error(message.payload)
+        error = messages.unpack_error(message.payload) if message.kind is Kind.FAILED else None
+        if error is not None and message.number == 0:
+            raise error
         with self._lock:
-            answer = self._asked.pop(message.number, None)
-        if answer is None or message.kind not in (Kind.REPLY, Kind.FAILED):
+            known = message.kind in (Kind.REPLY, Kind.FAILED)
+            answer = self._asked.pop(message.number, None) if known else None
+        if answer is None:  # whoever waits is told by `_read`
             raise CorruptError("the other side answered what it was not asked")
-        if message.kind is Kind.REPLY:
-            answer.set_result(message.payload)
+        if error is not None:
+            answer.set_exception(error)
         else:
-            answer.set_exception(messages.unpack_error(message.payload))
+            answer.set_result(message.payload)
 
     def _explained(self, error: HvfuseError) -> HvfuseError:
         """With the exit status of the command, if it has ended."""

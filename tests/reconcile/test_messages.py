@@ -246,7 +246,7 @@ def test_a_server_that_says_anything_else_or_ends_is_an_error_of_ours(said):
 
 
 class Answers(Says):
-    """A process that answers each request with the next of some payloads."""
+    """A process that answers each request with the next of some payloads, or kinds and payloads."""
 
     def __init__(self, payloads) -> None:
         there, back = os.pipe(), os.pipe()
@@ -262,7 +262,9 @@ class Answers(Says):
         while data := self._taken.read(1 << 20):
             for message in receiver.receive(data):
                 if message.kind is not Kind.FAILED:
-                    os.write(self._back, b"".join(pack(Kind.REPLY, message.number, next(self._payloads))))
+                    said = next(self._payloads)
+                    kind, payload = said if isinstance(said, tuple) else (Kind.REPLY, said)
+                    os.write(self._back, b"".join(pack(kind, message.number, payload)))
         os.close(self._back)
 
     def wait(self, timeout=None):
@@ -285,6 +287,8 @@ EXTENT = [Extent(0, BLOCK)]
         (messages.pack_changes([Change(7 * BLOCK, 2 * BLOCK, None)], level=1), lambda far: far.fetch(EXTENT)),
         (b"[]", lambda far: far.identify()),
         (b"{}", lambda far: far.identify()),
+        ((Kind.FAILED, b"?"), lambda far: far.identify()),
+        ((Kind.OPEN, b""), lambda far: far.identify()),
     ],
 )
 def test_answers_that_do_not_fit_the_question_are_refused(payload, ask):
