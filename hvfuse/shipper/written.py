@@ -96,7 +96,7 @@ class Since:
         asked = [Extent(int(block) * BLOCK, BLOCK) for block in blocks]
         active = self._source.touched({disk_id: asked})
         if active.generation != self._position.generation:
-            raise ResyncRequiredError("another generation has begun")
+            raise ResyncRequiredError("a new generation of logs has begun meanwhile")
         waiting = pending(self._position, self._source.cycles())
         reached = waiting[-1].cycle if waiting else self._position.cycle
         if reached < active.cycle - 1:  # a log that is not there may tell of any block
