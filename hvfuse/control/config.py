@@ -41,8 +41,8 @@ TEMPLATE = """\
                               # "2026-11-22 18:30", or "seed": from a medium (`hvfuse seed`), not over the network
 # resync = "auto"             # a resynchronisation that is needed begins by itself; "manual": when it is asked
                               # for with `hvfuse resync VM`; until then, no recovery points are made
-# resync_window = "18:30-06:00" # when one of more than a quarter of the disks may begin by itself (local
-                              # time); "always": at once. Smaller ones always begin at once
+# resync_window = "18:30-06:00" # when one of everything, or of much, may begin by itself (local time);
+                              # "always": at once, as one of a quarter of the disks or 1 GiB always does
 # digest = "xxh3"             # how blocks are compared: "xxh3" is fast; "blake3" cannot be fooled by a guest
                               # that chooses what it writes
 

@@ -135,6 +135,7 @@ class Copies:
             is_under_way=status.resyncing,
             is_pass=follows and scope is ResyncScope.REGIONS,
             part=1.0 if is_whole else status.dirty_bytes / status.bytes_total,
+            length=None if is_whole else status.dirty_bytes,
             stands_at=_hex(position),
         )
 
@@ -163,7 +164,7 @@ class Copies:
             )
         self._set_due(wait.until_ns)
         text = f"{self._vm}: {_waiting_text(need, wait)}"
-        raise WaitingError(text, wait, hint=f"hvfuse resync {self._vm} {_HINTS[wait.cause]}")
+        raise WaitingError(text, wait, hint=_hint(self._vm, wait.cause))
 
     def _set_due(self, due_ns: int | None) -> None:
         if due_ns != self.due_ns or not self._is_due_told:
@@ -342,14 +343,14 @@ def _stalled_text(now: CopyProgress) -> str:
     return f"{_STALLED}: {written}/s against {sent}/s in pass {now.number}; it goes on trying"
 
 
-_HINTS = {
-    Cause.SUSPENDED: "--resume",
-    Cause.SEED: "--now",
-    Cause.TIME: "--now",
-    Cause.CANCELLED: "--now",
-    Cause.MANUAL: "--now",
-    Cause.WINDOW: "--now",
-}
+def _hint(vm: str, cause: Cause) -> str:
+    match cause:
+        case Cause.SUSPENDED:
+            return f"hvfuse resync {vm} --resume"
+        case Cause.SEED:
+            return f"at the target: hvfuse seed import DIR; over the network instead: hvfuse resync {vm} --now"
+        case _:
+            return f"hvfuse resync {vm} --now"
 
 
 def _hex(position: Position | None) -> str | None:

@@ -10,7 +10,8 @@ The first of these that applies decides:
     under way, or the next pass of a copy  goes
     the first copy                         goes, or waits, as the policy says
     resyncs are not automatic              waits to be asked for
-    at most a quarter of the disks         goes: a crash must not leave a VM unprotected until the evening
+    of marked regions: at most a quarter
+    of the disks, or AT_ONCE_BYTES         goes: a crash must not leave a VM unprotected until the evening
     anything else                          goes while the window is open, else waits for it
 """
 
@@ -24,7 +25,9 @@ from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.window import Initial, Resync
 
 AT_ONCE_PART = 0.25
-"""Of the disks' size: as much may be resynchronised at any time of the day."""
+"""Of the disks' size: as much of marked regions may be resynchronised at any time of the day."""
+AT_ONCE_BYTES = 1 << 30
+"""So much may be, whatever the size of the disks."""
 
 
 class Cause(Enum):
@@ -42,13 +45,20 @@ class Cause(Enum):
 class Need:
     """A copy that is needed. `is_first`: there is no recovery point yet. `is_under_way`: it has begun. `is_pass`: it
     compares what got dirty during a copy that no recovery point followed yet. `part`: of the disks' size, to be
-    compared; 1 for everything. `stands_at`: generation (hex) at which the replica stands, None if nowhere."""
+    compared; 1 for everything. `length`: of marked regions, in bytes; None for everything. `stands_at`: generation
+    (hex) at which the replica stands, None if nowhere."""
 
     is_first: bool
     is_under_way: bool = False
     is_pass: bool = False
     part: float = 1.0
+    length: int | None = None
     stands_at: str | None = None
+
+    @property
+    def is_small(self) -> bool:
+        """Whether there is no need to wait for a quiet hour."""
+        return self.length is not None and (self.part <= AT_ONCE_PART or self.length <= AT_ONCE_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +117,7 @@ def _first(need: Need, initial: Initial, now_ns: int) -> Wait | None:
 def _another(need: Need, resync: Resync, now_ns: int, tz: tzinfo | None) -> Wait | None:
     if not resync.automatic:
         return Wait(Cause.MANUAL)
-    if need.part <= AT_ONCE_PART or resync.window.is_open(now_ns, tz):
+    if need.is_small or resync.window.is_open(now_ns, tz):
         return None
     return Wait(Cause.WINDOW, resync.window.next_opening_ns(now_ns, tz))
 

@@ -12,6 +12,7 @@ from hvfuse import wire
 from hvfuse.errors import HvfuseError, UnreachableError, UsageError
 from hvfuse.manifest import ReplicationState
 from hvfuse.position import NO_DIGEST, Position
+from hvfuse.shipper import permission
 from hvfuse.shipper.copies import WaitingError
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.replication import ShippingPolicy
@@ -128,7 +129,8 @@ def test_a_resync_of_everything_waits_for_its_window_and_starts_when_that_opens(
 
 
 @pytest.mark.parametrize(("regions", "waits"), [(12, False), (13, True)])
-def test_a_resync_of_a_quarter_of_the_disks_starts_at_any_time_of_the_day(replicating, regions, waits):
+def test_a_resync_of_a_quarter_of_the_disks_starts_at_any_time_of_the_day(replicating, monkeypatch, regions, waits):
+    monkeypatch.setattr(permission, "AT_ONCE_BYTES", 0)
     site = replicating
     site.lose(regions)
     site.shipper().turn()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from hvfuse.errors import UsageError
 from hvfuse.shipper.orders import MAX_AHEAD_NS, Orders
-from hvfuse.shipper.permission import AT_ONCE_PART, Cause, Need, Wait, permission
+from hvfuse.shipper.permission import AT_ONCE_BYTES, AT_ONCE_PART, Cause, Need, Wait, permission
 from hvfuse.shipper.window import ALWAYS, AT_NIGHT, AT_ONCE, NIGHT, Initial, Resync
 
 HOUR = 3600 * 10**9
@@ -16,8 +16,8 @@ EVENING = 18 * HOUR + HOUR // 2
 GENERATION = "ab" * 16
 
 FIRST = Need(is_first=True)
-SMALL = Need(is_first=False, part=AT_ONCE_PART)
-LARGE = Need(is_first=False, part=AT_ONCE_PART + 0.01)
+SMALL = Need(is_first=False, part=AT_ONCE_PART, length=1 << 40)
+LARGE = Need(is_first=False, part=AT_ONCE_PART + 0.01, length=AT_ONCE_BYTES + 1)
 NIGHTLY = Wait(Cause.WINDOW, EVENING)
 
 
@@ -59,6 +59,9 @@ def ask(need, orders, **others):
         (SMALL, Orders(cancelled=True), {}, Wait(Cause.CANCELLED)),
         (replace(SMALL, is_under_way=True), Orders(cancelled=True), {}, Wait(Cause.CANCELLED)),
         (SMALL, Orders(cancelled=True), {"asked": True}, None),
+        # Little of a small VM, and all of it.
+        (replace(LARGE, length=AT_ONCE_BYTES), Orders(), {}, None),
+        (replace(LARGE, length=None), Orders(), {}, NIGHTLY),
         # Suspended, or on a medium: not even then.
         (SMALL, Orders(suspended=True, now=True), {"asked": True}, Wait(Cause.SUSPENDED)),
         (FIRST, Orders(seed=GENERATION, now=True), {"asked": True}, Wait(Cause.SEED)),
@@ -76,6 +79,7 @@ NEEDS = st.builds(
     is_under_way=st.booleans(),
     is_pass=st.booleans(),
     part=st.sampled_from([0.0, AT_ONCE_PART, 0.5, 1.0]),
+    length=st.sampled_from([None, 0, AT_ONCE_BYTES, AT_ONCE_BYTES + 1]),
     stands_at=st.sampled_from([None, GENERATION, "cd" * 16]),
 )
 TIMES = st.one_of(st.none(), st.integers(NOON - HOUR, NOON + HOUR))
