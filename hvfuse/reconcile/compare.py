@@ -11,7 +11,6 @@ Memory is bounded: `BATCH` spans' summaries twice, and one span of data for each
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 from collections import deque
@@ -23,24 +22,12 @@ from typing import Protocol
 import numpy as np
 
 from hvfuse.extent import Extent
-from hvfuse.formats.digests import (
-    BLOCK,
-    DigestKey,
-    Digests,
-    differ,
-    digest_blocks,
-    sparse_digests,
-    summary,
-    zero_digests,
-)
+from hvfuse.formats.digests import DigestKey, Digests, differ, digest_blocks, sparse_digests, summary
 from hvfuse.reconcile import plan
 from hvfuse.system import page_buffer
 
 BATCH = 32
 """Spans whose summaries are asked for at once: 128 MiB of disk, mostly 512 bytes of summaries."""
-
-PIECE = 256 << 10
-"""Bytes read and digested at once; whole blocks. Half of a core's own cache, mostly."""
 
 
 class Source(Protocol):
@@ -127,90 +114,65 @@ def _answered(batch: Iterable[tuple[Extent, ...]], answer: Future[Digests]) -> G
 
 
 class Comparison:
-    """Compares candidates of one disk with the other side. Safe for use by several threads.
-
-    Where little differs a span is read in pieces, into a buffer that stays in the processor's cache, and only the
-    blocks that differ are read once more. Where much is expected to differ the span is read once and kept:
-    where the other side has zeroes, and after a span of which much differed.
-    """
+    """Compares candidates of one disk with the other side. Safe for use by several threads."""
 
     def __init__(self, source: Source, other: Other, key: DigestKey) -> None:
         self._source = source
         self._other = other
         self._key = key
         self._own = threading.local()
-        self._zero_summary = functools.cache(lambda count: summary(zero_digests(count, key), key))
 
     def differences(self, candidate: Candidate) -> Found | None:
         """What differs on a span; None if nothing does. Raises whatever the sides raise."""
         extents = candidate.extents
-        keeps = self._expects_much(candidate)
-        ours = [self._digests(extent, keeps=keeps) for extent in extents]
+        views = self._read(extents)
+        ours = [self._digests(extent, view, occupied) for extent, (view, occupied) in zip(extents, views, strict=True)]
         summaries = np.array([summary(digests, self._key) for digests in ours])
         unequal = np.flatnonzero(differ(summaries, candidate.theirs)).tolist()
-        blocks: Sequence[Extent] = ()
-        if unequal:
-            doubtful = [extents[nth] for nth in unequal]
-            theirs = self._other.digests(doubtful, self._key)
-            blocks = plan.differing(doubtful, np.concatenate([ours[nth] for nth in unequal]), theirs)
-        self._own.much = 4 * sum(block.length for block in blocks) > sum(extent.length for extent in extents)
-        if not blocks:  # nor where the other side's summary was of something that it does not have any more
+        if not unequal:
             return None
-        data = [self._at(block) for block in blocks]
-        if not keeps:
-            for block, view in zip(blocks, data, strict=True):
-                self._fill(view, block.offset, self._source.occupied(block.offset, block.end))
-        return Found(blocks, data)
+        doubtful = [extents[nth] for nth in unequal]
+        theirs = self._other.digests(doubtful, self._key)
+        blocks = plan.differing(doubtful, np.concatenate([ours[nth] for nth in unequal]), theirs)
+        if not blocks:  # the other side's summary was of something that it does not have any more
+            return None
+        base = candidate.place * plan.SPAN
+        buffer = self._buffer()
+        return Found(blocks, [buffer[block.offset - base : block.end - base] for block in blocks])
 
-    def _expects_much(self, candidate: Candidate) -> bool:
-        if getattr(self._own, "much", False):
-            return True
-        zeroes = np.array([self._zero_summary(extent.length // BLOCK) for extent in candidate.extents])
-        return not differ(zeroes, candidate.theirs).any()
+    def _read(self, extents: Sequence[Extent]) -> list[tuple[memoryview, Sequence[Extent]]]:
+        """The bytes of extents, at their place in this thread's buffer, and what of them is occupied."""
+        buffer = self._buffer()
+        base = extents[0].offset - extents[0].offset % plan.SPAN
+        found = []
+        for extent in extents:
+            view = buffer[extent.offset - base : extent.end - base]
+            occupied = self._source.occupied(extent.offset, extent.end)
+            at = extent.offset
+            for part in occupied:
+                _blank(view, at - extent.offset, part.offset - extent.offset)
+                got = self._source.read_into(view[part.offset - extent.offset : part.end - extent.offset], part.offset)
+                at = part.offset + got
+                _blank(view, at - extent.offset, part.end - extent.offset)
+                at = part.end
+            _blank(view, at - extent.offset, extent.length)
+            found.append((view, occupied))
+        return found
 
-    def _digests(self, extent: Extent, *, keeps: bool) -> Digests:
-        """The digests of an extent's blocks. `keeps`: its bytes are in this thread's buffer, at their place."""
-        occupied = self._source.occupied(extent.offset, extent.end)
-        if keeps:
-            whole = self._at(extent)
-            self._fill(whole, extent.offset, occupied)
+    def _digests(self, extent: Extent, view: memoryview, occupied: Sequence[Extent]) -> Digests:
+        if len(occupied) == 1 and occupied[0].length == extent.length:
+            return digest_blocks(view, self._key)
+        return sparse_digests(
+            [extent],
+            self._key,
+            data=lambda low, high: [(part.offset, part.end) for part in occupied],
+            digest=lambda low, high: digest_blocks(view[low - extent.offset : high - extent.offset], self._key),
+        )
 
-        def digest(low: int, high: int) -> Digests:
-            if keeps:
-                return digest_blocks(whole[low - extent.offset : high - extent.offset], self._key)
-            pieces = []
-            for at in range(low, high, PIECE):
-                view = self._own_buffer("piece", PIECE)[: min(PIECE, high - at)]
-                self._fill(view, at, occupied)
-                pieces.append(digest_blocks(view, self._key))
-            return np.concatenate(pieces)
-
-        ranges = [(part.offset, part.end) for part in occupied]
-        return sparse_digests([extent], self._key, data=lambda low, high: ranges, digest=digest)
-
-    def _fill(self, view: memoryview, offset: int, occupied: Iterable[Extent]) -> None:
-        """Make `view` the bytes at `offset`: those of the ranges `occupied`, and zeroes."""
-        done = 0
-        for part in occupied:
-            low, high = max(part.offset - offset, 0), min(part.end - offset, len(view))
-            if low < high:
-                _blank(view, done, low)
-                done = low + self._source.read_into(view[low:high], offset + low)
-                _blank(view, done, high)
-                done = high
-        _blank(view, done, len(view))
-
-    def _at(self, extent: Extent) -> memoryview:
-        """An extent's place in this thread's buffer."""
-        low = extent.offset % plan.SPAN
-        return self._own_buffer("span", plan.SPAN)[low : low + extent.length]
-
-    def _own_buffer(self, name: str, size: int) -> memoryview:
-        """This thread's own."""
-        buffer: memoryview | None = getattr(self._own, name, None)
+    def _buffer(self) -> memoryview:
+        buffer: memoryview | None = getattr(self._own, "buffer", None)
         if buffer is None:
-            buffer = page_buffer(size)
-            setattr(self._own, name, buffer)
+            buffer = self._own.buffer = page_buffer(plan.SPAN)
         return buffer
 
 

@@ -34,7 +34,6 @@ from hvfuse.extent import Extent
 from hvfuse.formats.digests import DigestKey, Digests, digest_blocks, sparse_digests, summary
 from hvfuse.reconcile import plan
 from hvfuse.reconcile.changes import Change
-from hvfuse.reconcile.compare import PIECE
 
 KEPT_SPANS = 4096
 """Spans whose digests are kept after their summary was asked for: some 4 MiB."""
@@ -198,12 +197,7 @@ class LocalEnd:
             [extent],
             key,
             data=lambda low, high: [(part.offset, part.end) for part in self.occupied(low, high)],
-            digest=lambda low, high: np.concatenate(
-                [
-                    digest_blocks(self.read(Extent(at, min(PIECE, high - at))), key)  # from the processor's cache
-                    for at in range(low, high, PIECE)
-                ]
-            ),
+            digest=lambda low, high: digest_blocks(self.read(Extent(low, high - low)), key),
         )
 
     def read(self, extent: Extent) -> memoryview:
