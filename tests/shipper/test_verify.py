@@ -285,6 +285,7 @@ def test_whatever_the_guest_does_at_any_step_no_block_is_told_wrongly_and_none_i
     quick.acts.clear()
     report = verify_all(quick.verifier())
     assert (report["mismatches"], report["bytes_unproved"]) == ([], 0)
+    quick.ship.cycle_now()
     quick.replica.housekeep(NO_POINTS, quick.clock.now_ns())
     size = quick.vm.disks["a.raw"].size()
     if size:
