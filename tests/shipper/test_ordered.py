@@ -239,7 +239,7 @@ def test_a_seed_is_waited_for_whoever_asks_and_cycles_follow_once_it_is_there(ne
     assert site.state is State.WAITING_FOR_INITIAL_REPLICATION
     with pytest.raises(WaitingError, match="waits for a seed") as caught:
         shipper.cycle_now()
-        assert "hvfuse seed import" in caught.value.hint and "hvfuse resync vm1 --now" in caught.value.hint
+    assert "hvfuse seed import" in caught.value.hint and "hvfuse resync vm1 --now" in caught.value.hint
     site.write(1)
     site.replica.images, site.replica.stands = seed, Position(generation, 0, NO_DIGEST)
     site.clock.seconds += 30
