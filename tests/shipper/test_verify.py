@@ -662,8 +662,8 @@ def test_idle_time_is_used_within_its_budget_and_what_it_finds_is_kept(host: Ver
         proved.append(
             sum(int((disk.dates > 0).sum()) for disk in verifier.proofs.disks.values() if disk.name == "a.raw")
         )
-        assert proved[-1] * 4 <= seconds, "more than the budget"
-    assert 32 <= seconds < 50
+        assert proved[-1] * 4 <= seconds + 4, "more than the budget, and a span that was begun within it"
+    assert 28 <= seconds < 50
     kept = proofs.load(host.path)
     assert [(m.disk, m.extent) for m in kept.mismatches] == [("b.raw", Extent(0, BLOCK))]
     dates = {disk.name: disk.dates.copy() for disk in kept.disks.values()}
