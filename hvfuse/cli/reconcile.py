@@ -135,7 +135,7 @@ def _resync_through(
         raise UsageError(f"--via: {error}") from None
     if not command:
         raise UsageError("--via: no command")
-    chosen = replace(chosen, workers=PIPE_WORKERS, askers=3)
+    chosen = replace(chosen, workers=PIPE_WORKERS, askers=3, at_once=1)
     write = not options.dry_run
     with contextlib.ExitStack() as stack:
         if options.pull:

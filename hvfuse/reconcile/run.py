@@ -15,6 +15,7 @@ run has come is counted in order. Every few seconds the replica is synced up to 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -79,14 +80,15 @@ class Far(Other, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """`workers`: threads that compare. `askers`: requests for summaries at once. `state_seconds`: how often a
-    state is kept. `believed`: see `start_of`."""
+    """`workers`: threads that compare. `askers`: requests for summaries at once. `at_once`: spans that a
+    worker is given together. `state_seconds`: how often a state is kept. `believed`: see `start_of`."""
 
     algorithm: Algorithm = Algorithm.XXH3
     dry_run: bool = False
     believed: bool = False
     workers: int = 2
     askers: int = 1
+    at_once: int = 8
     state_seconds: float = 2.0
 
 
@@ -189,7 +191,7 @@ class Resync:
         self._near.end = self._end
         self._far.begin(self._end, key)
         comparison = Comparison(self._near, self._far, key)
-        ahead: deque[tuple[Candidate, Future[tuple[int, int]]]] = deque()
+        ahead: deque[tuple[list[Candidate], Future[tuple[int, int]]]] = deque()
         workers = self._options.workers
         with contextlib.ExitStack() as stack:
             keeper = stack.enter_context(_Keeper(self._replica, begun, self._options))
@@ -197,8 +199,8 @@ class Resync:
             pool = stack.enter_context(ThreadPoolExecutor(workers, "resync-compare"))
             doubtful = stack.enter_context(contextlib.closing(self._candidates(report.start, asker, key)))
             stack.callback(_let_go, ahead)
-            for candidate in doubtful:
-                ahead.append((candidate, pool.submit(self._work, comparison, candidate)))
+            while some := list(itertools.islice(doubtful, self._options.at_once)):
+                ahead.append((some, pool.submit(self._work, comparison, some)))
                 if len(ahead) > workers + 2:
                     report = self._passed(report, *ahead.popleft(), keeper)
             while ahead:
@@ -214,24 +216,29 @@ class Resync:
                 yield from found
 
     def _passed(
-        self, report: Report, candidate: Candidate, outcome: Future[tuple[int, int]], keeper: _Keeper
+        self, report: Report, done: Sequence[Candidate], outcome: Future[tuple[int, int]], keeper: _Keeper
     ) -> Report:
-        """A span is done, and so is everything before it."""
+        """Some spans are done, and so is everything before them."""
         differing, sent = outcome.result()
+        extents = [extent for candidate in done for extent in candidate.extents]
         report = replace(
             report,
-            compared=report.compared + sum(min(extent.end, self._end) - extent.offset for extent in candidate.extents),
+            compared=report.compared + sum(min(extent.end, self._end) - extent.offset for extent in extents),
             differing=report.differing + differing,
             sent=report.sent + sent,
         )
-        passed = (candidate.place + 1) * plan.SPAN
+        passed = (done[-1].place + 1) * plan.SPAN
         if passed < self._end:
             keeper.passed(passed)
         self._progress(report, min(passed, self._end))
         return report
 
-    def _work(self, comparison: Comparison, candidate: Candidate) -> tuple[int, int]:
-        """Compare a span and apply what differs. Returns the bytes that differ and those sent."""
+    def _work(self, comparison: Comparison, some: Sequence[Candidate]) -> tuple[int, int]:
+        """Compare spans and apply what differs. Returns the bytes that differ and those sent."""
+        done = [self._work_on(comparison, candidate) for candidate in some]
+        return sum(differing for differing, _ in done), sum(sent for _, sent in done)
+
+    def _work_on(self, comparison: Comparison, candidate: Candidate) -> tuple[int, int]:
         found = comparison.differences(candidate)
         if found is None:
             return 0, 0
@@ -246,7 +253,7 @@ class Resync:
         return differing, sent
 
 
-def _let_go(ahead: Sequence[tuple[Candidate, Future[tuple[int, int]]]]) -> None:
+def _let_go(ahead: Sequence[tuple[list[Candidate], Future[tuple[int, int]]]]) -> None:
     """Leave no worker behind that reads or writes; what it raises is not what matters any more."""
     for _, future in ahead:
         if not future.cancel():

@@ -45,7 +45,7 @@ class ServedHere:
 
 def resync(source, replica, way="local", *, permission=ANYTHING, level=1, progress=None, **options) -> Report:
     """Make them equal in one of the WAYS."""
-    options.setdefault("workers", 2)
+    options.setdefault("at_once", 2)
     chosen = Options(**options)
     write = not chosen.dry_run
     tell = progress or (lambda report, passed: None)
