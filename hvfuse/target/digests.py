@@ -179,6 +179,12 @@ class HeldBlocks:
         return buffer
 
 
+def held_ends(store: Store, txn: Txn, vm: VmRecord) -> dict[int, int]:
+    """Where the last byte of each disk may be, by number, that is not zero in the newest committed cycle."""
+    cycle = store.load_cycle(txn, vm, vm.head_seq)
+    return {disk.number: end for disk, end in zip(cycle.disks, _ends(store, txn, vm, cycle), strict=True)}
+
+
 def _ends(store: Store, txn: Txn, vm: VmRecord, cycle: PointRecord) -> list[int]:
     """Where the last byte of each disk may be that is not zero. A cycle has nothing beyond its disks' ends; a
     copy may, of a disk that became shorter while it was made."""

@@ -25,7 +25,7 @@ from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint
 from hvfuse.position import Position, PositionMismatchError
 from hvfuse.target import cycles, schema, staging, unsynced
 from hvfuse.target.admission import admit_frame, check_manifest, check_name, is_same
-from hvfuse.target.digests import HeldBlocks
+from hvfuse.target.digests import HeldBlocks, held_ends
 from hvfuse.target.direct import DirectCopy
 from hvfuse.target.environment import Txn
 from hvfuse.target.index import Entered, enter
@@ -269,7 +269,10 @@ class LocalReplica:
         ends = None
         if manifest.kind is CycleKind.COPY and not opened.direct:
             found = cycles.data_ends(txn, self._env, vm, seq=opened.seq)
-            ends = tuple(found.get(numbers[disk.disk_id], 0) for disk in manifest.disks)
+            below = {} if opened.previous is None else held_ends(self._store, txn, vm)
+            ends = tuple(
+                max(found.get(numbers[disk.disk_id], 0), below.get(numbers[disk.disk_id], 0)) for disk in manifest.disks
+            )
         cycle = PointRecord(
             seq=opened.seq,
             kind=manifest.kind,

@@ -347,7 +347,8 @@ class PointRecord:
     """One committed cycle. `is_point`: whether it is listed as a recovery point: copies are not, nor are
     cycles that retention let go. `previous`: the position it continues. `frame_count`, `stored_bytes`:
     of its frames; both 0 for a copy that went straight into the images. `data_ends`: of a copy in the
-    journal, by disk, the first byte after its last DATA extent, 0 without any; otherwise None.
+    journal, by disk, the byte from which on there are zeroes alone, in it and in what it lies over; otherwise None.
+    That may lie beyond the disk's size: of a disk that became shorter while the copy was interrupted.
     """
 
     seq: int

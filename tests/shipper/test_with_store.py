@@ -324,3 +324,34 @@ def test_cancelled_in_the_middle_the_store_drops_what_was_staged_and_the_points_
     were[host.shipper().cycle_now().point] = host.images()
     assert {point: host.at(point) for point in were} == were
     assert check(host.store).findings == ()
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_what_a_disk_loses_while_its_copy_is_interrupted_is_not_seen_again_when_it_grows(tmp_path, interrupted):
+    host = StoredHost(tmp_path)
+    first, second = host.vm.disks["a.raw"], host.vm.disks["b.raw"]
+    host.shipper().cycle_now()
+    first.truncate(20 << 20)
+    first.write(random_bytes(7, 70_000), 18 << 20)  # in the journal, not in the base image
+    host.shipper().cycle_now()
+    first.write(random_bytes(8, 5000), 0)
+    second.write(random_bytes(9, 70_000), 0)
+    host.lose_logs()
+    if interrupted:
+
+        def die_at_the_second_disk(header):
+            if header.cycle == 0 and header.disk_id == second.state.record.disk_id:
+                host.meddle = lambda header: None
+                raise Killed
+
+        host.meddle = die_at_the_second_disk
+        with pytest.raises(Killed):
+            host.shipper().cycle_now()
+        host.replica.close()
+    first.truncate(3 << 20)  # its part of the copy is done
+    host.lose_logs()
+    report = host.shipper().cycle_now()
+    assert host.at(report.point) == host.images()
+    first.truncate(20 << 20)
+    report = host.shipper().cycle_now()
+    assert host.at(report.point) == host.images()
