@@ -133,6 +133,7 @@ class Replication:
                 case Action.SHIP_REST:
                     # These are whole points, and what is marked adds to the last of them.
                     self._copies.announce(decision.reason)
+                    self._recall_formats()
                     waiting = pending(self._position(), self._source.cycles())
                     reports += [self._ship([cycle], joined=False) for cycle in waiting]
                 case Action.START_COPY:
@@ -151,6 +152,11 @@ class Replication:
         if self._doubt is not None and self._doubt[1] == status.generation:
             return status, Decision(Action.START_COPY, self._doubt[0])
         return status, decide(status, self._replica.position(), self._source.cycles())
+
+    def _recall_formats(self) -> None:
+        """What was sealed may be of disks of which the tracker cannot tell: they are gone, or it is."""
+        for point in self._replica.points()[-1:]:
+            self._formats = {disk.name: disk.format for disk in point.disks} | self._formats
 
     def _cycle(self, asked: bool) -> CycleReport:
         try:
@@ -222,8 +228,7 @@ class Replication:
         waiting = pending(position, self._source.cycles()) if position and position.cycle else []
         if not waiting:
             raise unreachable
-        for point in self._replica.points()[-1:]:
-            self._formats = {disk.name: disk.format for disk in point.disks} | self._formats
+        self._recall_formats()
         return total([self._ship([cycle]) for cycle in waiting])
 
     def _position(self) -> Position:

@@ -4,9 +4,11 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from hvfuse import wire
 from hvfuse.frames import FrameHeader, unpack_header
 from hvfuse.reconcile import plan
 from hvfuse.shipper import slots
@@ -20,6 +22,8 @@ from hvfuse.target.local import SMALL_FRAME, LocalReplica
 from hvfuse.target.retention import RetentionPolicy
 from hvfuse.target.store import Store
 from hvfuse.tracker import budget, regions
+from hvfuse.tracker.service import TrackerControl
+from hvfuse.tracker.vm import TrackedVm
 
 from .logs import Killed, random_bytes
 from .test_service import Clock
@@ -355,3 +359,19 @@ def test_what_a_disk_loses_while_its_copy_is_interrupted_is_not_seen_again_when_
     first.truncate(20 << 20)
     report = host.shipper().cycle_now()
     assert host.at(report.point) == host.images()
+
+
+@pytest.mark.parametrize("how", ["excluded", "removed"])
+def test_the_cycle_that_an_unmount_sealed_is_shipped_although_one_of_its_disks_is_gone(tmp_path, how):
+    host = StoredHost(tmp_path)
+    host.shipper().cycle_now()
+    host.vm.disks["b.raw"].write(random_bytes(1, 5000), 0)
+    host.detach()
+    if how == "removed":
+        (Path(host.folder) / "a.raw").unlink()
+    host.vm = TrackedVm("vm1", host.folder, exclude=frozenset({"a.raw"}))
+    host.vm.attach()
+    host.listener = wire.Listener(host.socket, TrackerControl(host.vm, "/none").handle, name="control")
+    report = host.shipper().cycle_now()
+    assert host.at(report.point)["b.raw"] == host.images()["b.raw"]
+    assert len(host.replica.points()) == 3
