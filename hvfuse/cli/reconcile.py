@@ -87,8 +87,8 @@ def _run(options: argparse.Namespace) -> int:
         return _serve(options)
     if len(options.paths) != 2:
         raise UsageError("SOURCE and REPLICA are needed", hint="tools/resync --help")
-    if options.pull and not options.via:
-        raise UsageError("--pull needs --via")
+    if options.pull and options.via is None:
+        raise UsageError("--pull needs --via", hint="tools/resync --help")
     if options.root or options.read_only:
         raise UsageError("--root and --read-only are for --serve")
     if not 0.1 <= options.timeout <= 86400:
@@ -109,7 +109,7 @@ def _resync(options: argparse.Namespace, progress: Progress) -> Report:
         algorithm=Algorithm(options.digest), dry_run=options.dry_run, believed=options.believed,
         state_seconds=options.state_seconds,
     )  # fmt: skip
-    if options.via:
+    if options.via is not None:  # an empty one is an unset variable: it must not mean this machine
         return _resync_through(options, source_path, replica_path, chosen, progress)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(contextlib.closing(open_source(source_path)))
@@ -134,7 +134,7 @@ def _resync_through(
     except ValueError as error:
         raise UsageError(f"--via: {error}") from None
     if not command:
-        raise UsageError("--via: no command")
+        raise UsageError("--via: no command", hint="is a variable in it not set?")
     chosen = replace(chosen, workers=PIPE_WORKERS, askers=3, at_once=1)
     write = not options.dry_run
     with contextlib.ExitStack() as stack:
