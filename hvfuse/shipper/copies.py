@@ -91,6 +91,7 @@ class Copies:
 
     def permit(self, status: SourceStatus, reason: str, scope: ResyncScope, *, asked: bool) -> ResyncScope:
         """What a copy of `scope` that is needed, or under way, is to compare. Raises WaitingError if it has to wait."""
+        self._forget_other_seed()
         orders = self._orders_for(scope)
         if orders.full and not status.resyncing:
             scope = ResyncScope.FULL
@@ -101,6 +102,16 @@ class Copies:
         if asked and (orders.cancelled or orders.at_ns is not None):
             self._records.change_orders(Orders.ask)
         return ResyncScope.FULL if orders.full else scope
+
+    def _forget_other_seed(self) -> None:
+        """Take back the order to wait for a medium where something else was imported, or adopted, in its place."""
+        seed, position = self._records.orders().seed, self._replica.position()
+        if seed is None or position is None or seed == _hex(position):
+            return
+        text = f"the replica stands at {position}, not at the seed that was exported: what differs is sent"
+        _log.warning("%s: %s", self._vm, text)
+        self._note(text)
+        self._records.change_orders(lambda orders: replace(orders, seed=None))
 
     def _orders_for(self, scope: ResyncScope) -> Orders:
         """What is needed in the meantime does not wait for what was ordered beyond it, for later."""

@@ -22,7 +22,7 @@ class Orders:
     doubt; taken back when that copy has begun. `suspended`: do not begin or go on; nothing is shipped while a copy is
     needed. `cancelled`: what was staged was dropped, and nothing starts by itself before `now` or `at_ns` is ordered.
     `seed`: generation (hex) that was exported to a medium: copy nothing over the network before the replica
-    stands at it.
+    stands at it, or anywhere else, as only differences travel from then on.
     """
 
     now: bool = False

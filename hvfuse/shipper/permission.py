@@ -3,7 +3,7 @@
 The first of these that applies decides:
 
     suspended                              waits to be resumed
-    exported to a medium                   waits until the replica stands where the medium's contents do
+    exported to a medium                   waits until the replica stands anywhere: then there is no need to wait
     asked for                              goes
     ordered for a time                     waits until then, and goes
     cancelled                              waits to be asked for
@@ -105,7 +105,7 @@ def _barred(need: Need, orders: Orders) -> Cause | None:
     """What no wish for a copy comes against."""
     if orders.suspended:
         return Cause.SUSPENDED
-    return Cause.SEED if orders.seed is not None and orders.seed != need.stands_at else None
+    return Cause.SEED if orders.seed is not None and need.stands_at is None else None
 
 
 def _first(need: Need, initial: Initial, now_ns: int) -> Wait | None:

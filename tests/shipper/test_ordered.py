@@ -249,6 +249,30 @@ def test_a_seed_is_waited_for_whoever_asks_and_cycles_follow_once_it_is_there(ne
     assert not [put for put in site.replica.puts if put[1] == 0], "nothing was copied"
 
 
+@pytest.mark.parametrize("was_restarted", [False, True])
+def test_another_copy_than_the_seed_that_is_waited_for_voids_it_and_only_differences_travel(new, caplog, was_restarted):
+    site = new
+    site.source.begin(b"A" * 16, ResyncScope.FULL)
+    older = {disk.disk_id: bytearray(disk.image) for disk in site.source.disks}
+    site.write(1)
+    site.source.begin(b"B" * 16, ResyncScope.FULL)
+    site.records.update(orders=Orders(seed=(b"B" * 16).hex()))
+    shipper = site.shipper()
+    shipper.turn()
+    assert site.state is State.WAITING_FOR_INITIAL_REPLICATION
+    site.write(2)
+    site.replica.images, site.replica.stands = older, Position(b"A" * 16, 0, NO_DIGEST)
+    if was_restarted:
+        shipper = site.shipper()
+    site.clock.seconds += 30
+    report = shipper.cycle_now()
+    site.assert_equal()
+    assert (site.state, site.records.orders()) == (State.REPLICATING, Orders())
+    assert 0 < site.records.copies[-1].bytes_differing < MIB
+    assert any("not at the seed that was exported" in note for note in report.notes)
+    assert "not at the seed that was exported" in caplog.text
+
+
 def test_who_gives_a_seed_up_orders_the_copy_over_the_network(new):
     site = new
     site.source.begin(b"S" * 16, ResyncScope.FULL)
