@@ -36,6 +36,8 @@ class Line:
         self._said = time.monotonic()
         self._closed = threading.Event()
         self._receiver = Receiver()
+        self.greeted = threading.Event()
+        """The other side has said that it is one of ours."""
         self.bytes_out = 0
         self.bytes_in = 0
         for fd in (from_fd, to_fd):
@@ -69,6 +71,8 @@ class Line:
             for message in self._receiver.receive(data):
                 if message.kind is not Kind.ALIVE:
                     yield message
+            if self._receiver.greeted:
+                self.greeted.set()
         if not self._receiver.greeted:
             raise UnreachableError("the other side ended without a word")
         if not self._receiver.idle:

@@ -72,7 +72,12 @@ class Peer:
         self._process.stdout.close()
 
     def ask(self, kind: Kind, payload: bytes = b"") -> bytes:
-        """The reply to a request. Raises what the other side raised, UnreachableError, CorruptError."""
+        """The reply to a request. Raises what the other side raised, UnreachableError, CorruptError.
+
+        Nothing is asked before the other side has greeted: a request may make a file, and who is refused for
+        what it says first must not have made one.
+        """
+        self.line.greeted.wait()  # `_read` ends the wait, too
         answer: Future[bytes] = Future()
         with self._lock:
             if self._broken is not None:
@@ -104,6 +109,7 @@ class Peer:
             self._broken = error
             waiting = list(self._asked.values())
             self._asked.clear()
+        self.line.greeted.set()
         self.line.close()
         for answer in waiting:
             answer.set_exception(error)

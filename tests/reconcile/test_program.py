@@ -104,6 +104,15 @@ def test_every_error_is_one_line_and_has_its_code(tmp_path, resync, monkeypatch,
     assert os.listdir(tmp_path).count("other") == 0
 
 
+def test_a_banner_before_the_greeting_is_refused_before_anything_is_made(tmp_path, resync):
+    (tmp_path / "one").write_bytes(b"x")
+    talks = f"sh -c 'echo Welcome to this host; exec {SERVE}'"
+    done = resync(tmp_path / "one", tmp_path / "other", "--via", talks)
+    assert done.returncode == 7
+    assert "it says 'Welcome" in done.stderr
+    assert os.listdir(tmp_path) == ["one"]
+
+
 def test_an_error_that_would_be_1_is_another_code(tmp_path, resync):
     (tmp_path / "one").write_bytes(b"x")
     os.symlink("loop", tmp_path / "loop")
