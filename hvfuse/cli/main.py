@@ -21,7 +21,7 @@ from typing import NoReturn, cast
 
 import click
 
-from hvfuse import __version__
+from hvfuse import __version__, errors
 from hvfuse.cli.output import emit_json, note, one_line
 from hvfuse.control import config
 from hvfuse.control.config import Config
@@ -173,7 +173,7 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
     if known.hint:
         note(f"  hint: {one_line(known.hint)}")
     if "--json" in arguments:
-        kind = type(known).__name__
+        kind = next(kind.__name__ for kind in type(known).__mro__ if kind.__module__ == errors.__name__)
         emit_json({"error": {"type": kind, "message": str(known), "hint": known.hint, "exit_code": known.exit_code}})
     return known.exit_code
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import click
 
@@ -265,10 +266,15 @@ def _nothing(target: _Target, orders: Orders, **more: object) -> _Outcome:
     return _Outcome(lines, _fields(target, orders, copied=False, last_copy=None, **more))
 
 
+def _how_far(copy: Mapping[str, Any]) -> str:
+    """Where a copy was when it ended, to follow a verb."""
+    return f"at {copy_text(copy, is_under_way=False)}" if copy["bytes_total"] else "when it had just begun"
+
+
 def _suspend(target: _Target, _: _Wish) -> _Outcome:
     copy = target.read().copy
     orders = target.order("suspend", Orders.suspend)
-    what = f"suspended at {copy_text(copy, is_under_way=False)}" if copy is not None else "copies are suspended"
+    what = "copies are suspended" if copy is None else "suspended " + _how_far(copy)
     return _Outcome((f"{what}; to go on: hvfuse resync {target.vm} --resume",), _fields(target, orders))
 
 

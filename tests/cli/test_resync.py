@@ -23,6 +23,13 @@ def recorded(hvfuse: CommandLine, **fields: object) -> None:
         records.update("vm", **fields)
 
 
+def a_copy(kind: str, *, bytes_total: int = 4096) -> dict[str, object]:
+    return {
+        "kind": kind, "generation": "ab" * 16, "pass": 1, "bytes_total": bytes_total, "bytes_done": 1024,
+        "bytes_sent": 512, "bytes_saved": 512, "seconds": 1.0, "bytes_per_second": 1024.0, "seconds_left": 3.0,
+    }  # fmt: skip
+
+
 def from_now(**span: float) -> str:
     return f"{datetime.now(UTC) + timedelta(**span):%Y-%m-%dT%H:%M:%SZ}"
 
@@ -136,14 +143,20 @@ def test_a_seed_that_the_configuration_wants_is_not_given_up_by_mistake(hvfuse: 
 
 def test_a_copy_is_cancelled_and_what_was_dropped_is_told(hvfuse: CommandLine) -> None:
     hvfuse.add_vm("vm")
-    copy = {
-        "kind": "initial", "generation": "ab" * 16, "pass": 1, "bytes_total": 4096, "bytes_done": 1024,
-        "bytes_sent": 512, "bytes_saved": 512, "seconds": 1.0, "bytes_per_second": 1024.0, "seconds_left": 3.0,
-    }  # fmt: skip
-    recorded(hvfuse, orders=Orders(now=True), copy=copy)
+    recorded(hvfuse, orders=Orders(now=True), copy=a_copy("initial"))
     assert hvfuse("resync", "vm", "--cancel") == 0
     assert hvfuse.out == (
         "vm: cancelled; dropped what was staged of it: 25 %, 1 KiB of 4 KiB copied, 512 B sent\n"
         "vm: no recovery points are made before: hvfuse resync vm --now\n"
     )
     assert orders(hvfuse) == Orders(cancelled=True)
+
+
+@pytest.mark.parametrize(
+    ("total", "how_far"), [(4096, "at 25 %, 1 KiB of 4 KiB copied, 512 B sent"), (0, "when it had just begun")]
+)
+def test_how_far_a_suspended_copy_came_is_told_in_a_sentence(hvfuse: CommandLine, total: int, how_far: str) -> None:
+    hvfuse.add_vm("vm")
+    recorded(hvfuse, copy=a_copy("initial", bytes_total=total))
+    assert hvfuse("resync", "vm", "--suspend") == 0
+    assert hvfuse.out == f"vm: suspended {how_far}; to go on: hvfuse resync vm --resume\n"

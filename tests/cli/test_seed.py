@@ -206,6 +206,7 @@ def test_a_damaged_or_unfinished_medium_changes_nothing_in_the_store(
     raw[MIB] ^= 4
     path.write_bytes(raw)
     answer = target.json("seed", "import", str(medium), code=7)
+    assert answer["error"]["type"] == "CorruptError"
     offset = int(answer["error"]["message"].removeprefix(f"{path}: damaged at byte ").split(":")[0])
     assert offset <= MIB < offset + 65536
     assert target.json("store", "info")["vms"] == []
