@@ -7,9 +7,10 @@ process is one meanwhile.
 from __future__ import annotations
 
 import re
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,7 +21,7 @@ from hvfuse.cli.output import counted, emit_json, json_option, note, one_line, t
 from hvfuse.cli.progress import showing_copy
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.records import Records
-from hvfuse.errors import CorruptError, UsageError
+from hvfuse.errors import CorruptError, HvfuseError, UsageError
 from hvfuse.words import bytes_text, duration_text
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 86400.0
 """Seconds for one answer: a repair copies."""
+END_SECONDS = 2.0
+"""For the answer to "end", which nobody needs: a step under way comes first."""
 SAMPLE = "5%"
 BLOCK = 64 << 10
 
@@ -88,7 +91,7 @@ def verify(
         repaired: list[dict[str, Any]] = []
         if repair and _recorded(found):
             with showing_copy(records, vm):
-                repaired = list(ask(do="repair")["mismatches"])
+                repaired = _repair(ask, vm)
             found = {**found, **_run(ask, vm, share=share, only_mismatches=True)}
     if as_json:
         emit_json(_fields(vm, found, repaired))
@@ -126,7 +129,7 @@ def _asking(session: Session, vm: str) -> Iterator[tuple[Ask, Records]]:
     with Records(home.records) as records:
         socket = home.shipper_socket(vm)
         if serving_pid(socket) is not None:
-            yield lambda **fields: wire.request(socket, "verify", timeout=PATIENCE, **fields), records
+            yield lambda **fields: _ask_shipper(socket, fields), records
             return
         from hvfuse.cli.wiring import shipper
 
@@ -135,15 +138,38 @@ def _asking(session: Session, vm: str) -> Iterator[tuple[Ask, Records]]:
             yield lambda **fields: here.verify(fields), records
 
 
+def _ask_shipper(socket: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    return wire.request(socket, "verify", timeout=END_SECONDS if fields["do"] == "end" else PATIENCE, **fields)
+
+
 def _run(ask: Ask, vm: str, **options: object) -> dict[str, Any]:
     """One run to its end. Returns its last answer: "report" and "verified"."""
-    begun = ask(do="begin", **options)
-    answer = dict(begun)
-    with _showing(vm) as show:
-        while not answer["report"]["done"] or "verified" not in answer:
-            answer = dict(ask(do="step", run=begun["run"]))
-            show(answer["report"])
+    token = secrets.token_hex(8)
+    try:
+        begun = ask(do="begin", token=token, **options)
+        answer = dict(begun)
+        with _showing(vm) as show:
+            while not answer["report"]["done"] or "verified" not in answer:
+                answer = dict(ask(do="step", run=begun["run"]))
+                show(answer["report"])
+    except KeyboardInterrupt:
+        note(f"{vm}: stopped; what was proved so far is kept, and the same command goes on with the rest")
+        raise
+    finally:
+        # Without it the next command would be kept out for a while. Once it is sent, it is heeded.
+        with suppress(HvfuseError):
+            ask(do="end", token=token)
     return answer
+
+
+def _repair(ask: Ask, vm: str) -> list[dict[str, Any]]:
+    """Have what differs copied again. Returns what that was."""
+    try:
+        return list(ask(do="repair")["mismatches"])
+    except KeyboardInterrupt:
+        note(f"{vm}: stopped waiting for the repair; `hvfuse status {vm}` tells whether it goes on")
+        note(f"  hint: to finish it: hvfuse verify {vm} --repair")
+        raise
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """What a shipper offers of verification: runs that a command asks for, idle-time verification, repair.
 
-A command drives its run itself: "begin", then "step" until the report says that it is done. So a command that dies
-leaves nothing running. Requests ("op" is "verify"; "do" says what) and their answers:
+A command drives its run itself: "begin", then "step" until the report says that it is done, or "end" before that. So
+a command that dies leaves nothing running. Requests ("op" is "verify"; "do" says what) and their answers:
 
     begin    share (0 to 1), seed (or null),     -> "run", "report"
-             only_mismatches (default false)
+             only_mismatches (default false),
+             token (text; what "end" is to name)
     step     run                                 -> "run", "report", "verified"
+    end      token                               -> {}; also where that run is not under way
     budget   budget (bytes a second, 0: none)    -> "verified"
     repair                                       -> "mismatches": those whose blocks were copied anew
 
@@ -84,6 +86,7 @@ class Verifier:
         self._kept: Proofs | None = None
         self._run: Run | None = None
         self._number = 0
+        self._token: object = None  # of the run's command, which may not have learnt the number
         self._stepped_at = 0.0
         self._idle_run: Run | None = None
         self._idle_at = clock.monotonic()
@@ -103,6 +106,8 @@ class Verifier:
                 return self._begin(message)
             case "step":
                 return self._step(message)
+            case "end":
+                return self._end(message)
             case "budget":
                 return self._set_budget(message)
             case "repair":
@@ -115,7 +120,10 @@ class Verifier:
         if not isinstance(share, float | int) or not 0 < share <= 1:
             raise UsageError("the share to verify is more than 0 and at most 1")
         if self._run is not None and self._clock.monotonic() - self._stepped_at < ABANDONED:
-            raise BusyError(f"{self._vm} is being verified already", hint="try again in a moment")
+            raise BusyError(
+                f"{self._vm} is being verified already",
+                hint=f"wait for the other command to end; if it was killed, try again in {ABANDONED:.0f} s",
+            )
         self._run = None
         if not isinstance(seed, int):
             seed = random.SystemRandom().getrandbits(32)
@@ -123,6 +131,7 @@ class Verifier:
             regions = self._choose(sides, share=share, seed=seed, only=bool(message.get("only_mismatches")))
         self._run = self._new_run(regions, seed)
         self._number += 1
+        self._token = message.get("token")
         self._stepped_at = self._clock.monotonic()
         return {"run": self._number, "report": self._run.report().as_json()}
 
@@ -164,6 +173,12 @@ class Verifier:
             self.proofs.last_run = {"finished_ns": self._clock.now_ns(), **report}
             self._save()
         return {"run": self._number, "report": report, "verified": self._verified()}
+
+    def _end(self, message: Message) -> Mapping[str, object]:
+        """Nobody is to step the run any more. What it proved is kept with each step."""
+        if message.get("token") is not None and message.get("token") == self._token:
+            self._run = None
+        return {}
 
     def _set_budget(self, message: Message) -> Mapping[str, object]:
         budget = message.get("budget")

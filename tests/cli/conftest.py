@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from hvfuse import mountpoint
-from hvfuse.cli.main import main
-from hvfuse.control.daemon import serving_pid, wait_for_end
+from hvfuse.cli.main import Session, main
+from hvfuse.control.daemon import serving_pid, start_and_wait, wait_for_end
+from hvfuse.control.supervisor import shipper_daemon
+from hvfuse.system import SystemClock
 
 
 class CommandLine:
@@ -47,6 +49,12 @@ class CommandLine:
         with open(folder / "os.raw", "wb") as file:
             file.truncate(size)
         return self.root / "mnt" / vm / "os.raw"
+
+    def ship(self, vm: str) -> str:
+        """Have a process ship the VM, as `hvfuse run` does. Returns its socket."""
+        home = Session(str(self.root)).home
+        start_and_wait(shipper_daemon(home, vm, clock=SystemClock()), clock=SystemClock())
+        return home.shipper_socket(vm)
 
     def end(self) -> None:
         """Leave no process and no mount behind."""

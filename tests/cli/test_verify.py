@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hvfuse import wire
 from hvfuse.cli.verify import parse_budget, parse_share
 from hvfuse.errors import UsageError
 from tests.cli.conftest import CommandLine
@@ -162,13 +164,35 @@ def test_a_repair_lies_over_the_base_image_which_keeps_the_fault_until_it_is_mer
 
 
 def test_while_a_resynchronisation_is_required_it_names_the_next_command(hvfuse: CommandLine, disk: Path) -> None:
-    from hvfuse import wire
-
     socket = str(hvfuse.root / "state" / "vms" / "vm" / "tracker.sock")
     generation = wire.request(socket, "status")["generation"]
     wire.request(socket, "doubt", generation=generation, reason="a test", disks={})
     assert hvfuse("verify", "vm", "--all") == 12
     assert "  hint: hvfuse resync vm\n" in hvfuse.err
+
+
+def test_ctrl_c_ends_the_run_and_the_same_command_goes_on_at_once(
+    hvfuse: CommandLine, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    socket = hvfuse.ship("vm")
+    ask, asked = wire.request, []
+
+    def interrupted(path: str, op: str, **fields: Any) -> wire.Message:
+        answer = ask(path, op, **fields)
+        asked.append(fields.get("do"))
+        if asked == ["begin"]:
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr(wire, "request", interrupted)
+    assert hvfuse("verify", "vm", "--all") == 130
+    assert asked == ["begin", "end"]
+    assert "vm: stopped; what was proved so far is kept, and the same command goes on with the rest\n" in hvfuse.err
+    assert hvfuse("verify", "vm", "--all") == 0
+    wire.request(socket, "verify", do="begin", share=1.0, token="another's")
+    wire.request(socket, "verify", do="end", token="mine")
+    assert hvfuse("verify", "vm", "--all") == 6, "a command ends its own run alone"
+    assert hvfuse.err.endswith("hint: wait for the other command to end; if it was killed, try again in 30 s\n")
 
 
 def test_a_vm_at_rest_is_verified_too(hvfuse: CommandLine, disk: Path) -> None:
