@@ -161,7 +161,8 @@ class Exporter:
         """Write the first copy of the VM into `directory`, or go on with that.
 
         Raises UsageError (the VM has a replica, the directory holds something else), NoSpaceError, UnreachableError
-        (the tracker does not run, or `between` says stop), HvfuseError (the order was taken back), and what
+        (the tracker does not run, or `between` says stop), HvfuseError (the order was taken back, or the export
+        suspended), and what
         reading the disks raises. Called again with the same directory, it goes on; nothing but the frame in flight
         is repeated.
         """
@@ -171,6 +172,7 @@ class Exporter:
         found = medium.read_manifest(directory)
         status = self._begin(status, directory) if found is None else self._continue(status, found, directory)
         if found is not None and found.complete:
+            self._show_end(found.cycle.generation)
             return self._report(directory, found, started=started, frames_held=found.frames, already=True)
         done, manifest = self._copy(status, directory, goes_on=found is not None)
         return replace(
@@ -189,8 +191,8 @@ class Exporter:
 
         def tell(done: int, total: int, sent: int) -> None:
             self.between()
-            if meter.tell(done, total, sent) and self.records.orders().seed != generation.hex():
-                raise HvfuseError(f"{self.vm}: the export was cancelled", hint=f"hvfuse status {self.vm}")
+            if meter.tell(done, total, sent):
+                self._obey(generation, directory)
 
         try:
             with contextlib.closing(SeedReplica(directory)) as target:
@@ -205,10 +207,35 @@ class Exporter:
                     progress=tell,
                 )
         finally:
-            self.records.update(state=ReplicationState.WAITING_FOR_INITIAL_REPLICATION, progress=None)
+            self._show_end(generation)
         self.records.update(copy=None)
         assert target.manifest is not None
         return done, target.manifest
+
+    def _obey(self, generation: bytes, directory: str) -> None:
+        """Raises HvfuseError if the export is not to go on."""
+        orders = self.records.orders()
+        again = f"hvfuse seed export {self.vm} {directory}"
+        if orders.seed != generation.hex():
+            raise HvfuseError(
+                f"{self.vm}: the export was cancelled; what is in {directory} stays there",
+                hint=f"to export all the same, which goes on from it: {again}",
+            )
+        if orders.suspended:
+            raise HvfuseError(
+                f"{self.vm}: the export was suspended; what is in {directory} stays there", hint=f"to go on: {again}"
+            )
+
+    def _show_end(self, generation: bytes) -> None:
+        """No export is under way any more. How far it came is kept only as long as it is wanted, so that it is not
+        taken for the progress of a copy over the network."""
+        orders = self.records.orders()
+        if orders.seed != generation.hex():
+            self.records.update(state=ReplicationState.READY_FOR_INITIAL_REPLICATION, progress=None, copy=None)
+            return
+        waiting = ReplicationState.WAITING_FOR_INITIAL_REPLICATION
+        state = ReplicationState.SUSPENDED if orders.suspended else waiting
+        self.records.update(state=state, error=None, hint=None, progress=None)
 
     def _meter(self, generation: bytes, *, goes_on: bool) -> Meter:
         kept = CopyProgress.from_json(self.records.copy_progress())
@@ -240,6 +267,7 @@ class Exporter:
         self._demand_room(status.disks, directory)
         before = self.records.orders()
         if status.generation is not None and status.generation.hex() == before.seed and self._is_of_use(status):
+            self._order(status.generation)
             return status
         generation = os.urandom(16)
         # First the order: no shipper that starts in between is to copy the new generation over the network.

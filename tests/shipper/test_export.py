@@ -181,9 +181,42 @@ def test_an_export_whose_order_is_taken_back_ends_and_can_be_ordered_again(site,
             site.records.change_orders(lambda orders: replace(orders, seed=None))
         site.clock.seconds += 2
 
-    with pytest.raises(HvfuseError, match="was cancelled"):
+    with pytest.raises(HvfuseError, match="was cancelled; what is in .* stays there") as caught:
         exporter(site, between=cancel).export(str(tmp_path / "m"))
+    assert caught.value.hint.endswith(f"hvfuse seed export vm1 {tmp_path / 'm'}")
+    assert site.records.fields["copy"] is None and site.records.fields["progress"] is None
+    assert site.records.fields["state"] is ReplicationState.READY_FOR_INITIAL_REPLICATION
     assert exporter(site).export(str(tmp_path / "m")).frames_held >= 8
+
+
+def test_an_export_that_is_suspended_ends_says_so_and_goes_on_when_it_is_called_again(site, tmp_path):
+    between = iter(range(10**6))
+
+    def suspend() -> None:
+        if next(between) == 9:
+            site.records.change_orders(Orders.suspend)
+        site.clock.seconds += 2
+
+    with pytest.raises(HvfuseError, match="was suspended; what is in .* stays there") as caught:
+        exporter(site, between=suspend).export(str(tmp_path / "m"))
+    assert caught.value.hint == f"to go on: hvfuse seed export vm1 {tmp_path / 'm'}"
+    generation = site.source.generation
+    assert site.records.orders() == Orders(seed=generation.hex(), suspended=True)
+    assert site.records.fields["state"] is ReplicationState.SUSPENDED
+    assert site.records.fields["copy"]["bytes_done"] > 0
+    assert exporter(site).export(str(tmp_path / "m")).frames_held >= 8
+    assert site.records.orders() == Orders(seed=generation.hex()), "the command that asks for it resumes it"
+    assert site.records.fields["state"] is ReplicationState.WAITING_FOR_INITIAL_REPLICATION
+
+
+@pytest.mark.parametrize("medium", ["the same", "another"])
+def test_a_suspended_vm_that_is_exported_again_is_not_shown_as_suspended(site, tmp_path, medium):
+    exporter(site).export(str(tmp_path / "the same"))
+    site.records.change_orders(Orders.suspend)
+    site.records.update(state=ReplicationState.SUSPENDED)
+    assert exporter(site).export(str(tmp_path / medium)).already == (medium == "the same")
+    assert site.records.orders() == Orders(seed=site.source.generation.hex())
+    assert site.records.fields["state"] is ReplicationState.WAITING_FOR_INITIAL_REPLICATION
 
 
 def test_a_vm_with_a_replica_is_refused_with_the_way_that_it_wants(site, tmp_path):
