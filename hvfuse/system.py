@@ -153,6 +153,14 @@ def truncate(label: str, fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 
 
+def set_mtime(label: str, fd: int, mtime_ns: int) -> None:
+    """Set a file's time of change, in nanoseconds since 1970; its time of access stays. Raises OSError (EPERM if it
+    is another user's)."""
+    if _injector is not None:
+        _before(label, "utimens", 0)
+    os.utime(fd, ns=(os.fstat(fd).st_atime_ns, mtime_ns))
+
+
 def rename(label: str, old: str, new: str) -> None:
     """Rename, replacing `new`. Durable only after `fsync_directory`."""
     if _injector is not None:

@@ -7,21 +7,24 @@
         offset    bytes; up to here the replica equals the source, durably
     Line 2
         xxh3-64 of line 1 with its newline, 16 hexadecimal digits, and a newline
+    Line 3
+        the end's own (`hvfuse.reconcile.ends.ReplicaEnd`)
 
 Written beside, synced and renamed into place, only after the replica was synced. So it is whole or not there, and
 what it says is true unless one of the two was written to since. That is recognised:
 
     source     its mtime, size, inode and device are as they were, and its mtime was old enough then for any
                later write to show
-    replica    inode, device and size are as they were, and its mtime is at most `GRACE_NS` later than the state
-               file's own: a run goes on writing after its last state, but not for longer than that
+    replica    inode, device and size are as they were, and its mtime is exactly the mark that the run gave it
+               (`hvfuse.reconcile.ends`)
+    both       their machine has not been booted since: a power failure may lose an mtime and not the write that
+               set it
 
 A block device has no mtime: a state that concerns one is believed only if the user says so.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Self
@@ -72,7 +75,7 @@ class Checkpoint:
 def start_of(state: tuple[bytes, bool] | None, *, source: Identity, replica: Identity, believed: bool) -> int:
     """Where a run may begin: 0, or what the state says if it is to be trusted.
 
-    `state`: the file, and whether the replica has not been written to since. `believed`: the user says that
+    `state`: lines 1 and 2, and whether the replica has not been written to since. `believed`: the user says that
     block devices have not, either.
     """
     found = Checkpoint.unpack(state[0]) if state is not None else None
@@ -82,13 +85,16 @@ def start_of(state: tuple[bytes, bool] | None, *, source: Identity, replica: Ide
         return 0
     if source.kind is Kind.FILE and not found.source.settled:
         return 0
-    if _apart_from(found.source, "boot", "settled") != _apart_from(source, "boot", "settled"):
+    if not _is_unaltered(found.source, source, "settled"):
         return 0
-    volatile = ("boot", "settled", "mtime_ns")
-    if _apart_from(found.replica, *volatile) != _apart_from(replica, *volatile):
+    if not _is_unaltered(found.replica, replica, "settled", "mtime_ns"):
         return 0
     return found.offset if state[1] or replica.kind is Kind.DEVICE else 0
 
 
-def _apart_from(identity: Identity, *names: str) -> dict[str, object]:
-    return {name: value for name, value in dataclasses.asdict(identity).items() if name not in names}
+def _is_unaltered(then: Identity, now: Identity, *apart_from: str) -> bool:
+    """Whether the fields are the same, but for those named; of a device, of which the user tells, the boot, too."""
+    before, after = then.as_json(), now.as_json()
+    if now.kind is Kind.DEVICE:
+        apart_from = (*apart_from, "boot")
+    return all(before[name] == after[name] for name in before if name not in apart_from)

@@ -8,6 +8,12 @@ Nobody else may use a replica while it is written to. Checked as far as the kern
 opened O_EXCL, which fails if it is mounted, swap, or part of another device; of a regular file nobody else may
 have a descriptor (a write lease is asked for); and both are locked whole (OFD), the lock that qemu and
 this tool itself take.
+
+A run that is killed must find out later whether anybody else wrote to the replica, though its own last writes are
+in no state file. So a replica has one mtime for as long as a run lasts, its *mark*, which each of the run's
+own writes puts back; the state file says which. Any other mtime is somebody else's write, or one of the run's
+own in the middle of which it was killed, and nobody can tell which: then nothing is believed. The mark lies in the
+past, so that no clock gives it to a later write, and `finish` sets the time at which the run was done.
 """
 
 from __future__ import annotations
@@ -39,11 +45,11 @@ KEPT_SPANS = 4096
 """Spans whose digests are kept after their summary was asked for: some 4 MiB."""
 SETTLED_NS = 10**9
 """A file whose mtime is younger than this may be written to once more without its mtime telling."""
+MARK_AGE_NS = 10 * 10**9
+"""A mark is so much older than the run's first write: more than the grain of any file system's times."""
 STATE_SUFFIX = ".resync-state"
 STATE_LIMIT = 16 << 10
 """Bytes that a state file has at most."""
-GRACE_NS = 10 * 10**9
-"""A replica's mtime may be so much later than the last state's: writes go on after it until the run ends."""
 
 _KINDS: Mapping[int, type[HvfuseError]] = {
     errno.ENOENT: NotFoundError,
@@ -227,14 +233,21 @@ def open_source(path: str) -> LocalEnd:
 
 class ReplicaEnd(LocalEnd):
     """The end that becomes the same. Besides the file itself, only its state file is ever touched: `path` and
-    `STATE_SUFFIX`, which holds whatever the run that drives wants to know if it is killed. `writes`: it is open for
-    writing. `created`: it was made just now."""
+    `STATE_SUFFIX`, which holds whatever the run that drives wants to know if it is killed, and a last line that is
+    this class's: the replica's mark in decimal, 0 if it has none. `writes`: it is open for writing.
+    `created`: it was made just now. `marks`: the file system keeps mtimes as they are set."""
 
-    def __init__(self, path: str, fd: int | None, *, writes: bool = False, created: bool = False) -> None:
+    def __init__(
+        self, path: str, fd: int | None, *, writes: bool = False, created: bool = False, marks: bool = False
+    ) -> None:
         super().__init__(path, fd)
         self.writes = writes
         self.created = created
         self._sync_error: HvfuseError | None = None
+        self._marks = marks
+        self._marking = threading.Lock()  # guards the two below
+        self._wrote = False
+        self._mark = self.identify().mtime_ns if marks else 0
 
     def resize(self, size: int) -> None:
         """Make a file's length `size`; a block device stays as it is."""
@@ -242,6 +255,7 @@ class ReplicaEnd(LocalEnd):
         if self.identify().kind is Kind.FILE and os.fstat(fd).st_size != size:
             with named(self.path):
                 system.truncate("resync:truncate", fd, size)
+            self._put_mark_back(fd)
 
     def apply(self, wanted: Sequence[Change]) -> int:
         """Write and punch. Returns the bytes written."""
@@ -254,7 +268,25 @@ class ReplicaEnd(LocalEnd):
                 else:
                     system.pwrite("resync:write", fd, change.data, change.offset)
                     written += change.length
+        self._put_mark_back(fd)
         return written
+
+    def _put_mark_back(self, fd: int) -> None:
+        """After writes of ours. The first ones choose a new mark: the old one says that nothing was written."""
+        with self._marking:
+            if not self._wrote:
+                self._wrote = True
+                self._mark = time.time_ns() - MARK_AGE_NS if self._marks else 0
+            if not self._mark:
+                return
+            try:
+                system.set_mtime("resync:mark", fd, self._mark)
+            except OSError:
+                self._mark = 0
+
+    def _mark_to_keep(self) -> int:
+        with self._marking:
+            return self._mark if time.time_ns() - self._mark > SETTLED_NS else 0
 
     def sync(self, state: bytes | None = None) -> bool:
         """Make everything written so far durable; then, durably, the state file.
@@ -279,13 +311,14 @@ class ReplicaEnd(LocalEnd):
             raise self._sync_error from error
         if state is not None:
             try:
-                system.replace_file("resync:state", self._state_path, state)
+                system.replace_file("resync:state", self._state_path, state + b"%d\n" % self._mark_to_keep())
             except OSError:
                 return False
         return True
 
     def state(self) -> tuple[bytes, bool] | None:
-        """The state file, and whether the file has not been written to since the run of which it tells."""
+        """What `sync` was given last, and whether nobody has written to the file since, this run's forerunner
+        included: its mtime is the mark, exactly."""
         if self._fd is None:
             return None
         try:
@@ -296,10 +329,15 @@ class ReplicaEnd(LocalEnd):
             return None
         if len(data) > STATE_LIMIT or not stat.S_ISREG(found.st_mode) or found.st_uid not in (0, os.geteuid()):
             return None
-        return data, self.identify().mtime_ns <= found.st_mtime_ns + GRACE_NS
+        state, newline, mark = data.removesuffix(b"\n").rpartition(b"\n")
+        mtime = self.identify().mtime_ns
+        return state + newline, mtime > 0 and mark == b"%d" % mtime
 
     def finish(self) -> None:
         """Make everything durable, the file's name too, and remove the state file."""
+        if self._wrote and self._mark:
+            with contextlib.suppress(OSError):
+                system.set_mtime("resync:unmark", self._writable(), time.time_ns())
         self.sync()
         with named(self.path):
             if self.created:
@@ -338,7 +376,7 @@ def open_replica(path: str, *, write: bool) -> ReplicaEnd:
                 if error.errno != errno.EBUSY:
                     raise
                 raise BusyError(f"{path}: is mounted, or part of a device that is in use") from None
-            end = ReplicaEnd(path, fd, writes=True)
+            end = ReplicaEnd(path, fd, writes=True, marks=stat.S_ISREG(found.st_mode) and _is_local(fd))
     try:
         if write:
             _claim(path, fd)
@@ -361,7 +399,7 @@ def _missing(path: str) -> ReplicaEnd:
 def _create(path: str) -> ReplicaEnd:
     _missing(path)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    end = ReplicaEnd(path, fd, writes=True, created=True)
+    end = ReplicaEnd(path, fd, writes=True, created=True, marks=_is_local(fd))
     try:
         _claim(path, fd)
     except BaseException:
@@ -393,7 +431,7 @@ def _claim(path: str, fd: int) -> None:
             raise BusyError(f"{path}: is locked by another program, such as qemu or another resync") from None
         if error.errno not in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode) or not _has_leases(fd):
+    if not stat.S_ISREG(os.fstat(fd).st_mode) or not _is_local(fd):
         return
     try:
         # The kernel grants a write lease only where no other descriptor is open.
@@ -408,8 +446,9 @@ def _claim(path: str, fd: int) -> None:
             raise
 
 
-def _has_leases(fd: int) -> bool:
-    """Whether a lease that is refused tells of another user: over a network it tells nothing."""
+def _is_local(fd: int) -> bool:
+    """Whether this kernel alone has the file: over a network, a lease that is refused tells nothing of other
+    users, and an mtime that is set costs a write to the server and may be overtaken by one."""
     device = os.fstat(fd).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:

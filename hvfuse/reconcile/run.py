@@ -36,7 +36,7 @@ from hvfuse.reconcile.ends import Identity, Kind, LocalEnd
 WINDOW = 16 << 30
 """Bytes of disk whose holes are looked for at once: bounds the lists of them. A multiple of `plan.SPAN`."""
 WRITES_ON_SECONDS = 5.0
-"""For so long data goes on being written while the replica is synced (see `GRACE_NS`)."""
+"""For so long data goes on being written while the replica is synced: so much is compared again at most."""
 
 
 class Source(Protocol):
@@ -172,6 +172,9 @@ class Resync:
             self._replica.resize(source.size)
             replica = self._replica.identify()
         start = start_of(state, source=source, replica=replica, believed=self._options.believed)
+        if state is not None and not start and not self._options.dry_run:
+            # Or it would be believed once more if this run is killed and the former source comes back.
+            self._replica.sync(Checkpoint(source, replica, 0).pack())
         report = Report(
             size=source.size, start=start, left_alone=left, resized=resized,
             created=created or replica.kind is Kind.MISSING,
