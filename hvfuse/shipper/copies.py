@@ -117,18 +117,18 @@ class Copies:
         """What is needed in the meantime does not wait for what was ordered beyond it, for later."""
         orders = self._records.orders()
         is_later = orders.at_ns is not None and orders.at_ns > self._clock.now_ns()
-        if orders.full and is_later and scope is ResyncScope.REGIONS:
-            return replace(orders, full=False, at_ns=None)
+        if orders.is_beyond_need and is_later and scope is ResyncScope.REGIONS:
+            return replace(orders, full=False, repair=False, at_ns=None)
         return orders
 
-    def is_full_due(self) -> bool:
-        """Whether a comparison of everything was ordered for a VM that needs none, and may start."""
+    def due_order(self) -> Orders:
+        """What was ordered of a VM that needs no copy, and may start now: `full` or `repair`; else nothing."""
         orders = self._records.orders()
         wait = None
-        if orders.full:
+        if orders.is_beyond_need:
             wait = self._permission(Need(is_first=False, stands_at=_hex(self._replica.position())), orders)
         self._set_due(wait.until_ns if wait else None)
-        return orders.full and wait is None
+        return orders if orders.is_beyond_need and wait is None else Orders()
 
     def settle(self) -> None:
         """No copy is needed: what was ordered is done."""

@@ -21,6 +21,7 @@ class Orders:
     since 1970, and not before; taken back likewise. `full`: compare everything, although nothing or little is in
     doubt; taken back when that copy has begun. `suspended`: do not begin or go on; nothing is shipped while a copy is
     needed. `cancelled`: what was staged was dropped, and nothing starts by itself before `now` or `at_ns` is ordered.
+    `repair`: at `at_ns`, copy anew what verification found to differ; nothing is in doubt before that.
     `seed`: generation (hex) that was exported to a medium: copy nothing over the network before the replica
     stands at it, or anywhere else, as only differences travel from then on.
     """
@@ -31,17 +32,26 @@ class Orders:
     suspended: bool = False
     cancelled: bool = False
     seed: str | None = None
+    repair: bool = False
 
-    def resynchronise(self, *, full: bool, at_ns: int | None, now_ns: int) -> Orders:
+    @property
+    def is_beyond_need(self) -> bool:
+        """Whether a copy was ordered of a VM that may need none."""
+        return self.full or self.repair
+
+    def resynchronise(self, *, full: bool, at_ns: int | None, now_ns: int, repair: bool = False) -> Orders:
         """A copy is to start at `at_ns`, or now if that is None. Takes back what stood against it.
 
+        `repair`: what it is to copy becomes doubtful only then. A comparison of everything includes that.
         Raises UsageError if that is more than 7 days after `now_ns`, or before it.
         """
         if at_ns is not None and at_ns < now_ns:
             raise UsageError("the time for a copy to start is over already")
         if at_ns is not None and at_ns > now_ns + MAX_AHEAD_NS:
             raise UsageError("a copy can be ordered for a time at most 7 days ahead")
-        return Orders(now=at_ns is None, at_ns=at_ns, full=full or self.full)
+        full = full or self.full
+        repair = (repair or self.repair) and at_ns is not None and not full
+        return Orders(now=at_ns is None, at_ns=at_ns, full=full, repair=repair)
 
     def ask(self) -> Orders:
         """Somebody waits for a copy: it is to start now, unless it is suspended or waits for its seed."""
@@ -59,9 +69,17 @@ class Orders:
         """Give the copy up; the next one has to be ordered."""
         return Orders(cancelled=True)
 
+    def withdraw(self) -> Orders:
+        """Take back an order for a copy that is not needed and has not begun."""
+        return replace(self, now=False, at_ns=None, full=False, repair=False)
+
+    def begin_repair(self) -> Orders:
+        """What the repair is to copy is in doubt from now on: a copy is needed, and may start."""
+        return replace(self, now=True, at_ns=None, repair=False) if self.repair else self
+
     def done(self) -> Orders:
-        """What is left when no copy is needed any more. An order for a full one stays, as it has not begun."""
-        if self.full:
+        """What is left when no copy is needed any more. An order for one beyond that stays: it has not begun."""
+        if self.is_beyond_need:
             return replace(self, cancelled=False, seed=None)
         return Orders(suspended=self.suspended)
 

@@ -15,6 +15,7 @@ from hvfuse.shipper.compact import Compactor
 from hvfuse.shipper.copies import FULL_ORDERED, Copies
 from hvfuse.shipper.cycle import CycleReport, manifest, ship, total
 from hvfuse.shipper.decide import Action, Decision, decide, pending
+from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.policy import Records, ShippingPolicy
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.source import ResyncScope, Source, SourceStatus
@@ -37,6 +38,8 @@ class Replication:
 
     `folder`: where the disks' images lie. `housekeep` is called after cycles were committed (merging,
     retention). `between` is called between frames and may raise to stop; what was under way resumes.
+    `doubt_mismatches` has the source require a resynchronisation of what verification found to differ, and returns
+    whether there is any.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Replication:
         clock: Clock,
         housekeep: Callable[[], None],
         between: Callable[[], None] = lambda: None,
+        doubt_mismatches: Callable[[], bool] = lambda: False,
     ) -> None:
         self._vm = vm
         self._source = source
@@ -60,6 +64,7 @@ class Replication:
         self._clock = clock
         self._housekeep = housekeep
         self._between = between
+        self._doubt_mismatches = doubt_mismatches
         self._formats: dict[str, str] = {}
         self._rotated_at = -math.inf
         # Why everything has to be compared, although neither side says so, and the generation of which that is true.
@@ -92,11 +97,22 @@ class Replication:
         """
         self._copies.notes.clear()
         report = self._cycle_or_copy(asked)
-        if self._copies.is_full_due():
-            self._copies.start(self._source.status(), FULL_ORDERED, ResyncScope.FULL)
+        if self._begin_order(self._copies.due_order()):
             report = total([report, self._cycle_or_copy(asked)])
         self._keep_house()
         return replace(report, notes=tuple(self._copies.notes))
+
+    def _begin_order(self, order: Orders) -> bool:
+        """Begin a copy that was ordered beyond what is needed. Returns whether there is one."""
+        if order.full:
+            self._copies.start(self._source.status(), FULL_ORDERED, ResyncScope.FULL)
+            return True
+        if not order.repair:
+            return False
+        is_doubtful = self._doubt_mismatches()
+        # In this order: killed in between, there is less in doubt the next time, but nothing is forgotten.
+        self._records.change_orders(Orders.begin_repair if is_doubtful else Orders.withdraw)
+        return is_doubtful
 
     def _cycle_or_copy(self, asked: bool) -> CycleReport:
         """A cycle, after a new copy if source and replica turn out not to be joined any more.

@@ -78,6 +78,7 @@ class Shipper:
             clock=clock,
             housekeep=housekeep,
             between=self.check_stop,
+            doubt_mismatches=self._doubt,
         )
         self._exporter = Exporter(
             vm=vm,
@@ -349,15 +350,20 @@ class Shipper:
 
         Raises UsageError if there is nothing to do, or the time makes no sense.
         """
-        if not full and not self._is_copy_needed() and not self._doubts():
-            raise UsageError(
-                f"{self._vm}: the replica is up to date: there is nothing to resynchronise",
-                hint=f"hvfuse resync {self._vm} --full",
-            )
+        repair = False
+        if not full and not self._shown.orders().full and not self._is_copy_needed():
+            repair = self._verifier is not None and self.request(self._has_mismatches)
+            if not repair:
+                raise UsageError(
+                    f"{self._vm}: the replica is up to date: there is nothing to resynchronise",
+                    hint=f"hvfuse resync {self._vm} --full",
+                )
         if at_ns is not None and self._replication.copies.is_copying:
             raise UsageError(f"{self._vm}: a copy is under way already", hint=f"hvfuse resync {self._vm} --cancel")
         now_ns = self._clock.now_ns()
-        return self._order(lambda orders: orders.resynchronise(full=full, at_ns=at_ns, now_ns=now_ns))
+        if repair and at_ns is None:
+            self.request(self._doubt)
+        return self._order(lambda orders: orders.resynchronise(full=full, at_ns=at_ns, now_ns=now_ns, repair=repair))
 
     def suspend(self) -> Orders:
         """Hold the copy up that is under way or needed. For any thread. Raises UsageError if there is none."""
@@ -369,16 +375,19 @@ class Shipper:
         return self._order(Orders.resume)
 
     def cancel(self) -> Orders:
-        """Give up the copy that is under way or needed. For any thread. Raises UsageError if there is none."""
+        """Give up the copy that is under way, needed or ordered. For any thread. Raises UsageError if there is none.
+
+        An order for later, of a VM that needs no copy, is taken back: cycles go on.
+        """
         self._check_copy("cancel")
-        return self._order(Orders.cancel)
+        return self._order(Orders.cancel if self._is_copy_needed() else Orders.withdraw)
 
     def unseed(self) -> Orders:
         """Let the first copy go over the network, although it was exported. For any thread."""
         return self._order(without_seed)
 
     def _check_copy(self, what: str) -> None:
-        if not self._shown.orders().full and not self._is_copy_needed():
+        if not self._shown.orders().is_beyond_need and not self._is_copy_needed():
             raise UsageError(f"{self._vm}: there is no copy to {what}")
 
     def _is_copy_needed(self) -> bool:
@@ -391,9 +400,13 @@ class Shipper:
             return True
         return status.resync_required is not None or status.resyncing
 
-    def _doubts(self) -> bool:
-        """Whether verification found mismatches, which are in doubt from now on."""
-        return self._verifier is not None and self.request(self._verifier.doubt)
+    def _has_mismatches(self) -> bool:
+        """Whether verification found any. For the loop's thread."""
+        return self._verifier is not None and bool(self._verifier.proofs.mismatches)
+
+    def _doubt(self) -> bool:
+        """Have what verification found to differ be in doubt from now on. For the loop's thread."""
+        return self._verifier is not None and self._verifier.doubt()
 
     def _order(self, change: Callable[[Orders], Orders]) -> Orders:
         orders = self._shown.change_orders(change)
