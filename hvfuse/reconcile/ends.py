@@ -364,6 +364,11 @@ def open_replica(path: str, *, write: bool) -> ReplicaEnd:
         try:
             found = os.stat(path)
         except FileNotFoundError:
+            if os.path.islink(path):
+                raise NotFoundError(
+                    f"{path}: is a symbolic link to {os.readlink(path)}, which does not exist",
+                    hint="name the file that is to be made, or remove the link",
+                ) from None
             return _create(path) if write else _missing(path)
         _refuse_other_kinds(path, found)
         if not write:

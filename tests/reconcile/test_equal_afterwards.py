@@ -251,6 +251,18 @@ def test_what_cannot_be_a_replica_is_refused(tmp_path):
     assert one.read_bytes() == b"x"
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_link_to_nothing_is_refused_and_nothing_is_made(tmp_path, way, dry_run):
+    one, link = tmp_path / "one.raw", tmp_path / "link"
+    one.write_bytes(b"x")
+    link.symlink_to("nothing")
+    with pytest.raises(NotFoundError, match="is a symbolic link to nothing, which does not exist") as caught:
+        resync(one, link, way, dry_run=dry_run)
+    assert caught.value.hint
+    assert sorted(os.listdir(tmp_path)) == ["link", "one.raw"]
+
+
 def test_a_replica_that_others_use_is_left_alone(tmp_path):
     one, other = tmp_path / "one.raw", tmp_path / "other.raw"
     one.write_bytes(b"new")
