@@ -22,6 +22,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shlex
 import stat
 import struct
 import threading
@@ -115,8 +116,13 @@ def named(path: str, doing: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "run it as root" if error.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0 else None
         kind = _KINDS.get(error.errno or 0, HvfuseError)
+        hint = None
+        if error.errno in (errno.EACCES, errno.EPERM) and os.geteuid() != 0:
+            hint = "run it as root"
+        elif kind is NoSpaceError:
+            folder = shlex.quote(os.path.dirname(os.path.abspath(path)))
+            hint = f"free space there (df -h {folder}), then run it again: what is equal by now is not sent again"
         raise kind(f"{path}: {doing}{error.strerror or error}", hint=hint) from error
 
 

@@ -94,7 +94,10 @@ class Line:
                     self.bytes_in += len(data)
                     return data
             elif time.monotonic() - heard > self._silence:
-                raise UnreachableError(f"nothing was heard of the other side for {self._silence:g} seconds")
+                raise UnreachableError(
+                    f"nothing was heard of the other side for {self._silence:g} seconds",
+                    hint="see whether the connection still works; --timeout allows for a longer silence",
+                )
         return b""
 
     def _write(self, data: bytes) -> None:

@@ -21,6 +21,7 @@ from hvfuse.reconcile.messages import Kind
 
 END_SECONDS = 10.0
 """A command has so long to end by itself after the last message."""
+_NO_GREETING = "--via takes a command that runs tools/resync --serve on the other side: docs/resync.md"
 
 
 def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -28,7 +29,7 @@ def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     except OSError as error:
-        raise NotFoundError(f"{command[0]}: {error.strerror}") from error
+        raise NotFoundError(f"{command[0]}: {error.strerror}", hint=_NO_GREETING) from error
 
 
 class Peer:
@@ -129,15 +130,18 @@ class Peer:
             answer.set_result(message.payload)
 
     def _explained(self, error: HvfuseError) -> HvfuseError:
-        """With the exit status of the command, if it has ended."""
+        """With what to do next, and the exit status of the command, if it has ended."""
         if not isinstance(error, UnreachableError):
             return error
+        hint = "run it again: what is equal by now is not sent again"
+        if not self.line.greeted.is_set():  # nothing has begun
+            hint = _NO_GREETING
         try:
             code = self._process.wait(1)
         except subprocess.TimeoutExpired:
-            return error
+            return UnreachableError(str(error), hint=f"{hint}; --timeout allows for a longer silence")
         ended = f"its command ended with {code}" if code >= 0 else f"its command was killed by signal {-code}"
-        return UnreachableError(f"{error} ({ended})", hint="run it again: it goes on where it was")
+        return UnreachableError(f"{error} ({ended})", hint=hint)
 
 
 class RemoteEnd:

@@ -134,7 +134,10 @@ def prepare(source: Identity, replica: Identity, *, replica_path: str) -> int:
     if replica.kind is not Kind.DEVICE:
         return 0
     if replica.size < source.size:
-        raise UsageError(f"{replica_path}: has {replica.size} bytes, too few for the {source.size} of SOURCE")
+        raise UsageError(
+            f"{replica_path}: has {replica.size} bytes, too few for the {source.size} of SOURCE",
+            hint="name a device that is as large or larger: lsblk --bytes",
+        )
     return replica.size - source.size
 
 

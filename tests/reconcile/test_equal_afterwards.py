@@ -223,6 +223,7 @@ def test_a_full_disk_is_told_as_such(tmp_path, way):
     finally:
         system.install(None)
     assert caught.value.exit_code == 9
+    assert caught.value.hint and "free space there" in caught.value.hint
 
 
 def test_what_cannot_be_a_replica_is_refused(tmp_path):

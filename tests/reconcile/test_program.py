@@ -104,6 +104,34 @@ def test_every_error_is_one_line_and_has_its_code(tmp_path, resync, monkeypatch,
     assert os.listdir(tmp_path).count("other") == 0
 
 
+@pytest.mark.parametrize(
+    ("via", "hint"),
+    [
+        ("no-such-command", "--via takes a command that runs tools/resync --serve"),
+        ("false", "--via takes a command that runs tools/resync --serve"),
+        ("sleep 30", "--timeout"),
+    ],
+)
+def test_who_reaches_nobody_is_told_what_to_do_and_not_that_something_goes_on(tmp_path, resync, via, hint):
+    (tmp_path / "one").write_bytes(b"x")
+    done = resync("--json", tmp_path / "one", tmp_path / "other", "--via", via, "--timeout", "0.3")
+    told = json.loads(done.stdout)["error"]
+    assert hint in told["hint"]
+    assert f"hint: {told['hint']}" in done.stderr
+    assert "again" not in told["hint"]
+
+
+def test_a_served_side_that_is_killed_in_the_middle_is_told_to_be_run_again(pair):
+    process, pids = start(*pair, "push")
+    if len(pids) > 1 and process.poll() is None:
+        os.kill(pids[1], signal.SIGKILL)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode in (1, 11)
+    if process.returncode == 11:
+        assert "hint: run it again: what is equal by now is not sent again" in said
+    wait_for_all(pids)
+
+
 def test_a_banner_before_the_greeting_is_refused_before_anything_is_made(tmp_path, resync):
     (tmp_path / "one").write_bytes(b"x")
     talks = f"sh -c 'echo Welcome to this host; exec {SERVE}'"
@@ -220,6 +248,7 @@ def test_block_devices_keep_their_size_and_what_lies_beyond(tmp_path, resync, de
     refused = resync(one, device)
     assert refused.returncode == 2
     assert "too few" in refused.stderr
+    assert "hint: name a device that is as large or larger" in refused.stderr
     assert "is locked" not in resync(one, device, "-n").stderr
     with open(device, "rb") as file:
         assert file.read(BLOCK) == back.read_bytes()[:BLOCK]
