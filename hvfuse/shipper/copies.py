@@ -119,11 +119,11 @@ class Copies:
         is_later = orders.at_ns is not None and orders.at_ns > self._clock.now_ns()
         if orders.is_beyond_need and is_later and scope is ResyncScope.REGIONS:
             return replace(orders, full=False, repair=False, at_ns=None)
-        return orders
+        return orders.later
 
     def due_order(self) -> Orders:
         """What was ordered of a VM that needs no copy, and may start now: `full` or `repair`; else nothing."""
-        orders = self._records.orders()
+        orders = self._records.orders().later
         wait = None
         if orders.is_beyond_need:
             wait = self._permission(Need(is_first=False, stands_at=_hex(self._replica.position())), orders)

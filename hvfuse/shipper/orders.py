@@ -17,7 +17,8 @@ MAX_AHEAD_NS = 7 * 86400 * 10**9
 class Orders:
     """What was ordered; the default is nothing.
 
-    `now`: start whatever the window says; taken back when the copy is complete. `at_ns`: start at this instant, ns
+    `now`: start whatever the window says; taken back when the copy is complete. With `at_ns` too: that is leave for
+    what is in doubt, and not for what was ordered for then. `at_ns`: start at this instant, ns
     since 1970, and not before; taken back likewise. `full`: compare everything, although nothing or little is in
     doubt; taken back when that copy has begun. `suspended`: do not begin or go on; nothing is shipped while a copy is
     needed. `cancelled`: what was staged was dropped, and nothing starts by itself before `now` or `at_ns` is ordered.
@@ -73,6 +74,15 @@ class Orders:
         """Take back an order for a copy that is not needed and has not begun."""
         return replace(self, now=False, at_ns=None, full=False, repair=False)
 
+    def allow_repair(self) -> Orders:
+        """What is in doubt may be copied now. What was ordered for later beyond that stays."""
+        return replace(self, now=True, at_ns=self.at_ns if self.full else None, cancelled=False, repair=False)
+
+    @property
+    def later(self) -> Orders:
+        """These orders for what is not in doubt: leave for a repair is none for that."""
+        return self if self.at_ns is None else replace(self, now=False)
+
     def begin_repair(self) -> Orders:
         """What the repair is to copy is in doubt from now on: a copy is needed, and may start."""
         return replace(self, now=True, at_ns=None, repair=False) if self.repair else self
@@ -80,7 +90,7 @@ class Orders:
     def done(self) -> Orders:
         """What is left when no copy is needed any more. An order for one beyond that stays: it has not begun."""
         if self.is_beyond_need:
-            return replace(self, cancelled=False, seed=None)
+            return replace(self.later, cancelled=False, seed=None)
         return Orders(suspended=self.suspended)
 
     def as_json(self) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class Shipper:
                 replica=replica,
                 clock=clock,
                 ship=partial(self._attempt, asked=False),
-                allow_copy=partial(self.order_resync, full=False, at_ns=None),
+                allow_copy=self._allow_repair,
                 algorithm=policy.algorithm,
             )
         self._frequency = policy.frequency_seconds
@@ -403,6 +403,13 @@ class Shipper:
     def _has_mismatches(self) -> bool:
         """Whether verification found any. For the loop's thread."""
         return self._verifier is not None and bool(self._verifier.proofs.mismatches)
+
+    def _allow_repair(self) -> None:
+        """Let what is to be repaired be copied now. Raises HvfuseError where an administrator suspended copies: that
+        is taken back only by name."""
+        if self._shown.orders().suspended:
+            raise HvfuseError(f"{self._vm}: copies are suspended", hint=f"hvfuse resync {self._vm} --resume")
+        self._shown.change_orders(Orders.allow_repair)
 
     def _doubt(self) -> bool:
         """Have what verification found to differ be in doubt from now on. For the loop's thread."""

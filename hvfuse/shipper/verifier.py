@@ -57,7 +57,7 @@ class Verifier:
     """Verifies one VM. For the shipper's thread.
 
     `path`: of the file of proofs. `ship` ships a cycle now, after a copy if one is needed; `allow_copy` gives a copy
-    leave to start at once.
+    leave to start at once, or raises HvfuseError.
     """
 
     def __init__(
@@ -198,8 +198,8 @@ class Verifier:
         if not found:
             return []
         self._ship()  # the logs are lost: what they hold becomes points before
+        self._allow_copy()  # which may be refused: then nothing is in doubt that was not
         self.doubt()
-        self._allow_copy()
         self._ship()
         return found
 

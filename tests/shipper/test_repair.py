@@ -166,3 +166,41 @@ def test_a_repair_that_was_made_in_the_meantime_is_not_made_again(host: Damaged)
     host.turns(2)
     host.assert_sound()
     assert host.orders == Orders() and len(host.records.copies) == copies
+
+
+# At once ----------------------------------------------------------------------------------------------------
+
+
+def test_a_repair_does_not_begin_what_was_ordered_for_later(host: Damaged) -> None:
+    at_ns = host.clock.now_ns() + HOUR * 10**9
+    host.ship.order_resync(full=True, at_ns=at_ns)
+    host.turns(1)
+    host.ship.verify({"do": "repair"})
+    host.assert_sound()
+    assert host.records.copies[-1].regions == 1, "what differed, and no more"
+    host.turns(2)
+    assert host.orders == Orders(at_ns=at_ns, full=True)
+    assert host.records.copies[-1].regions == 1
+    host.clock.seconds = at_ns / 1e9
+    host.ship.turn()
+    assert host.records.copies[-1].regions is None
+    host.turns(2)
+    assert host.orders == Orders()
+
+
+def test_a_repair_does_not_take_a_suspension_back(host: Damaged) -> None:
+    host.records.change_orders(Orders.suspend)
+    generation = host.vm.status()["generation"]
+    with pytest.raises(HvfuseError, match="suspended") as caught:
+        host.ship.verify({"do": "repair"})
+    assert caught.value.hint == "hvfuse resync vm1 --resume"
+    before = len(host.points)
+    host.turns(2)
+    assert len(host.points) == before + 2, "nothing is in doubt that was not"
+    assert host.orders == Orders(suspended=True) and host.vm.status()["generation"] == generation
+    host.ship.resume()
+    host.ship.verify({"do": "repair"})
+    host.assert_sound()
+    assert host.verify(only_mismatches=True) == [] == host.mismatches
+    host.turns(1)
+    assert host.orders == Orders()
