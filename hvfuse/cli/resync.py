@@ -139,17 +139,33 @@ class _Target:
         if self.has_shipper:
             answer = wire.request(self.home.shipper_socket(self.vm), op, timeout=ANSWER_SECONDS, **fields)
             return Orders.from_json(answer["orders"])
-        is_for_one = op != "resume" and not fields.get("full") and not self.records.orders(self.vm).full
-        if is_for_one and not self.is_in_doubt():
+        is_for_one = op != "resume" and not fields.get("full") and not self.records.orders(self.vm).is_beyond_need
+        if is_for_one and not self.needs_copy(otherwise=True):
             raise _nothing_to(self.vm, op)
         return self.records.change_orders(self.vm, change)
 
-    def is_in_doubt(self) -> bool:
-        """Whether anything may have to be copied or compared, as far as can be told without doing it."""
-        if self.read().state is not ReplicationState.REPLICATING or not self.is_mounted:
+    def needs_copy(self, *, otherwise: bool = False) -> bool:
+        """Whether anything has to be copied or compared, as far as can be told without doing it. `otherwise`: of a
+        VM that is not mounted, and replicated before."""
+        if self.read().state is not ReplicationState.REPLICATING:
             return True
+        if not self.is_mounted:
+            return otherwise
         told = wire.request(self.home.tracker_socket(self.vm), "status", timeout=ANSWER_SECONDS)
         return told["generation"] is None or bool(told["resync_required"]) or bool(told["resyncing"])
+
+    def show_resumed(self, orders: Orders) -> None:
+        """Show the state of a VM that is not suspended, where no shipper runs that would."""
+        if self.has_shipper:
+            return
+        first = ReplicationState.READY_FOR_INITIAL_REPLICATION
+        if orders.seed is not None:
+            first = ReplicationState.WAITING_FOR_INITIAL_REPLICATION
+        another = ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
+        after = {ReplicationState.SUSPENDED: first, ReplicationState.RESYNCHRONIZE_SUSPENDED: another}
+        state = self.read().state
+        if state in after:
+            self.records.update(self.vm, state=after[state])
 
     def beginning(self) -> tuple[str, ...]:
         """What has to be done for an order to be carried out; nothing where a shipper runs."""
@@ -271,38 +287,53 @@ def _how_far(copy: Mapping[str, Any]) -> str:
     return f"at {copy_text(copy, is_under_way=False)}" if copy["bytes_total"] else "when it had just begun"
 
 
+def _is_export(copy: Mapping[str, Any] | None) -> bool:
+    return copy is not None and copy["kind"] == "export"
+
+
 def _suspend(target: _Target, _: _Wish) -> _Outcome:
     copy = target.read().copy
     orders = target.order("suspend", Orders.suspend)
+    to_go_on = f"hvfuse resync {target.vm} --resume"
     what = "copies are suspended" if copy is None else "suspended " + _how_far(copy)
-    return _Outcome((f"{what}; to go on: hvfuse resync {target.vm} --resume",), _fields(target, orders))
+    if copy is not None and _is_export(copy):
+        what = f"the export was suspended {_how_far(copy)}; what is in its directory DIR stays"
+        to_go_on = f"hvfuse seed export {target.vm} DIR"
+    return _Outcome((f"{what}; to go on: {to_go_on}",), _fields(target, orders))
 
 
 def _resume(target: _Target, wish: _Wish) -> _Outcome:
     record = target.read()
-    if not Orders.from_json(record.orders).suspended:
-        line = "copies are not suspended"
-        return _Outcome((line,), _fields(target, Orders.from_json(record.orders)))
-    if wish.wait:
+    was_suspended = Orders.from_json(record.orders).suspended
+    if was_suspended and wish.wait:
         return _completed(target, lambda: target.order("resume", Orders.resume))
     orders = target.order("resume", Orders.resume)
-    return _Outcome(("copies are not suspended any more", *target.beginning()), _fields(target, orders))
+    target.show_resumed(orders)
+    if not was_suspended:
+        return _Outcome(("copies are not suspended",), _fields(target, orders))
+    line = "copies are not suspended any more"
+    if orders.seed is not None and _is_export(record.copy):
+        return _Outcome((f"{line}; to go on: hvfuse seed export {target.vm} DIR",), _fields(target, orders))
+    return _Outcome((line, *target.beginning()), _fields(target, orders))
 
 
 def _cancel(target: _Target, _: _Wish) -> _Outcome:
-    record = target.read()
-    orders = target.order("cancel", Orders.cancel)
+    record, vm = target.read(), target.vm
+    orders = target.order("cancel", Orders.cancel if target.needs_copy() else Orders.withdraw)
+    if not orders.cancelled:
+        return _Outcome(("the order was taken back; replication goes on",), _fields(target, orders, dropped=None))
     if not target.has_shipper:
-        drop_staged(target.home, target.vm)
-        target.records.update(target.vm, copy=None, progress=None)
-    dropped = "nothing was staged of it"
-    if record.copy is not None:
-        dropped = f"dropped what was staged of it: {copy_text(record.copy, is_under_way=False)}"
-    lines = (
-        f"cancelled; {dropped}",
-        f"no recovery points are made before: hvfuse resync {target.vm} --now",
-    )
-    return _Outcome(lines, _fields(target, orders, dropped=copy_fields(record.copy)))
+        drop_staged(target.home, vm)
+        target.records.update(vm, copy=None, progress=None)
+    dropped = None if _is_export(record.copy) else record.copy
+    if _is_export(record.copy):
+        line = f"the export was cancelled; what is in its directory DIR stays; to go on: hvfuse seed export {vm} DIR"
+    elif dropped is not None:
+        line = f"cancelled; dropped what was staged of it: {copy_text(dropped, is_under_way=False)}"
+    else:
+        line = "cancelled; nothing was staged of it"
+    lines = (line, f"no recovery points are made before: hvfuse resync {vm} --now")
+    return _Outcome(lines, _fields(target, orders, dropped=copy_fields(dropped)))
 
 
 _ACTIONS: Mapping[str, Callable[[_Target, _Wish], _Outcome]] = {

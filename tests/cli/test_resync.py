@@ -72,7 +72,10 @@ def test_a_time_is_kept_for_the_shipper_to_come(hvfuse: CommandLine) -> None:
     due = text.replace("Z", ".000Z")
     assert answer == {
         "vm": "vm", "action": "start", "shipper": False, "due": due,
-        "orders": {"at": due, "now": False, "full": True, "suspended": False, "cancelled": False, "seed": None},
+        "orders": {
+            "at": due, "now": False, "full": True, "suspended": False, "cancelled": False, "seed": None,
+            "repair": False,
+        },
     }  # fmt: skip
     assert hvfuse("resync", "vm", "--at", "18:30") == 0
     assert "vm: a resynchronisation was ordered: at " in hvfuse.out
@@ -160,3 +163,54 @@ def test_how_far_a_suspended_copy_came_is_told_in_a_sentence(hvfuse: CommandLine
     recorded(hvfuse, copy=a_copy("initial", bytes_total=total))
     assert hvfuse("resync", "vm", "--suspend") == 0
     assert hvfuse.out == f"vm: suspended {how_far}; to go on: hvfuse resync vm --resume\n"
+
+
+def test_an_order_that_is_not_needed_is_taken_back_and_nothing_else_is_asked_for(hvfuse: CommandLine) -> None:
+    hvfuse.add_vm("vm")
+    recorded(hvfuse, state=ReplicationState.REPLICATING)
+    assert hvfuse("resync", "vm", "--full", "--at", from_now(hours=3)) == 0
+    assert hvfuse("resync", "vm", "--cancel") == 0
+    assert hvfuse.out == "vm: the order was taken back; replication goes on\n"
+    assert orders(hvfuse) == Orders()
+
+
+def test_a_suspended_export_is_told_with_the_command_that_goes_on_with_it(hvfuse: CommandLine) -> None:
+    hvfuse.add_vm("vm")
+    recorded(hvfuse, orders=Orders(seed="ab" * 16), copy=a_copy("export"))
+    assert hvfuse("resync", "vm", "--suspend") == 0
+    assert hvfuse.out == (
+        "vm: the export was suspended at 25 %, 1 KiB of 4 KiB exported, 512 B sent; what is in its directory DIR stays;"
+        " to go on: hvfuse seed export vm DIR\n"
+    )
+    recorded(hvfuse, state=ReplicationState.SUSPENDED)
+    assert hvfuse("resync", "vm", "--resume") == 0
+    assert hvfuse.out == "vm: copies are not suspended any more; to go on: hvfuse seed export vm DIR\n"
+    (vm,) = hvfuse.json("status")["vms"]
+    assert vm["state"] == "WaitingForInitialReplication"
+
+
+@pytest.mark.parametrize(
+    ("shown", "after"),
+    [("Suspended", "ReadyForInitialReplication"), ("ResynchronizeSuspended", "WaitingForStartResynchronize")],
+)
+def test_what_is_not_suspended_is_not_shown_so(hvfuse: CommandLine, shown: str, after: str) -> None:
+    hvfuse.add_vm("vm")
+    recorded(hvfuse, state=ReplicationState(shown))
+    assert hvfuse("resync", "vm", "--resume") == 0
+    assert hvfuse.out == "vm: copies are not suspended\n"
+    (vm,) = hvfuse.json("status")["vms"]
+    assert vm["state"] == after
+
+
+def test_of_a_cancelled_export_nothing_is_dropped(hvfuse: CommandLine) -> None:
+    hvfuse.add_vm("vm")
+    recorded(hvfuse, orders=Orders(seed="ab" * 16), copy=a_copy("export"), progress=0.25)
+    assert hvfuse("resync", "vm", "--cancel") == 0
+    assert hvfuse.out == (
+        "vm: the export was cancelled; what is in its directory DIR stays; to go on: hvfuse seed export vm DIR\n"
+        "vm: no recovery points are made before: hvfuse resync vm --now\n"
+    )
+    (vm,) = hvfuse.json("status")["vms"]
+    assert vm["copy"] is None
+    recorded(hvfuse, copy=a_copy("export"))
+    assert hvfuse.json("resync", "vm", "--cancel")["dropped"] is None
