@@ -12,7 +12,7 @@ reason (thresholds are the constants below):
                than an hour, or than two intervals if that is more, or lies in the future; a disk in the
                folder is not tracked; a process is there, but busy; a test failover was forgotten; a disk
                that is to be excluded does not exist
-    Normal     none of these
+    Normal     none of these; a copy that is not needed is ordered for later
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Health(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why the health is not Normal. `id` never changes; `next_command` is what to type, if anything."""
+    """Why the health is not Normal; or what is to come, if that is Normal. `id` never changes; `next_command` is what to type, if anything."""
 
     id: str
     health: Health
@@ -328,6 +328,7 @@ def _reasons(facts: _Facts) -> Iterator[Reason]:
     yield from _process_reasons(facts)
     yield from _failure_reasons(facts, state)
     yield from _copy_reasons(facts, state)
+    yield from _order_reasons(facts)
     yield from _verify_reasons(facts)
     limit = max(STALE_SECONDS, STALE_INTERVALS * facts.policy.frequency)
     if facts.age is not None and facts.age > limit:
@@ -402,6 +403,15 @@ def _copy_reasons(facts: _Facts, state: ReplicationState) -> Iterator[Reason]:
     elif facts.orders.suspended:
         text = "copies are suspended: should one be needed, replication will stop"
         yield _warning("copies-suspended", text, f"hvfuse resync {facts.vm} --resume")
+
+
+def _order_reasons(facts: _Facts) -> Iterator[Reason]:
+    """What was ordered for later although no copy is needed."""
+    orders = facts.orders
+    if orders.is_beyond_need and orders.at_ns is not None:
+        what = "a full resynchronisation" if orders.full else "the repair of what verification found to differ"
+        text = f"{what} is ordered for {instant_text(orders.at_ns, now_ns=facts.now_ns)}"
+        yield Reason(id="copy-ordered", health=Health.NORMAL, text=text)
 
 
 def _waiting(facts: _Facts, what: str, health: Health, reason_id: str) -> Reason:

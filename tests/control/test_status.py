@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -246,6 +247,20 @@ def test_copies_that_are_suspended_although_none_is_needed_are_told(ask: Ask) ->
     assert (reason.id, reason.health, reason.next_command) == (
         "copies-suspended", Health.WARNING, "hvfuse resync vm --resume",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("orders", "what"),
+    [
+        (Orders(at_ns=LATER_NS, full=True), "a full resynchronisation"),
+        (Orders(at_ns=LATER_NS, repair=True), "the repair of what verification found to differ"),
+    ],
+)
+def test_a_copy_that_is_ordered_for_later_is_told_and_no_worry(ask: Ask, orders: Orders, what: str) -> None:
+    status = ask(dataclasses.replace(REPLICATED, orders=orders.as_json()))
+    (reason,) = status.reasons
+    assert (reason.id, reason.health, status.health) == ("copy-ordered", Health.NORMAL, Health.NORMAL)
+    assert reason.text == f"{what} is ordered for {instant_text(LATER_NS, now_ns=NOW_NS)}"
 
 
 def test_a_forgotten_test_failover_is_told_with_the_command_that_ends_it(home: Home) -> None:

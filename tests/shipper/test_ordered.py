@@ -488,6 +488,26 @@ def test_a_full_comparison_at_a_time_does_not_keep_cycles_or_needed_resyncs_wait
     assert site.records.orders() == Orders()
 
 
+def test_a_full_comparison_that_is_ordered_for_later_can_be_begun_now_and_cancelled(replicating):
+    site = replicating
+    shipper = site.shipper()
+    shipper.turn()
+    at_ns = site.clock.now_ns() + 2 * HOUR * 10**9
+    shipper.order_resync(full=True, at_ns=at_ns)
+    shipper.cancel()
+    assert site.records.orders() == Orders(), "and nothing keeps a copy that is needed meanwhile waiting"
+    shipper.order_resync(full=True, at_ns=at_ns)
+    shipper.turn()
+    assert not site.records.copies
+    shipper.order_resync(full=False, at_ns=None)
+    shipper.turn()
+    site.assert_equal()
+    assert (len(site.records.copies), site.records.copies[-1].regions) == (1, None)
+    site.clock.seconds = at_ns / 1e9
+    shipper.turn()
+    assert (len(site.records.copies), site.records.orders()) == (1, Orders())
+
+
 def test_killed_anywhere_a_full_comparison_that_was_ordered_is_made_once(tmp_path):
     at, was_killed = 0, True
     while was_killed:
