@@ -24,6 +24,7 @@ from hvfuse.shipper.copies import WaitingError
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.export import Exporter, ExportReport, without_seed
 from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.permission import Cause
 from hvfuse.shipper.policy import Records, ShippingPolicy
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.replication import RESYNC_ERRORS, Replication
@@ -35,6 +36,9 @@ from hvfuse.system import Clock
 
 LOOK_UP = 0.5
 """Seconds after which a waiting loop looks at its stop event, which a signal may have set."""
+
+SEED_LOOK = 10.0
+"""Seconds between two looks at a replica that is to be imported."""
 
 _log = logging.getLogger(__name__)
 
@@ -218,10 +222,11 @@ class Shipper:
             report = self._cycle(asked=asked)
         except StoppedError:
             raise
-        except WaitingError:
+        except WaitingError as waiting:
             # No failure. Both sides are looked at again and again: what is waited for may come from elsewhere.
             self._waits, self._failing_since = True, None
-            self._due = self._clock.monotonic() + self._frequency
+            pause = min(self._frequency, SEED_LOOK) if waiting.wait.cause is Cause.SEED else self._frequency
+            self._due = self._clock.monotonic() + pause
             raise
         except HvfuseError as error:
             self._failed(error, started)

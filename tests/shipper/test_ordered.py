@@ -249,6 +249,23 @@ def test_a_seed_is_waited_for_whoever_asks_and_cycles_follow_once_it_is_there(ne
     assert not [put for put in site.replica.puts if put[1] == 0], "nothing was copied"
 
 
+@pytest.mark.parametrize("initial", [Initial(), Initial(how="seed")])
+def test_an_import_is_noticed_long_before_the_next_cycle_of_an_hourly_vm_is_due(tmp_path, initial):
+    site = made(tmp_path / "vm", initial=initial, frequency_seconds=3600)
+    if initial.how == "now":
+        site.source.begin(b"S" * 16, ResyncScope.FULL)
+        site.records.update(orders=Orders(seed=(b"S" * 16).hex()))
+    shipper = site.shipper()
+    for _ in range(30):
+        assert shipper.turn() == 10
+        site.clock.seconds += 10
+    site.replica.images = {disk.disk_id: bytearray(disk.image) for disk in site.source.disks}
+    site.replica.stands = Position(b"S" * 16, 0, NO_DIGEST)
+    assert shipper.turn() > 3000
+    site.assert_equal()
+    assert site.state is State.REPLICATING
+
+
 @pytest.mark.parametrize("was_restarted", [False, True])
 def test_another_copy_than_the_seed_that_is_waited_for_voids_it_and_only_differences_travel(new, caplog, was_restarted):
     site = new
