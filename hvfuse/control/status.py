@@ -89,7 +89,8 @@ class Health(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why the health is not Normal; or what is to come, if that is Normal. `id` never changes; `next_command` is what to type, if anything."""
+    """Why the health is not Normal; or what is to come, if that is Normal. `id` never changes; `next_command` is what
+    to type, if anything."""
 
     id: str
     health: Health
@@ -423,7 +424,8 @@ def _waiting(facts: _Facts, what: str, health: Health, reason_id: str) -> Reason
     elif orders.cancelled:
         why = "was cancelled, and does not begin by itself"
     elif facts.awaits_seed:
-        why, command = "waits for its seed", "hvfuse seed import DIR"
+        is_exported = orders.seed is not None
+        why, command = "waits for its seed", f"hvfuse seed {'import' if is_exported else f'export {facts.vm}'} DIR"
     elif due is not None and due > facts.now_ns:
         why = f"begins at {instant_text(due, now_ns=facts.now_ns)}"
     elif due is None and not orders.now and health is Health.CRITICAL and not facts.policy.resync.automatic:

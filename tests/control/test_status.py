@@ -176,7 +176,7 @@ WAITS: dict[str, tuple[ReplicationState, Orders, int | None, VmPolicy, str, str,
     ),
     "a first copy from a seed": (
         ReplicationState.WAITING_FOR_INITIAL_REPLICATION, Orders(), None, SEED, FIRST, "waits for its seed",
-        "hvfuse seed import DIR",
+        "hvfuse seed export vm DIR",
     ),
     "a first copy that was exported": (
         ReplicationState.WAITING_FOR_INITIAL_REPLICATION, Orders(seed="ab" * 16), None, VmPolicy(), FIRST,
