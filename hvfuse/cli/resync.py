@@ -20,7 +20,7 @@ from hvfuse.cli.output import emit_json, json_option, note, time_text
 from hvfuse.cli.progress import showing_copy
 from hvfuse.cli.replicate import make_cycle
 from hvfuse.cli.status import copy_fields, orders_fields
-from hvfuse.cli.wiring import drop_staged
+from hvfuse.cli.wiring import drop_staged, store_facts
 from hvfuse.control.copying import copy_text
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home
@@ -154,6 +154,12 @@ class _Target:
         told = wire.request(self.home.tracker_socket(self.vm), "status", timeout=ANSWER_SECONDS)
         return told["generation"] is None or bool(told["resync_required"]) or bool(told["resyncing"])
 
+    def has_seed_arrived(self, orders: Orders) -> bool:
+        """Whether the replica stands where a seed brings it: the one that was exported, or any that was imported."""
+        with store_facts(self.home) as facts:
+            position = facts.position(self.vm)
+        return position is not None and orders.seed in (None, position.generation.hex())
+
     def show_resumed(self, orders: Orders) -> None:
         """Show the state of a VM that is not suspended, where no shipper runs that would."""
         if self.has_shipper:
@@ -187,8 +193,9 @@ def _fields(target: _Target, orders: Orders, **more: object) -> dict[str, object
 
 def _start(target: _Target, wish: _Wish) -> _Outcome:
     before = Orders.from_json(target.read().orders)
+    has_arrived = target.has_seed_arrived(before)
     if not wish.insists:
-        _refuse_what_is_held_up(target, before)
+        _refuse_what_is_held_up(target, before, has_arrived=has_arrived)
     now_ns = time.time_ns()
 
     def order() -> Orders:
@@ -198,7 +205,7 @@ def _start(target: _Target, wish: _Wish) -> _Outcome:
             full=wish.full,
             at_ns=wish.at_ns,
         )
-        for line in _taken_back(before):
+        for line in _taken_back(before, has_arrived=has_arrived):
             note(f"{target.vm}: {line}")
         return orders
 
@@ -211,7 +218,7 @@ def _start(target: _Target, wish: _Wish) -> _Outcome:
     return _Outcome(lines, _fields(target, orders, due=due))
 
 
-def _refuse_what_is_held_up(target: _Target, orders: Orders) -> None:
+def _refuse_what_is_held_up(target: _Target, orders: Orders, *, has_arrived: bool) -> None:
     """Raise HvfuseError where an administrator said not to begin: that is taken back only by name."""
     vm = target.vm
     if orders.suspended:
@@ -222,26 +229,28 @@ def _refuse_what_is_held_up(target: _Target, orders: Orders) -> None:
     waits = state is ReplicationState.WAITING_FOR_INITIAL_REPLICATION
     if target.session.config.policy(vm).initial.how == "seed":
         waits = waits or state in (ReplicationState.DISABLED, ReplicationState.READY_FOR_INITIAL_REPLICATION)
-    if orders.seed is not None or waits:
+    if (orders.seed is not None or waits) and not has_arrived:
         raise HvfuseError(
             f"{vm}: the first copy waits for a seed",
             hint=f"hvfuse seed import DIR; or, to copy over the network instead: hvfuse resync {vm} --now",
         )
 
 
-def _taken_back(before: Orders) -> tuple[str, ...]:
+def _taken_back(before: Orders, *, has_arrived: bool) -> tuple[str, ...]:
     """What an order to begin did away with."""
     lines = []
     if before.suspended:
         lines.append("it is not suspended any more")
-    if before.seed is not None:
+    if before.seed is not None and has_arrived:
+        lines.append("the seed has arrived: what was written since the export is sent now")
+    elif before.seed is not None:
         lines.append("the seed that was exported is not waited for any more")
     return tuple(lines)
 
 
 def _completed(target: _Target, order: Callable[[], Orders]) -> _Outcome:
     """Order a copy, and wait until it is complete. Raises UnreachableError if the VM is not mounted."""
-    generation = target.read().generation
+    before = target.read()
     with _told_on_interrupt(target):
         order()
         if not target.is_mounted:
@@ -253,8 +262,11 @@ def _completed(target: _Target, order: Callable[[], Orders]) -> _Outcome:
             report = make_cycle(target.session, target.home, target.vm, target.records)
     record = target.read()
     orders = Orders.from_json(record.orders)
-    if record.generation == generation:
+    if record.generation == before.generation:
         return _nothing(target, orders, point=report["point"])
+    if record.last_copy == before.last_copy:  # the generation's copy came on a medium
+        lines = (f"recovery point {report['point']}", "replication goes on from the seed")
+        return _Outcome(lines, _fields(target, orders, copied=False, last_copy=None, point=report["point"]))
     text = str((record.last_copy or {}).get("text", "copied"))
     lines = (text, f"recovery point {report['point']}")
     return _Outcome(lines, _fields(target, orders, copied=True, last_copy=record.last_copy, point=report["point"]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from hvfuse.cli.progress import showing_copy
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home, check_vm_name
 from hvfuse.control.records import Records
-from hvfuse.errors import BusyError, UnreachableError, UsageError
+from hvfuse.errors import BusyError, HvfuseError, UnreachableError, UsageError
 from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.orders import Orders
 from hvfuse.words import bytes_text, duration_text
@@ -72,11 +72,15 @@ def export_command(session: Session, vm: str, directory: str, as_json: bool) -> 
     click.echo(f"{vm}: what is written from now on is logged; at the target: hvfuse seed import {directory}")
 
 
+def _is_export(copy: Mapping[str, Any] | None) -> bool:
+    return copy is not None and copy["kind"] == "export"
+
+
 def _refuse_while_copying(home: Home, vm: str, records: Records) -> None:
     """Raises BusyError while the shipper copies over the network: an export would wait for the end of that."""
     record = records.read(vm)
     copying = record.state is ReplicationState.INITIAL_REPLICATION_IN_PROGRESS
-    if copying and (record.copy or {}).get("kind") != "export" and serving_pid(home.shipper_socket(vm)) is not None:
+    if copying and not _is_export(record.copy) and serving_pid(home.shipper_socket(vm)) is not None:
         raise BusyError(
             f"{vm}: the first copy is under way over the network",
             hint=f"to export it instead: hvfuse resync {vm} --suspend, then the same command again",
@@ -124,11 +128,16 @@ def cancel(session: Session, vm: str, as_json: bool) -> None:
     session.prepare()
     with Records(home.records) as records:
         generation = records.orders(vm).seed
+        # Before the copy over the network may begin. An export that is still under way does it itself.
+        if _is_export(records.read(vm).copy):
+            records.update(vm, copy=None, progress=None)
         if generation is not None and serving_pid(home.shipper_socket(vm)) is not None:
             answer = wire.request(home.shipper_socket(vm), "unseed", timeout=ANSWER_SECONDS)
             assert Orders.from_json(answer["orders"]).seed is None
         else:
             records.change_orders(vm, without_seed)
+            if records.read(vm).state is ReplicationState.WAITING_FOR_INITIAL_REPLICATION:
+                records.update(vm, state=ReplicationState.READY_FOR_INITIAL_REPLICATION)
     if as_json:
         emit_json({"vm": vm, "cancelled": generation is not None, "generation": generation})
     elif generation is None:
@@ -156,6 +165,7 @@ def import_command(session: Session, directory: str, name: str | None, existing:
     if existing is not None and name is not None:
         raise UsageError("--name and --existing do not go together", hint="hvfuse seed import --help")
     report = _adopt(session, directory, existing) if existing is not None else _import(session, directory, name)
+    _wake_shipper(session.home, report["vm"], report["generation"])
     if as_json:
         emit_json(report)
         return
@@ -167,6 +177,28 @@ def import_command(session: Session, directory: str, name: str | None, existing:
         click.echo(
             f"{vm}: imported: {bytes_text(report['bytes_total'])}, {bytes_text(report['bytes_read'])} read, in {took}"
         )
+
+
+@contextmanager
+def _told_to_repeat(vm: str, how: str) -> Iterator[None]:
+    """Say at Ctrl-C what the same command does then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(f"{vm}: stopped; the same command {how}")
+        raise
+
+
+def _wake_shipper(home: Home, vm: str, generation: str) -> None:
+    """Have the VM's shipper, if one runs here, look at its replica at once, which stands at `generation` now."""
+    socket = home.shipper_socket(vm)
+    if serving_pid(socket) is None:
+        return
+    with Records(home.records) as records:
+        awaited = records.orders(vm).seed
+    if awaited in (None, generation):  # so that nothing else is taken back
+        with suppress(HvfuseError):  # it looks by itself, if later
+            wire.request(socket, "unseed", timeout=ANSWER_SECONDS)
 
 
 def _import(session: Session, directory: str, name: str | None) -> dict[str, Any]:
@@ -181,7 +213,10 @@ def _import(session: Session, directory: str, name: str | None) -> dict[str, Any
     home = session.prepare()
     with Store(home.store) as store, closing(LocalReplica(store, vm)) as replica:
         already = _is_imported(replica, vm, cycle.generation)
-        counts = {"frames_put": 0, "frames_held": 0, "bytes_read": 0} if already else _read_in(reader, replica, vm)
+        counts = {"frames_put": 0, "frames_held": 0, "bytes_read": 0}
+        if not already:
+            with _told_to_repeat(vm, "goes on"):
+                counts = _read_in(reader, replica, vm)
     return {
         "vm": vm,
         "directory": os.path.abspath(directory),
@@ -212,12 +247,12 @@ def _is_imported(replica: LocalReplica, vm: str, generation: bytes) -> bool:
 def _read_in(reader: SeedReader, replica: LocalReplica, vm: str) -> dict[str, int]:
     """Verify the medium, then put it into the replica. Returns what that took."""
     manifest = reader.manifest
-    with _bar("Verifying", manifest.frame_bytes) as bar:
+    with _bar(vm, "verifying the medium", manifest.frame_bytes) as bar:
         numbers = reader.verify(bar.update)
     cycle = replace(manifest.cycle, vm=vm)
     held = replica.begin(cycle)
     put = read = 0
-    with _bar("Importing", manifest.frame_bytes) as bar:
+    with _bar(vm, "importing", manifest.frame_bytes) as bar:
         for _, frame in reader.frames(but=held):
             replica.put(frame)
             put, read = put + 1, read + len(frame)
@@ -234,7 +269,7 @@ def _adopt(session: Session, directory: str, existing: str) -> dict[str, Any]:
     vm = check_vm_name(existing)
     folder = os.path.abspath(directory)
     home = session.prepare()
-    with Store(home.store) as store, _bar("Copying", 0) as bar:
+    with _told_to_repeat(vm, "begins again"), Store(home.store) as store, _bar(vm, "copying", 0) as bar:
 
         def tell(done: int, total: int) -> None:
             bar.length = total
@@ -254,7 +289,30 @@ def _adopt(session: Session, directory: str, existing: str) -> dict[str, Any]:
     }
 
 
-def _bar(label: str, length: int) -> AbstractContextManager[Any]:
-    """click's progress bar, on a terminal alone. `length`: bytes."""
-    hidden = not sys.stderr.isatty()
-    return click.progressbar(length=length, label=label, file=sys.stderr, hidden=hidden)
+class _Lines:
+    """In the place of a progress bar where there is no terminal: a line for each tenth. Units: bytes."""
+
+    def __init__(self, doing: str, length: int) -> None:
+        self.length = length
+        self.pos = 0
+        self._doing = doing
+        self._told = 0
+
+    def update(self, passed: int) -> None:
+        """So much more is done."""
+        self.pos += passed
+        tenth = 10 * self.pos // self.length if self.length else 0
+        if tenth > self._told:
+            self._told = tenth
+            note(f"{self._doing}, {10 * tenth} %, {bytes_text(self.pos)} of {bytes_text(self.length)}")
+
+
+@contextmanager
+def _bar(vm: str, doing: str, length: int) -> Iterator[Any]:
+    """click's progress bar on a terminal, else lines. `length`: bytes."""
+    label = f"{vm}: {doing}"
+    if not sys.stderr.isatty():
+        yield _Lines(label, length)
+        return
+    with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
+        yield bar

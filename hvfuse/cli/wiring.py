@@ -13,6 +13,7 @@ from hvfuse.control.records import Records
 from hvfuse.errors import BusyError, NotFoundError
 
 if TYPE_CHECKING:
+    from hvfuse.position import Position
     from hvfuse.shipper.service import Shipper
     from hvfuse.target.store import Store
 
@@ -84,6 +85,13 @@ class StoreFacts:
             return self._open().point_count(vm)
         except NotFoundError:
             return 0
+
+    def position(self, vm: str) -> Position | None:
+        """Where the replica of a VM stands; None if it has none."""
+        try:
+            return self._open().vm(vm).position
+        except NotFoundError:
+            return None
 
     def forgotten(self, vm: str) -> list[int]:
         """The ids of a VM's test failovers whose processes are gone."""

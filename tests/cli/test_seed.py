@@ -13,9 +13,11 @@ import pytest
 from hvfuse import system, wire
 from hvfuse.control.records import Records
 from hvfuse.manifest import ReplicationState
+from hvfuse.shipper.orders import Orders
 from hvfuse.target.journal import PointReader
 from hvfuse.target.store import Store
 from tests.cli.conftest import CommandLine
+from tests.e2e.conftest import wait_until
 
 MIB = 1 << 20
 
@@ -96,6 +98,112 @@ def test_what_is_written_after_an_export_follows_the_import(
     assert not (tmp_path / "another").exists()
 
 
+@pytest.fixture
+def own_disk(hvfuse: CommandLine) -> Path:
+    """The disk of a VM that is replicated into its home's own store."""
+    disk = hvfuse.add_vm("vm", 4 * MIB)
+    write(hvfuse.root / "disks" / "vm" / "os.raw", os.urandom(2 * MIB))
+    assert hvfuse("mount", "vm") == 0
+    return disk
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("insisting", [[], ["--now"]], ids=["resync", "resync --now"])
+def test_a_resynchronisation_knows_that_the_seed_has_arrived(
+    hvfuse: CommandLine, own_disk: Path, tmp_path: Path, insisting: list[str]
+) -> None:
+    assert hvfuse("seed", "export", "vm", str(tmp_path / "medium")) == 0
+    write(own_disk, b"meanwhile")
+    assert hvfuse("resync", "vm") == 1
+    assert hvfuse("seed", "import", str(tmp_path / "medium")) == 0
+    assert hvfuse("resync", "vm", *insisting) == 0
+    assert hvfuse.err == "vm: the seed has arrived: what was written since the export is sent now\n"
+    first, second = hvfuse.out.splitlines()
+    assert first.startswith("vm: recovery point ") and second == "vm: replication goes on from the seed"
+    assert newest(hvfuse) == own_disk.read_bytes()
+    assert hvfuse.json("status")["vms"][0]["state"] == "Replicating"
+
+
+@pytest.mark.mount
+def test_copies_that_were_taken_are_a_seed_that_has_arrived(
+    hvfuse: CommandLine, own_disk: Path, tmp_path: Path
+) -> None:
+    (hvfuse.root / "hvfuse.toml").write_text('[replication]\ninitial = "seed"\n')
+    assert hvfuse("resync", "vm") == 1
+    (tmp_path / "copies").mkdir()
+    shutil.copy(hvfuse.root / "disks" / "vm" / "os.raw", tmp_path / "copies")
+    assert hvfuse("seed", "import", str(tmp_path / "copies"), "--existing", "vm") == 0
+    assert hvfuse.json("resync", "vm")["copied"] is True
+    assert newest(hvfuse) == own_disk.read_bytes()
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("existing", [False, True])
+def test_an_import_into_the_homes_own_store_wakes_the_shipper(
+    hvfuse: CommandLine, own_disk: Path, tmp_path: Path, existing: bool
+) -> None:
+    (hvfuse.root / "hvfuse.toml").write_text('[replication]\nfrequency = "1h"\ninitial = "seed"\nresync = "manual"\n')
+    hvfuse.ship("vm")
+    medium = tmp_path / "medium"
+    medium.mkdir()
+    if existing:
+        shutil.copy(hvfuse.root / "disks" / "vm" / "os.raw", medium)
+        assert hvfuse("seed", "import", str(medium), "--existing", "vm") == 0
+    else:
+        assert hvfuse("seed", "export", "vm", str(medium)) == 0
+        assert hvfuse("seed", "import", str(medium)) == 0
+
+    def is_joined() -> bool:
+        return bool(hvfuse.json("status")["vms"][0]["state"] == "Replicating")
+
+    wait_until(is_joined, lambda: hvfuse.out)
+    assert newest(hvfuse) == own_disk.read_bytes()
+
+
+@pytest.mark.mount
+def test_an_import_that_is_not_the_one_waited_for_takes_nothing_back(
+    hvfuse: CommandLine, own_disk: Path, tmp_path: Path
+) -> None:
+    assert hvfuse("seed", "export", "vm", str(tmp_path / "medium")) == 0
+    hvfuse.ship("vm")
+    with Records(str(hvfuse.root / "state" / "records")) as records:
+        records.change_orders("vm", lambda orders: Orders(seed="ab" * 16))
+    assert hvfuse("seed", "import", str(tmp_path / "medium")) == 0
+    assert orders(hvfuse) == "ab" * 16
+
+
+@pytest.mark.mount
+def test_an_import_that_nobody_watches_tells_its_progress_and_what_to_do_after_ctrl_c(
+    hvfuse: CommandLine, target: CommandLine, disk: Path, tmp_path: Path
+) -> None:
+    medium = str(tmp_path / "medium")
+    copies = str(tmp_path / "copies")
+    assert hvfuse("seed", "export", "vm", medium) == 0
+    os.mkdir(copies)
+    shutil.copy(hvfuse.root / "disks" / "vm" / "os.raw", copies)
+
+    def interrupt(label: str, call: str, size: int) -> None:
+        if label in ("store:image", "adopt:clone"):
+            raise KeyboardInterrupt
+
+    system.install(interrupt)
+    try:
+        assert target("seed", "import", medium) == 130
+        assert "vm: stopped; the same command goes on\n" in target.err
+        assert target("seed", "import", copies, "--existing", "copy") == 130
+        assert "copy: stopped; the same command begins again\n" in target.err
+    finally:
+        system.install(None)
+    assert target("seed", "import", medium) == 0
+    lines = target.err.splitlines()
+    size = lines[-1].split(" of ")[1]
+    assert f"vm: verifying the medium, 100 %, {size} of {size}" in lines
+    assert lines[-1] == f"vm: importing, 100 %, {size} of {size}"
+    assert target("seed", "import", copies, "--existing", "copy") == 0
+    assert target.err.endswith("copy: copying, 100 %, 4 MiB of 4 MiB\n")
+    assert len(target.err.splitlines()) <= 10
+
+
 @pytest.mark.mount
 def test_logs_that_are_lost_while_the_medium_travels_leave_their_regions_to_be_compared(
     hvfuse: CommandLine, target: CommandLine, tmp_path: Path
@@ -161,6 +269,30 @@ def test_a_cancelled_export_is_not_waited_for(
     assert target("seed", "import", str(medium)) == 0
     assert target.out == "vm: was imported before\n", "the copy went over the network in the same generation"
     assert hvfuse("seed", "cancel", "nosuch") == 5
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("with_shipper", [False, True])
+def test_of_an_export_that_is_given_up_no_progress_is_shown(
+    hvfuse: CommandLine, own_disk: Path, tmp_path: Path, with_shipper: bool
+) -> None:
+    medium = str(tmp_path / "medium")
+    assert hvfuse("seed", "export", "vm", medium) == 0
+    if with_shipper:
+        (hvfuse.root / "hvfuse.toml").write_text('[replication]\ninitial = "seed"\n')
+        hvfuse.ship("vm")
+    generation = orders(hvfuse)
+    with Records(str(hvfuse.root / "state" / "records")) as records:
+        records.update("vm", progress=0.25, copy={
+            "kind": "export", "generation": generation, "pass": 1, "bytes_total": 4096, "bytes_done": 1024,
+            "bytes_sent": 512, "bytes_saved": 512, "seconds": 1.0, "bytes_per_second": 1.0, "seconds_left": 3.0,
+        })  # fmt: skip
+    assert hvfuse("seed", "cancel", "vm") == 0
+    (vm,) = hvfuse.json("status")["vms"]
+    assert vm["copy"] is None or vm["copy"]["kind"] == "initial"
+    if not with_shipper:
+        assert vm["state"] == "ReadyForInitialReplication"
+        assert hvfuse("resync", "vm") == 0, "nothing is waited for"
 
 
 @pytest.mark.mount
