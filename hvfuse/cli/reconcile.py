@@ -265,5 +265,21 @@ def _note(text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def program() -> NoReturn:
+    """`main` as a process of its own. Everything is closed and joined by then, and to take the interpreter apart
+    piece by piece would take as long as to compare some hundred megabytes."""
+    code = 0
+    try:
+        main()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0  # None: after --help
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or FAILED
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    program()

@@ -277,6 +277,12 @@ def test_the_launcher_and_the_measurement_work(tmp_path):
     done = subprocess.run([launcher, one, other, "--via", f"{launcher} --serve"], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert other.read_bytes() == one.read_bytes()
+    assert done.stdout.endswith("/s)\n") and "created, resized, made equal" in done.stdout
+    refused = subprocess.run([launcher, "--json", one], capture_output=True, text=True)
+    assert (refused.returncode, json.loads(refused.stdout)["error"]["exit_code"]) == (2, 2)
+    for arguments in (["--help"], ["-n", one, other]):  # equal, but who asked was not told
+        with open("/dev/full", "w") as full:
+            assert subprocess.run([launcher, *arguments], stdout=full, stderr=subprocess.DEVNULL).returncode == 20
     if shutil.which("rsync") is None:
         pytest.skip("needs rsync")
     told = subprocess.run(
