@@ -7,6 +7,8 @@ Every program runs as its user would run it, start-up included, with the files i
     cmp     cmp SOURCE REPLICA: reads both images once and compares them
     ours    tools/resync SOURCE REPLICA
 
+The first round is not counted: it fills the caches, Python's of compiled modules among them, which is kept for all
+programs as for a user's (PYTHONDONTWRITEBYTECODE is not handed on). From then on the order changes from round to round.
 Before each run on changed images the same blocks of the replica are changed anew, and synced. The rows on sparse
 disks copy one GiB of data to a file that does not exist yet. Bytes read are what the process asked the kernel for,
 its own program included (rchar of /proc/PID/io); memory is its peak resident size (VmHWM).
@@ -28,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 RESYNC = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "resync")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 MIB, GIB = 1 << 20, 1 << 30
 BLOCK = 64 << 10
 
@@ -44,7 +47,7 @@ class Run:
 def run(*command: str, expected: int) -> Run:
     """Run a command; ends the program if it ends with another code than `expected`."""
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     seconds = time.perf_counter() - started
     with open(f"/proc/{process.pid}/io", encoding="ascii") as file:  # it has ended, but is not yet reaped
@@ -76,6 +79,11 @@ class Pair:
                 file.seek(block * BLOCK + 8192)
                 file.write(os.urandom(4096))
         self.settle()
+
+    def remove(self) -> None:
+        """Make room in the page cache."""
+        os.unlink(self.source)
+        os.unlink(self.replica)
 
     def settle(self) -> None:
         """Let no program pay for what another wrote."""
@@ -116,13 +124,16 @@ def compared(subject: str, peer: list[float], ours: list[float], target: float) 
 
 
 def in_turns(rounds: int, *runs: Callable[[], float]) -> list[list[float]]:
-    """The times of each of `runs`, one after the other in each of the rounds; of several, the first is not counted."""
+    """The times of each of `runs`, one after the other in each of the rounds, every other round backwards: none is
+    always the first. A round before them is not counted, unless it is the only one: `rounds` 0."""
+    first = [one() for one in runs]
+    if not rounds:
+        return [[seconds] for seconds in first]
     times: list[list[float]] = [[] for _ in runs]
-    for counted in range(0 if rounds > 1 else 1, rounds + 1):
-        for one, found in zip(runs, times, strict=True):
-            seconds = one()
-            if counted:
-                found.append(seconds)
+    turns = list(zip(runs, times, strict=True))
+    for nth in range(rounds):
+        for one, found in reversed(turns) if nth % 2 else turns:
+            found.append(one())
     return times
 
 
@@ -146,6 +157,7 @@ def equal_and_changed(folder: str, size: int, rounds: int) -> list[dict[str, obj
 
     rsync, ours = in_turns(rounds, after_spoiling(pair.rsync), after_spoiling(lambda: pair.ours(1)))
     found.append(compared(f"{size // MIB} MiB, 1 % of the blocks changed: rsync", rsync, ours, 3.0))
+    pair.remove()
     return found
 
 
@@ -212,17 +224,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subject", choices=["resync"])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="small files, one round: whether it works, not how fast")
-    parser.add_argument("--size", type=int, default=2048, metavar="MIB", help="of the images (default: 2048)")
+    parser.add_argument(
+        "--quick", action="store_true", help="small files, one cold round: whether it works, not how fast"
+    )
+    parser.add_argument("--size", type=int, default=4096, metavar="MIB", help="of the images (default: 4096)")
     parser.add_argument("--rounds", type=int, default=5, help="that count (default: 5)")
     parser.add_argument("--folder", help="where the files are made (default: the directory for temporary files)")
     arguments = parser.parse_args()
     size, rounds, data = arguments.size * MIB, arguments.rounds, GIB
     if arguments.quick:
-        size, rounds, data = 32 * MIB, 1, 32 * MIB
+        size, rounds, data = 32 * MIB, 0, 32 * MIB
     with tempfile.TemporaryDirectory(prefix="hvfuse-bench-", dir=arguments.folder) as folder:
         rows = equal_and_changed(folder, size, rounds)
-        rows += sparse(folder, data, (10 * GIB, 1024 * GIB), max(1, rounds - 2))
+        rows += sparse(folder, data, (10 * GIB, 1024 * GIB), rounds)
     if arguments.json:
         print(json.dumps({"rows": rows}))
     else:
