@@ -316,13 +316,14 @@ def _suspend(target: _Target, _: _Wish) -> _Outcome:
 
 def _resume(target: _Target, wish: _Wish) -> _Outcome:
     record = target.read()
-    was_suspended = Orders.from_json(record.orders).suspended
-    if was_suspended and wish.wait:
+    before = Orders.from_json(record.orders)
+    if not before.suspended:
+        target.show_resumed(before)
+        return _Outcome(("copies are not suspended",), _fields(target, before))
+    if wish.wait:
         return _completed(target, lambda: target.order("resume", Orders.resume))
     orders = target.order("resume", Orders.resume)
     target.show_resumed(orders)
-    if not was_suspended:
-        return _Outcome(("copies are not suspended",), _fields(target, orders))
     line = "copies are not suspended any more"
     if orders.seed is not None and _is_export(record.copy):
         return _Outcome((f"{line}; to go on: hvfuse seed export {target.vm} DIR",), _fields(target, orders))
