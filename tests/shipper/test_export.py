@@ -181,7 +181,7 @@ def test_an_export_whose_order_is_taken_back_ends_and_can_be_ordered_again(site,
             site.records.change_orders(lambda orders: replace(orders, seed=None))
         site.clock.seconds += 2
 
-    with pytest.raises(HvfuseError, match="was cancelled; what is in .* stays there") as caught:
+    with pytest.raises(HvfuseError, match=r"was cancelled; what is in .* stays there") as caught:
         exporter(site, between=cancel).export(str(tmp_path / "m"))
     assert caught.value.hint.endswith(f"hvfuse seed export vm1 {tmp_path / 'm'}")
     assert site.records.fields["copy"] is None and site.records.fields["progress"] is None
@@ -197,7 +197,7 @@ def test_an_export_that_is_suspended_ends_says_so_and_goes_on_when_it_is_called_
             site.records.change_orders(Orders.suspend)
         site.clock.seconds += 2
 
-    with pytest.raises(HvfuseError, match="was suspended; what is in .* stays there") as caught:
+    with pytest.raises(HvfuseError, match=r"was suspended; what is in .* stays there") as caught:
         exporter(site, between=suspend).export(str(tmp_path / "m"))
     assert caught.value.hint == f"to go on: hvfuse seed export vm1 {tmp_path / 'm'}"
     generation = site.source.generation
@@ -217,6 +217,19 @@ def test_a_suspended_vm_that_is_exported_again_is_not_shown_as_suspended(site, t
     assert exporter(site).export(str(tmp_path / medium)).already == (medium == "the same")
     assert site.records.orders() == Orders(seed=site.source.generation.hex())
     assert site.records.fields["state"] is ReplicationState.WAITING_FOR_INITIAL_REPLICATION
+
+
+def test_a_suspension_after_an_export_is_shown_although_one_before_it_was(site, tmp_path):
+    shipper = site.shipper()
+    shipper.export(str(tmp_path / "m"))
+    shipper.suspend()
+    shipper.turn()
+    assert site.records.fields["state"] is ReplicationState.SUSPENDED
+    assert shipper.export(str(tmp_path / "m")).already
+    assert site.records.fields["state"] is ReplicationState.WAITING_FOR_INITIAL_REPLICATION
+    shipper.suspend()
+    shipper.turn()
+    assert site.records.fields["state"] is ReplicationState.SUSPENDED
 
 
 def test_a_vm_with_a_replica_is_refused_with_the_way_that_it_wants(site, tmp_path):
