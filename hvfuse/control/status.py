@@ -8,6 +8,7 @@ reason (thresholds are the constants below):
                gone, although the VM is protected; state Error; a resynchronisation is required and not
                under way (it waits, is suspended, was cancelled); replication fails and is two intervals late
     Warning    initial replication is not complete (it is under way, waits, is suspended, was cancelled);
+               what verification found to differ was copied anew, and is not proved yet;
                copies are suspended although none is needed now; replication fails; the last cycle is older
                than an hour, or than two intervals if that is more, or lies in the future; a disk in the
                folder is not tracked; a process is there, but busy; a test failover was forgotten; a disk
@@ -36,7 +37,7 @@ from hvfuse.formats.image import is_disk_name, probe_for_tracking
 from hvfuse.manifest import ReplicationState
 from hvfuse.shipper import proofs
 from hvfuse.shipper.orders import Orders
-from hvfuse.shipper.proofs import Verified
+from hvfuse.shipper.proofs import Mismatch, Verified
 
 STALE_SECONDS = 3600.0
 STALE_INTERVALS = 2
@@ -330,7 +331,7 @@ def _reasons(facts: _Facts) -> Iterator[Reason]:
     yield from _failure_reasons(facts, state)
     yield from _copy_reasons(facts, state)
     yield from _order_reasons(facts)
-    yield from _verify_reasons(facts)
+    yield from _verify_reasons(facts, state)
     limit = max(STALE_SECONDS, STALE_INTERVALS * facts.policy.frequency)
     if facts.age is not None and facts.age > limit:
         text = f"the last recovery point is {facts.age / 60:.0f} minutes old"
@@ -356,15 +357,33 @@ def _critical(reason_id: str, text: str, next_command: str | None = None) -> Rea
     return Reason(id=reason_id, health=Health.CRITICAL, text=text, next_command=next_command)
 
 
-def _verify_reasons(facts: _Facts) -> Iterator[Reason]:
+def _verify_reasons(facts: _Facts, state: ReplicationState) -> Iterator[Reason]:
+    """What verification found to differ. While a resynchronisation is needed, that comes first, and nothing can be
+    verified."""
     found = facts.verified.mismatches if facts.verified is not None else ()
-    if found:
-        first = found[0]
-        when = instant_text(min(each.found_ns for each in found), now_ns=facts.now_ns)
-        places = f"{first.disk}: offset {first.extent.offset}, length {first.extent.length}"
-        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        text = f"the replica differs from the disks, as verification found, {when}: {places}{more}"
-        yield _critical("verify-mismatch", text, f"hvfuse verify {facts.vm} --repair")
+    copied = [each for each in found if each.is_copied(facts.record.generation)]
+    differing = [each for each in found if each not in copied]
+    comes_first = state in _COPYING or state in _BEFORE_RESYNC or _resync_reason(facts) is not None
+    verify = f"hvfuse verify {facts.vm}"
+    if differing:
+        text = f"the replica differs from the disks, as verification found, {_places(facts, differing)}"
+        yield _critical("verify-mismatch", text, None if comes_first else f"{verify} --repair")
+    if copied:
+        text = f"copied anew, and not proved yet, is what verification found to differ, {_places(facts, copied)}"
+        yield _warning("repair-unproved", text, None if comes_first else verify)
+
+
+def _places(facts: _Facts, found: Sequence[Mismatch]) -> str:
+    """When it was found first, and where."""
+    first = found[0]
+    when = instant_text(min(each.found_ns for each in found), now_ns=facts.now_ns)
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    return f"{when}: {first.disk}: offset {first.extent.offset}, length {first.extent.length}{more}"
+
+
+def _resync_reason(facts: _Facts) -> str | None:
+    """Why a resynchronisation is required, if one is."""
+    return facts.record.resync_reason or (facts.tracker.answer or {}).get("resync_required")
 
 
 def _process_reasons(facts: _Facts) -> Iterator[Reason]:
@@ -392,7 +411,7 @@ def _process_reasons(facts: _Facts) -> Iterator[Reason]:
 def _copy_reasons(facts: _Facts, state: ReplicationState) -> Iterator[Reason]:
     """What there is to say of a copy that is under way or has to be made, or of orders not to make any."""
     record = facts.record
-    resync = record.resync_reason or (facts.tracker.answer or {}).get("resync_required")
+    resync = _resync_reason(facts)
     if state in _COPYING:
         done = copy_text(record.copy) if record.copy is not None else "not complete yet"
         yield _warning("copying", f"{_COPY_NAMES[state]}: {done}")

@@ -62,6 +62,7 @@ class Copies:
         policy: ShippingPolicy,
         clock: Clock,
         between: Callable[[], None],
+        full_begun: Callable[[bytes], None],
     ) -> None:
         self._vm = vm
         self._folder = folder
@@ -71,6 +72,7 @@ class Copies:
         self._policy = policy
         self._clock = clock
         self._between = between
+        self._full_begun = full_begun
         self._told_wait: tuple[object, ...] | None = None
         self._last_note: str | None = None
         self._orders_changed = False
@@ -86,6 +88,10 @@ class Copies:
     def look_at_orders(self) -> None:
         """The orders have changed: a copy under way is to notice."""
         self._orders_changed = True
+
+    def show_again(self) -> None:
+        """Something else has changed the state that is shown: a copy that waits is to be told of anew."""
+        self._told_wait = None
 
     # When --------------------------------------------------------------------------------------------------
 
@@ -198,7 +204,9 @@ class Copies:
             self._announce(reason)
         if scope is ResyncScope.FULL:
             self._source.discard_damaged()  # for REGIONS the tracker has yet to mark what is in the logs
-        status = self._source.begin(os.urandom(16), scope)
+        before, status = status, self._source.begin(os.urandom(16), scope)
+        if scope is ResyncScope.FULL and before.generation is not None:
+            self._full_begun(before.generation)
         self._copy(status, scope)
 
     def announce(self, reason: str) -> None:

@@ -12,7 +12,8 @@ were last found equal on both sides. A mismatch stays on the list until its bloc
                 "budget"      bytes a second that may be verified in idle time; 0: none
                 "last_run"    what the last complete run found (`hvfuse.shipper.verify.Report`), or null
                 "disks"       [{"disk_id": hex, "name", "size": bytes, "region": bytes}]
-                "mismatches"  [{"disk_id": hex, "disk", "offset", "length", "found_ns"}], by disk and offset
+                "mismatches"  [{"disk_id": hex, "disk", "offset", "length", "found_ns", "doubted": hex or null}],
+                              by disk and offset
       32+n      for each disk of the object, in its order, one u32 for each region: the date in seconds
                 since 1970, 0 where the region was never proved
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -58,12 +59,21 @@ def region_size(size: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """Blocks of a disk that differ from the replica, and no write says why."""
+    """Blocks of a disk that differ from the replica, and no write says why.
+
+    `doubted`: the generation (hex) at whose end they are copied anew, as they were put in doubt in it; None: they
+    were not.
+    """
 
     disk_id: bytes
     disk: str
     extent: Extent
     found_ns: int
+    doubted: str | None = None
+
+    def is_copied(self, generation: str | None) -> bool:
+        """Whether a replica of that generation (hex) has them copied anew; it is not proved yet."""
+        return self.doubted is not None and generation is not None and self.doubted != generation
 
     def as_json(self) -> dict[str, object]:
         """The fields, as they are kept and told."""
@@ -73,6 +83,7 @@ class Mismatch:
             "offset": self.extent.offset,
             "length": self.extent.length,
             "found_ns": self.found_ns,
+            "doubted": self.doubted,
         }
 
 
@@ -187,7 +198,8 @@ class Proofs:
         disk = self.disks[disk_id]
         for extent in extents:
             disk.dates[extent.offset // disk.region : (extent.end - 1) // disk.region + 1] = 0
-        known = [mismatch.extent for mismatch in self.mismatches if mismatch.disk_id == disk_id]
+        self.mismatches = [piece for mismatch in self.mismatches for piece in _again(mismatch, disk_id, extents)]
+        known = self.mismatched().get(disk_id, [])
         name = disk.name
         self.mismatches += [
             Mismatch(disk_id=disk_id, disk=name, extent=extent, found_ns=now_ns) for extent in subtract(extents, known)
@@ -197,10 +209,19 @@ class Proofs:
             self._coarsen()
         return [Mismatch(disk_id=disk_id, disk=name, extent=extent, found_ns=now_ns) for extent in extents]
 
-    def mismatched(self) -> dict[bytes, list[Extent]]:
-        """The blocks on the list, by disk id; ascending and apart."""
+    def doubt(self, generation: str) -> None:
+        """All of them are in doubt, in that generation (hex): the next one begins with a copy of them."""
+        self.mismatches = [
+            each if each.is_copied(generation) else replace(each, doubted=generation) for each in self.mismatches
+        ]
+
+    def mismatched(self, generation: str | None = None) -> dict[bytes, list[Extent]]:
+        """The blocks on the list, by disk id; ascending and apart. `generation`: without those that a replica of that
+        generation (hex) has copied anew."""
         found: dict[bytes, list[Extent]] = {}
         for mismatch in self.mismatches:
+            if mismatch.is_copied(generation):
+                continue
             found.setdefault(mismatch.disk_id, []).append(mismatch.extent)
         return {disk_id: sorted(extents, key=lambda extent: extent.offset) for disk_id, extents in found.items()}
 
@@ -230,8 +251,11 @@ class Proofs:
             while number * disk.region < mismatch.extent.end:
                 whole = _with(mismatch, disk.extent(number))
                 first = found.setdefault((mismatch.disk_id, number), whole)
-                if mismatch.found_ns < first.found_ns:
-                    found[mismatch.disk_id, number] = whole
+                found[mismatch.disk_id, number] = replace(
+                    first,
+                    found_ns=min(first.found_ns, mismatch.found_ns),
+                    doubted=first.doubted if first.doubted == mismatch.doubted else None,
+                )
                 number += 1
         self.mismatches = list(found.values())
 
@@ -309,6 +333,7 @@ def _parse(told: Any, dates: bytes) -> Proofs:
             disk=told_one["disk"],
             extent=Extent(int(told_one["offset"]), int(told_one["length"])),
             found_ns=int(told_one["found_ns"]),
+            doubted=told_one.get("doubted"),
         )
         for told_one in told["mismatches"]
     ]
@@ -329,5 +354,14 @@ def load(path: str) -> Proofs:
         raise type(error)(f"{path}: {error}", hint=f"rm {path}; then every block counts as not proved yet") from None
 
 
+def _again(mismatch: Mismatch, disk_id: bytes, extents: Sequence[Extent]) -> list[Mismatch]:
+    """What is on the list, where `extents` of a disk were found to differ: what was done about them did not help."""
+    if mismatch.disk_id != disk_id or mismatch.doubted is None:
+        return [mismatch]
+    rest = subtract([mismatch.extent], extents)
+    again = [replace(_with(mismatch, extent), doubted=None) for extent in subtract([mismatch.extent], rest)]
+    return [*(_with(mismatch, extent) for extent in rest), *again]
+
+
 def _with(mismatch: Mismatch, extent: Extent) -> Mismatch:
-    return Mismatch(disk_id=mismatch.disk_id, disk=mismatch.disk, extent=extent, found_ns=mismatch.found_ns)
+    return replace(mismatch, extent=extent)

@@ -39,7 +39,7 @@ class Replication:
     `folder`: where the disks' images lie. `housekeep` is called after cycles were committed (merging,
     retention). `between` is called between frames and may raise to stop; what was under way resumes.
     `doubt_mismatches` has the source require a resynchronisation of what verification found to differ, and returns
-    whether there is any.
+    whether there is any. `full_begun` is told the generation at whose end everything is copied.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Replication:
         housekeep: Callable[[], None],
         between: Callable[[], None] = lambda: None,
         doubt_mismatches: Callable[[], bool] = lambda: False,
+        full_begun: Callable[[bytes], None] = lambda generation: None,
     ) -> None:
         self._vm = vm
         self._source = source
@@ -78,6 +79,7 @@ class Replication:
             policy=policy,
             clock=clock,
             between=between,
+            full_begun=full_begun,
         )
         self.is_joined: bool | None = None
         """Whether logs could continue the replica when that was last looked at; None: not yet."""

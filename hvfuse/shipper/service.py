@@ -83,6 +83,7 @@ class Shipper:
             housekeep=housekeep,
             between=self.check_stop,
             doubt_mismatches=self._doubt,
+            full_begun=self._full_begun,
         )
         self._exporter = Exporter(
             vm=vm,
@@ -338,6 +339,8 @@ class Shipper:
             return self._exporter.export(directory)
         except OSError as error:
             raise refusal(error, directory) from error
+        finally:
+            self._replication.copies.show_again()
 
     def verify(self, message: wire.Message) -> Mapping[str, object]:
         """A request of `hvfuse.shipper.verifier`, in this thread. Raises HvfuseError."""
@@ -406,8 +409,11 @@ class Shipper:
         return status.resync_required is not None or status.resyncing
 
     def _has_mismatches(self) -> bool:
-        """Whether verification found any. For the loop's thread."""
-        return self._verifier is not None and bool(self._verifier.proofs.mismatches)
+        """Whether verification found any that were not copied anew since. For the loop's thread."""
+        if self._verifier is None or not self._verifier.proofs.mismatches:
+            return False
+        generation = self._source.status().generation
+        return bool(self._verifier.proofs.mismatched(generation.hex() if generation else None))
 
     def _allow_repair(self) -> None:
         """Let what is to be repaired be copied now. Raises HvfuseError where an administrator suspended copies: that
@@ -419,6 +425,14 @@ class Shipper:
     def _doubt(self) -> bool:
         """Have what verification found to differ be in doubt from now on. For the loop's thread."""
         return self._verifier is not None and self._verifier.doubt()
+
+    def _full_begun(self, generation: bytes) -> None:
+        """What verification found to differ is copied anew with everything. Nothing depends on that being kept."""
+        if self._verifier is not None:
+            try:
+                self._verifier.doubted(generation)
+            except HvfuseError as error:
+                _log.warning("%s: %s", self._vm, error)
 
     def _order(self, change: Callable[[Orders], Orders]) -> Orders:
         orders = self._shown.change_orders(change)

@@ -204,13 +204,15 @@ class Verifier:
         return found
 
     def doubt(self) -> bool:
-        """Have the source require a resynchronisation of what is on the list of mismatches. Returns whether there
-        is anything. Raises HvfuseError, UnreachableError if the VM is not mounted."""
-        mismatched = self.proofs.mismatched()
-        if not mismatched:
+        """Have the source require a resynchronisation of what is on the list of mismatches and was not copied anew
+        since. Returns whether there is anything. Raises HvfuseError, UnreachableError if the VM is not mounted."""
+        if not self.proofs.mismatches:
             return False
         status = self._source.status()
         assert status.generation is not None
+        mismatched = self.proofs.mismatched(status.generation.hex())
+        if not mismatched:
+            return False
         regions = {
             disk.disk_id: [
                 Extent(extent.offset, min(extent.end, disk.size) - extent.offset)
@@ -221,7 +223,14 @@ class Verifier:
             if disk.disk_id in mismatched
         }
         self._source.doubt(status.generation, "verification found that the replica differs", regions)
+        self.doubted(status.generation)
         return True
+
+    def doubted(self, generation: bytes) -> None:
+        """The generation ends with a copy of what is on the list; or of everything. Raises HvfuseError."""
+        if self.proofs.mismatches:
+            self.proofs.doubt(generation.hex())
+            self._save()
 
     def idle(self) -> None:
         """Verify a little, within the budget. To be called often when there is nothing else to do.

@@ -19,8 +19,11 @@ from hvfuse.control.home import Home
 from hvfuse.control.instants import instant_text
 from hvfuse.control.records import VmRecord
 from hvfuse.control.status import Health, VmStatus, vm_status
+from hvfuse.extent import Extent
+from hvfuse.formats.digests import BLOCK
 from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.proofs import Proofs
 from hvfuse.shipper.window import Initial, Resync
 
 NOW_NS = 1_800_000_000 * 10**9
@@ -261,6 +264,39 @@ def test_a_copy_that_is_ordered_for_later_is_told_and_no_worry(ask: Ask, orders:
     (reason,) = status.reasons
     assert (reason.id, reason.health, status.health) == ("copy-ordered", Health.NORMAL, Health.NORMAL)
     assert reason.text == f"{what} is ordered for {instant_text(LATER_NS, now_ns=NOW_NS)}"
+
+
+def with_mismatch(home: Home, *, doubted: str | None) -> None:
+    kept = Proofs()
+    kept.follow([(b"d" * 16, "os.raw", 8 << 20)])
+    kept.differ(b"d" * 16, [Extent(4 << 20, BLOCK)], now_ns=NOW_NS - 10**9)
+    if doubted is not None:
+        kept.doubt(doubted)
+    kept.save(home.proofs("vm"))
+
+
+@pytest.mark.parametrize(
+    ("doubted", "changes", "tracker", "expected"),
+    [
+        (None, {}, TRACKER, ("verify-mismatch", Health.CRITICAL, "hvfuse verify vm --repair")),
+        (
+            "ab" * 16, {}, {**TRACKER, "resync_required": "verification found that the replica differs"},
+            ("verify-mismatch", Health.CRITICAL, None),
+        ),
+        (None, {"state": ReplicationState.RESYNCHRONIZING}, TRACKER, ("verify-mismatch", Health.CRITICAL, None)),
+        (None, {"state": WAITING, "resync_reason": "lost"}, TRACKER, ("verify-mismatch", Health.CRITICAL, None)),
+        ("cd" * 16, {}, TRACKER, ("repair-unproved", Health.WARNING, "hvfuse verify vm")),
+        ("cd" * 16, {"state": WAITING, "resync_reason": "lost"}, TRACKER, ("repair-unproved", Health.WARNING, None)),
+    ],
+)  # fmt: skip
+def test_a_mismatch_is_told_with_what_can_be_done_about_it_now(
+    ask: Ask, home: Home, doubted: str | None, changes: dict[str, Any], tracker: Any, expected: tuple[Any, ...]
+) -> None:
+    with_mismatch(home, doubted=doubted)
+    status = ask(dataclasses.replace(REPLICATED, **changes), tracker=tracker)
+    (reason,) = [reason for reason in status.reasons if reason.id in ("verify-mismatch", "repair-unproved")]
+    assert (reason.id, reason.health, reason.next_command) == expected
+    assert f"os.raw: offset {4 << 20}, length {BLOCK}" in reason.text
 
 
 def test_a_forgotten_test_failover_is_told_with_the_command_that_ends_it(home: Home) -> None:

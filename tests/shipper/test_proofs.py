@@ -231,3 +231,22 @@ def test_the_file_of_the_largest_disk_is_small() -> None:
 def test_the_file_is_for_nobody_else(tmp_path) -> None:
     filled().save(str(tmp_path / "proofs"))
     assert os.stat(tmp_path / "proofs").st_mode & 0o777 == 0o600
+
+
+def test_what_is_doubted_counts_as_copied_in_another_generation_until_it_differs_again(tmp_path) -> None:
+    kept = following(10 * MIB)
+    kept.differ(ONE, [Extent(0, 3 * BLOCK)], now_ns=NOW)
+    assert kept.mismatched("aa") == {ONE: [Extent(0, 3 * BLOCK)]}
+    kept.doubt("aa")
+    kept.save(str(tmp_path / "proofs"))
+    kept = proofs.load(str(tmp_path / "proofs"))
+    assert kept.mismatched("aa") == kept.mismatched() == {ONE: [Extent(0, 3 * BLOCK)]}
+    assert kept.mismatched("bb") == {}
+    kept.doubt("bb")
+    assert kept.mismatched("bb") == {}, "another doubt is not about what was copied"
+    kept.differ(ONE, [Extent(BLOCK, BLOCK)], now_ns=NOW + DAY)
+    assert kept.mismatched("bb") == {ONE: [Extent(BLOCK, BLOCK)]}
+    assert kept.mismatched() == {ONE: [Extent(0, BLOCK), Extent(BLOCK, BLOCK), Extent(2 * BLOCK, BLOCK)]}
+    assert {each.found_ns for each in kept.mismatches} == {NOW}
+    kept.equal(ONE, [Extent(0, 3 * BLOCK)])
+    assert kept.mismatches == []

@@ -204,3 +204,31 @@ def test_a_repair_does_not_take_a_suspension_back(host: Damaged) -> None:
     assert host.verify(only_mismatches=True) == [] == host.mismatches
     host.turns(1)
     assert host.orders == Orders()
+
+
+# What is told meanwhile -------------------------------------------------------------------------------------
+
+
+def copied(host: Damaged) -> list[bool]:
+    return [each.is_copied(host.records.fields["generation"]) for each in host.mismatches]
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_what_was_copied_anew_is_not_told_to_differ_and_not_copied_again(host: Damaged, is_full: bool) -> None:
+    assert copied(host) == [False]
+    host.ship.order_resync(full=is_full, at_ns=None)
+    assert copied(host) == [False]
+    host.ship.turn()
+    host.assert_sound()
+    assert copied(host) == [True], "to be proved"
+    with pytest.raises(UsageError, match="nothing to resynchronise"):
+        host.turns(1)
+        host.ship.order_resync(full=False, at_ns=None)
+    assert host.verify() == [] == host.mismatches
+
+
+def test_what_another_resynchronisation_did_not_look_at_still_differs(host: Damaged) -> None:
+    host.lose_logs()
+    host.vm.disks["b.raw"].write(b"x" * 700, 9000)
+    host.turns(2)
+    assert len(host.records.copies) == 2 and copied(host) == [False]
