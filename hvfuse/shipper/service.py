@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from hvfuse import errors, wire
-from hvfuse.errors import HvfuseError, ResyncRequiredError, UnreachableError, UsageError
+from hvfuse.errors import BusyError, HvfuseError, ResyncRequiredError, UnreachableError, UsageError
 from hvfuse.manifest import ReplicationState
 from hvfuse.position import PositionMismatchError
 from hvfuse.shipper.copies import WaitingError
@@ -39,6 +39,11 @@ LOOK_UP = 0.5
 
 SEED_LOOK = 10.0
 """Seconds between two looks at a replica that is to be imported."""
+
+PASSING = 300.0
+"""Seconds for which it is not told as a failure that somebody else is at the replica."""
+BUSY_PAUSE = 5.0
+"""Seconds between attempts meanwhile."""
 
 _log = logging.getLogger(__name__)
 
@@ -242,9 +247,14 @@ class Shipper:
 
     def _failed(self, error: HvfuseError, started: float) -> None:
         """Say so, and set when to try again: by the ladder, or not before somebody asks."""
-        _log.warning("%s: %s", self._vm, error)
         if self._failing_since is None:
             self._failing_since = started
+        if isinstance(error, BusyError) and self._clock.monotonic() - self._failing_since < PASSING:
+            # Two who take turns at the replica, such as an import. That is over in a moment, and no trouble.
+            _log.info("%s: %s", self._vm, error)
+            self._due, self._holds_out = self._clock.monotonic() + BUSY_PAUSE, True
+            return
+        _log.warning("%s: %s", self._vm, error)
         lost = isinstance(error, RESYNC_ERRORS)
         if lost:
             self._shown.update(state=ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, resync_reason=str(error))

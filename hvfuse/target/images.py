@@ -59,7 +59,10 @@ class ReplicaImages:
         try:
             fcntl.flock(self._directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BusyError(f"{self._folder}: another process is writing the replica images") from None
+            raise BusyError(
+                f"{self._folder}: another process is writing the replica images",
+                hint="wait until the import, adoption or merge is over",
+            ) from None
         try:
             yield
         finally:

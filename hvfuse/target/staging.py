@@ -57,7 +57,9 @@ def load_open(txn: Txn, store: Store, vm_name: str, opened: StagingRecord | None
     vm = store.load_vm(txn, vm_name)
     staging = store.load_staging(txn, vm)
     if staging is None or staging != opened:
-        raise BusyError(f"{vm_name}: another process has taken over; begin the cycle again")
+        raise BusyError(
+            f"{vm_name}: another process has taken over; begin the cycle again", hint="try again in a moment"
+        )
     return vm
 
 

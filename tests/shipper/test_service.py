@@ -8,6 +8,7 @@ import pytest
 
 from hvfuse import wire
 from hvfuse.errors import (
+    BusyError,
     CorruptError,
     HvfuseError,
     NoSpaceError,
@@ -132,6 +133,24 @@ def test_a_new_vm_is_copied_and_has_a_point_after_its_first_cycle(site):
     assert report.notes == (site.records.copies[0].text,)
     assert site.housekept == 1
     assert site.source.cycles() == []
+
+
+def test_that_somebody_else_is_at_the_replica_is_told_only_if_it_lasts(site):
+    shipper = site.shipper()
+    busy = BusyError("vm1: another process has taken over", hint="try again in a moment")
+    site.replica.fail_with = busy
+    for _ in range(60):
+        assert shipper.turn() == 5
+        assert site.records.fields.get("error") is None
+        site.clock.seconds += 5
+    shipper.turn()
+    assert (site.records.fields["error"], site.records.fields["hint"]) == (str(busy), busy.hint)
+    assert ReplicationState.ERROR not in site.records.states
+    site.replica.fail_with = None
+    site.clock.seconds += 240
+    shipper.turn()
+    site.assert_equal()
+    assert (site.records.fields["error"], site.records.fields["state"]) == (None, ReplicationState.REPLICATING)
 
 
 def test_each_cycle_makes_a_point_that_equals_the_disks_at_its_barrier(site):
