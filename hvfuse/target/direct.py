@@ -1,23 +1,24 @@
 """The first copy of a VM, which goes straight into the replica images: nobody can read them yet.
 
 Its frames count as held once the images were synced and a transaction says so, every `BATCH` bytes. Between
-two syncs they are noted in a plain file (`hvfuse.target.unsynced`), so that the death of a process repeats no
-more than the frame in flight; that of the host repeats a batch.
+two syncs those with data are noted in a plain file (`hvfuse.target.unsynced`), so that the death of a process
+repeats no more than the frame in flight and the few that say zeroes alone; that of the host repeats a batch.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from hvfuse.errors import HvfuseError
 from hvfuse.frames import Fill, Frame
 from hvfuse.manifest import CycleManifest
 from hvfuse.target import schema, staging
-from hvfuse.target.environment import Txn
+from hvfuse.target.environment import Txn, file_faults
 from hvfuse.target.images import ReplicaImages
 from hvfuse.target.schema import DiskRecord, StagingRecord, VmRecord
 from hvfuse.target.store import Store
-from hvfuse.target.unsynced import UnsyncedFrames
+from hvfuse.target.unsynced import UnsyncedFrames, WrittenFrame
 
 BATCH = 128 << 20
 """Bytes put into images before they are synced and noted as held: what a loss of power repeats."""
@@ -54,20 +55,22 @@ class DirectCopy:
     def take_up(self, held: frozenset[int]) -> frozenset[int]:
         """Begin, or go on where an earlier process stopped; `held`: durably. Returns the frames that count."""
         with self._images.lock():
-            noted = self._unsynced.read() - held
-            if noted and not self._make_held(noted):
-                noted = frozenset()
-            if not held and not noted:
+            noted = [frame for frame in self._unsynced.read() if frame.number not in held]
+            found = self._make_held(noted) if noted else frozenset()
+            if not held and not found:
                 self._images.blank(disk.name for disk in self._opened.disks)
+                # Else what an earlier copy left could come back beneath frames that were found again.
+                self._images.sync()
             self._unsynced.start()
-        return held | noted
+        return held | found
 
-    def _make_held(self, noted: frozenset[int]) -> bool:
-        """Make durable what an earlier process wrote, and note it so. False if it may be lost.
+    def _make_held(self, noted: Sequence[WrittenFrame]) -> frozenset[int]:
+        """Make durable what an earlier process wrote, and note it so. Returns what is there for certain.
 
         The kernel tells a failure to write back to those who have the file open, or to the first to open it
         afterwards, but not if it has forgotten the file by then, nor if that process was told and died before
-        it could say so. Of the file system as a whole the failure is remembered apart, until it is told.
+        it could say so. Of the file system as a whole the failure is remembered apart, until it is told, and
+        until it is mounted anew. Hence what counts is read back from the medium.
         """
         try:
             for disk in self._opened.disks:
@@ -76,10 +79,31 @@ class DirectCopy:
             self._images.sync_file_system()
         except HvfuseError as error:
             _log.warning("%s: %d frames that were not durable yet count as lost: %s", self._vm, len(noted), error)
-            self._unsynced.drop()
+            self._distrust()
+            return frozenset()
+        found = frozenset(frame.number for frame in noted if self._is_there(frame))
+        lost = len({frame.number for frame in noted} - found)
+        if lost:
+            _log.warning("%s: %d frames that were not durable yet are not in the replica images", self._vm, lost)
+        if found:
+            self._note_held(found)
+        return found
+
+    def _is_there(self, frame: WrittenFrame) -> bool:
+        """Whether the medium has what a frame left in its image. What cannot be read is not there."""
+        name = next((disk.name for disk in self._opened.disks if disk.number == frame.disk), None)
+        try:
+            return name is not None and frame.is_in(self._images.descriptor(name))
+        except OSError as error:
+            _log.warning("%s: %s: %s", self._vm, name, error.strerror)
             return False
-        self._note_held(noted)
-        return True
+
+    def _distrust(self) -> None:
+        """Remove the note after a sync that failed, which is what the caller is to be told of."""
+        try:
+            self._unsynced.drop()
+        except HvfuseError as error:
+            _log.warning("%s: the note of frames that were not durable could not be removed: %s", self._vm, error)
 
     def put(self, frame: Frame, disk: DiskRecord) -> None:
         """Apply a frame to the image, unless it is there already."""
@@ -97,7 +121,10 @@ class DirectCopy:
                     self._images.write(disk.name, offset, frame.data[at : at + length])
                 else:
                     self._images.zero(disk.name, offset, length)
-            self._unsynced.append(number)
+            with file_faults(self._store.image_path(self._vm, disk.name)):
+                written = WrittenFrame.of(frame, disk.number, self._images.descriptor(disk.name))
+            if written is not None:
+                self._unsynced.append(written)
         self._pending.add(number)
         self._pending_bytes += frame.header.plain_length + PENDING_OVERHEAD
         if self._pending_bytes >= BATCH:
@@ -126,7 +153,7 @@ class DirectCopy:
             self._images.sync()
         except HvfuseError:
             self._failed = True
-            self._unsynced.drop()
+            self._distrust()
             raise
         self._note_held(frozenset(self._pending))
         self._unsynced.empty()
