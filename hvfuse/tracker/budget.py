@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from hvfuse.formats.tracking import Scope
 from hvfuse.tracker import resync
 from hvfuse.tracker.resync import Tracked
 
 HARD_LIMIT = 0.5
 """Part of the disks' size that logs may take before they are given up, as in Hyper-V Replica."""
 SOFT_LIMIT = 0.25
-"""The same while a copy is under way. Logs are of no use before it is complete: past this, it is cheaper to compare
-in another pass what they tell."""
+"""The same while a copy of everything is under way. Logs are of no use before it is complete: past this, it is
+cheaper to compare in another pass what they tell. That pass has the hard limit: it must have a chance to fit."""
 LEAST_LIMIT = 8 << 20
 """Bytes that the logs may always take, however small the disks."""
 
@@ -25,7 +26,7 @@ class Budget:
     def excess(self, disks: list[Tracked]) -> str | None:
         """Why the logs must not grow any more; None while they may. Caller holds the gate."""
         copying = resync.is_resyncing(disks)
-        limit = self._soft_limit if copying else self._hard_limit
+        limit = self._soft_limit if copying and resync.scope(disks) is Scope.FULL else self._hard_limit
         active = sum(disk.log.stored for disk, _ in disks if disk.log is not None)
         capacity = sum(max(disk.capacity, disk.size()) for disk, _ in disks)
         if self.sealed + active <= max(limit * capacity, LEAST_LIMIT):
