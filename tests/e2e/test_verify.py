@@ -141,9 +141,9 @@ def test_idle_time_finds_it_too_and_a_resynchronisation_that_is_asked_for_takes_
     wait_until(lambda: installation.status("vm1")["verified"]["proved_30d"] == 1 - 4 * MIB / SIZE, installation.logs)
     installation.hvfuse("verify", "vm1", "--continuous", "0")
     installation.hvfuse("resync", "vm1")
-    assert "verify-mismatch" in reasons(installation), "it is over when it is proved"
+    assert "repair-unproved" in reasons(installation), "it is over when it is proved"
     installation.hvfuse("verify", "vm1")
-    assert "verify-mismatch" not in reasons(installation)
+    assert not {"verify-mismatch", "repair-unproved"} & reasons(installation)
     installation.hvfuse("resync", "vm1", code=2)
 
 
