@@ -7,6 +7,7 @@ Exit codes (stable; `docs/exit-codes.md` is for users):
     2 usage, config   6 busy               10 a prerequisite is missing
     3 status: Warning 7 corrupt data       11 no answer
                                            12 resynchronisation required
+                                           13 not possible in this state
 """
 
 from __future__ import annotations
@@ -83,3 +84,9 @@ class ResyncRequiredError(HvfuseError):
     """Source and replica cannot be joined by logs any more; a new copy has to be made."""
 
     exit_code = 12
+
+
+class StateError(HvfuseError):
+    """The relationship's state does not allow what was asked for; the message says what it allows."""
+
+    exit_code = 13

@@ -31,26 +31,6 @@ class Consistency(StrEnum):
     APPLICATION = "app-consistent"
 
 
-class ReplicationState(StrEnum):
-    """Where a relationship stands, in the words that the CLI and JSON use."""
-
-    DISABLED = "Disabled"
-    READY_FOR_INITIAL_REPLICATION = "ReadyForInitialReplication"
-    INITIAL_REPLICATION_IN_PROGRESS = "InitialReplicationInProgress"
-    WAITING_FOR_INITIAL_REPLICATION = "WaitingForInitialReplication"
-    REPLICATING = "Replicating"
-    PREPARED_FOR_FAILOVER = "PreparedForFailover"
-    FAILED_OVER_WAITING_COMPLETION = "FailedOverWaitingCompletion"
-    FAILED_OVER = "FailedOver"
-    SUSPENDED = "Suspended"
-    ERROR = "Error"
-    WAITING_FOR_START_RESYNCHRONIZE = "WaitingForStartResynchronize"
-    RESYNCHRONIZING = "Resynchronizing"
-    RESYNCHRONIZE_SUSPENDED = "ResynchronizeSuspended"
-    FAILBACK_IN_PROGRESS = "FailbackInProgress"
-    FAILBACK_COMPLETE = "FailbackComplete"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskManifest:
     """One disk within a cycle.

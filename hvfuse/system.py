@@ -17,9 +17,9 @@ import functools
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from hvfuse.extent import Buffer
 
@@ -284,6 +284,38 @@ def boot_id() -> bytes:
     """16 bytes that change with every boot of this host."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         return bytes.fromhex(file.read().strip().replace("-", ""))
+
+
+def process_start(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None if there is none, or it is dead and not buried yet."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def process_is_stopped(pid: int) -> bool:
+    """Whether a process is there and stands still by a signal (SIGSTOP), or under a debugger."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def process_identity(pid: int) -> dict[str, Any]:
+    """What tells a process from every other, even after its pid was given away: JSON values."""
+    return {"pid": pid, "boot_id": boot_id().hex(), "process_start": process_start(pid)}
+
+
+def is_running(identity: Mapping[str, Any]) -> bool:
+    """Whether the process of that `process_identity` runs."""
+    if identity.get("boot_id") != boot_id().hex():
+        return False
+    started = process_start(int(identity["pid"]))
+    return started is not None and started == identity.get("process_start")
 
 
 class Clock(Protocol):

@@ -27,8 +27,8 @@ from hvfuse.control.home import Home
 from hvfuse.control.instants import FORMS, instant_text, parse_instant
 from hvfuse.control.records import Records, VmRecord
 from hvfuse.errors import HvfuseError, UnreachableError, UsageError
-from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.orders import Orders
+from hvfuse.states import ReplicationState
 
 ANSWER_SECONDS = 60.0
 
@@ -160,18 +160,11 @@ class _Target:
             position = facts.position(self.vm)
         return position is not None and orders.seed in (None, position.generation.hex())
 
-    def show_resumed(self, orders: Orders) -> None:
+    def show_resumed(self) -> None:
         """Show the state of a VM that is not suspended, where no shipper runs that would."""
         if self.has_shipper:
             return
-        first = ReplicationState.READY_FOR_INITIAL_REPLICATION
-        if orders.seed is not None:
-            first = ReplicationState.WAITING_FOR_INITIAL_REPLICATION
-        another = ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
-        after = {ReplicationState.SUSPENDED: first, ReplicationState.RESYNCHRONIZE_SUSPENDED: another}
-        state = self.read().state
-        if state in after:
-            self.records.update(self.vm, state=after[state])
+        self.records.of(self.vm).resume()
 
     def beginning(self) -> tuple[str, ...]:
         """What has to be done for an order to be carried out; nothing where a shipper runs."""
@@ -318,12 +311,12 @@ def _resume(target: _Target, wish: _Wish) -> _Outcome:
     record = target.read()
     before = Orders.from_json(record.orders)
     if not before.suspended:
-        target.show_resumed(before)
+        target.show_resumed()
         return _Outcome(("copies are not suspended",), _fields(target, before))
     if wish.wait:
         return _completed(target, lambda: target.order("resume", Orders.resume))
     orders = target.order("resume", Orders.resume)
-    target.show_resumed(orders)
+    target.show_resumed()
     line = "copies are not suspended any more"
     if orders.seed is not None and _is_export(record.copy):
         return _Outcome((f"{line}; to go on: hvfuse seed export {target.vm} DIR",), _fields(target, orders))

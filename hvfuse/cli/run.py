@@ -20,7 +20,7 @@ from hvfuse.control.copying import percent
 from hvfuse.control.records import Records
 from hvfuse.control.status import VmStatus
 from hvfuse.control.supervisor import TICK_SECONDS, Supervisor, collected, only_supervisor, require_mountable
-from hvfuse.manifest import ReplicationState
+from hvfuse.states import ReplicationState
 from hvfuse.system import SystemClock
 
 SHOW_SECONDS = 1.0

@@ -20,8 +20,8 @@ from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home, check_vm_name
 from hvfuse.control.records import Records
 from hvfuse.errors import BusyError, HvfuseError, UnreachableError, UsageError
-from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.orders import Orders
+from hvfuse.states import Event, ReplicationState
 from hvfuse.words import bytes_text, duration_text
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def cancel(session: Session, vm: str, as_json: bool) -> None:
         else:
             records.change_orders(vm, without_seed)
             if records.read(vm).state is ReplicationState.WAITING_FOR_INITIAL_REPLICATION:
-                records.update(vm, state=ReplicationState.READY_FOR_INITIAL_REPLICATION)
+                records.apply(vm, Event.NEED_FIRST_COPY)
     if as_json:
         emit_json({"vm": vm, "cancelled": generation is not None, "generation": generation})
     elif generation is None:

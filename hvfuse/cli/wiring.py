@@ -10,7 +10,8 @@ from hvfuse import system
 from hvfuse.control.config import VmPolicy
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records
-from hvfuse.errors import BusyError, NotFoundError
+from hvfuse.errors import BusyError, NotFoundError, StateError
+from hvfuse.states import Event, ReplicationState
 
 if TYPE_CHECKING:
     from hvfuse.position import Position
@@ -32,6 +33,7 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
     from hvfuse.target.store import Store
 
     clock = system.SystemClock()
+    begin_protection(records, vm)
     with system.exclusive_lock(home.shipper_lock(vm)) as had:
         if not had:
             raise BusyError(f"{vm}: another process is replicating it just now", hint="try again in a moment")
@@ -58,6 +60,17 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
                 housekeep=keep_house,
                 proofs_path=home.proofs(vm),
             )
+
+
+def begin_protection(records: Records, vm: str) -> None:
+    """A VM about which nobody said anything is replicated from when somebody first asks for it. Raises StateError for
+    one of which an administrator said that it is not to be."""
+    record = records.read(vm)
+    if record.state is not ReplicationState.DISABLED:
+        return
+    if record.enabled is False:
+        raise StateError(f"{vm}: replication was disabled", hint=f"hvfuse replication enable {vm}")
+    records.apply(vm, Event.ENABLE)
 
 
 def drop_staged(home: Home, vm: str) -> None:

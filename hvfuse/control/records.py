@@ -1,61 +1,65 @@
-"""The control plane's records: where each VM's replication stands, and what its last cycles were.
+"""The control plane's records: where each VM's replication stands, what was done, and how it went.
 
-An LMDB environment, read and written by several processes at once; values are JSON objects in UTF-8.
-
-    key                      value
-    "version"                {"version": 1}; a higher one is refused
-    "vm/NAME"                the fields of VmRecord
-    "cycle/NAME/" + u64 BE   the fields of CycleRecord; numbered upwards, the oldest beyond
-                             CYCLES_KEPT go
+    key                          value
+    "version"                    {"version": 1}; a higher one is refused
+    "vm/NAME"                    the fields of VmRecord
+    "cycle/", "sums/"            `hvfuse.control.statistics`
+    "job/", "next/job"           `hvfuse.control.jobs`
+    "event/"                     `hvfuse.control.events`
 
 A VM without a record was never replicated. Fields that are missing have their defaults; fields that are
-not known are kept as they are. One writer's transaction is whole or absent, durable when it returns.
-An environment must be opened only once in a process: use one `Records`.
+not known are kept as they are. A VM's state changes by the events of `hvfuse.states` alone, and what follows from
+that for its jobs is kept in the same transaction (`hvfuse.control.following`). Everything is durable when it returns.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import TracebackType
 from typing import Any, Self
 
-import lmdb
-
-from hvfuse.errors import CorruptError, HvfuseError, NoSpaceError, UnsupportedError
-from hvfuse.manifest import ReplicationState
+from hvfuse import system
+from hvfuse.control import following, statistics
+from hvfuse.control.database import Database, Transaction
+from hvfuse.control.events import Events
+from hvfuse.control.jobs import Jobs
+from hvfuse.control.statistics import CycleRecord, Failure, Statistics, Sums
+from hvfuse.errors import CorruptError, HvfuseError, UnreachableError
 from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.orders import Orders
-
-VERSION = 1
-CYCLES_KEPT = 2880
-"""A day's cycles at one every 30 seconds."""
-MAP_SIZE = 1 << 30
-"""Bytes of address space, not of disk: far more than CYCLES_KEPT cycles of a thousand VMs."""
+from hvfuse.states import Event, ReplicationState, next_state
+from hvfuse.system import Clock, SystemClock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmRecord:
     """Where a VM's replication stands.
 
+    `enabled`: whether an administrator said that it is to be replicated; None: nobody said anything.
     `error`, `hint`: why the last attempt failed and what to do; None when it did not. `tracker_error`,
     `shipper_error`: why that process ended or could not start, None while it runs; `tracker_hint`: what to do
     about it. `generation`: hex.
     `cycle`, `point`: the last one that the target has (0 and None: none yet).
-    `last_replication_time_ns`: instant of that cycle's barrier, ns since 1970. `progress`: of the copy
+    `last_replication_time_ns`: instant of that cycle's barrier, ns since 1970; `last_applied_time_ns`: when the target
+    had it. `progress`: of the copy
     under way, 0 to 1; `copy`: how far it is, as `CopyProgress` tells it, None when there is none.
-    `resync_reason`: why one is required. `last_copy`: what the last copy or
+    `resync_reason`: why one is required; `resync_cause`: "disks" if only the set of disks changed. `last_copy`: what
+    the last copy or
     resynchronisation took, as `CopyReport` tells it; "text" says it in words. `orders`: what an administrator
     ordered of copies, as `Orders` tells it; empty: nothing. `copy_due_ns`: when the copy that waits begins by
     itself, ns since 1970; None: not before it is asked for, or none waits.
+    `copy_job`: id of the job of the copy that is under way or waits. `protected_since_ns`: when protection was
+    finalized. `last_app_consistent_ns`: instant of the last app-consistent point. `guest_error`: why the last attempt
+    at one failed. `counted_ns`: until when missed cycles were counted. `measured_since_ns`: when that was begun anew.
+    `health`, `health_reasons`: as they were last told of, with the reasons' ids. `last_test`: the last test failover,
+    for `hvfuse measure`.
     """
 
     state: ReplicationState = ReplicationState.DISABLED
+    enabled: bool | None = None
     error: str | None = None
     hint: str | None = None
     tracker_error: str | None = None
@@ -65,38 +69,36 @@ class VmRecord:
     cycle: int = 0
     point: str | None = None
     last_replication_time_ns: int | None = None
+    last_applied_time_ns: int | None = None
     progress: float | None = None
     resync_reason: str | None = None
+    resync_cause: str | None = None
     last_copy: dict[str, object] | None = None
     copy: dict[str, Any] | None = None
     orders: dict[str, Any] = field(default_factory=dict)
     copy_due_ns: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CycleRecord:
-    """One cycle that was committed. `bytes_logged`: payload the guest wrote; `bytes_coalesced`: what
-    of it was the newest; `bytes_sent`: as it travelled. `time_ns`: the barrier's instant."""
-
-    cycle: int
-    point: str | None
-    time_ns: int
-    bytes_logged: int
-    bytes_coalesced: int
-    bytes_sent: int
-    seconds: float
+    copy_job: int | None = None
+    protected_since_ns: int | None = None
+    last_app_consistent_ns: int | None = None
+    guest_error: str | None = None
+    counted_ns: int | None = None
+    measured_since_ns: int | None = None
+    health: str | None = None
+    health_reasons: tuple[str, ...] = ()
+    last_test: dict[str, Any] | None = None
 
 
 class Records:
-    """The environment at directory `path`, made if missing. Raises CorruptError, UnsupportedError."""
+    """The records at directory `path`, made if missing. Open them once in a process. Raises CorruptError,
+    UnsupportedError."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, clock: Clock | None = None) -> None:
         self._path = path
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        with self._faults():
-            self._env = lmdb.open(path, map_size=MAP_SIZE, mode=0o600, max_readers=1024)
-            self._env.reader_check()
-        self._check_version()
+        self._clock: Clock = clock or SystemClock()
+        self._database = Database(path)
+        self.jobs = Jobs(self._database, clock=self._clock)
+        self.events = Events(self._database)
+        self.statistics = Statistics(self._database)
 
     def __enter__(self) -> Self:
         return self
@@ -107,25 +109,31 @@ class Records:
         self.close()
 
     def close(self) -> None:
-        """Let the environment go."""
-        self._env.close()
+        """Let the records go."""
+        self._database.close()
 
     def names(self) -> list[str]:
         """The VMs that have a record."""
-        with self._faults(), self._env.begin() as txn:
-            return [key[len(b"vm/") :].decode() for key, _ in _under(txn, b"vm/")]
+        with self._database.read() as txn:
+            return txn.names(b"vm/")
 
     def read(self, vm: str) -> VmRecord:
         """The VM's record; the default one if there is none."""
-        with self._faults(), self._env.begin() as txn:
+        with self._database.read() as txn:
             return self._record(vm, txn.get(_vm_key(vm)))
 
     def update(self, vm: str, **changes: Any) -> VmRecord:
-        """Change fields of the VM's record, in one transaction: what others changed meanwhile stays. `orders` may
-        be given as `Orders`. Returns the new record; durable."""
+        """Change fields of the VM's record but its state, in one transaction: what others changed meanwhile stays.
+        `orders` may be given as `Orders`. Returns the new record; durable."""
+        return self.apply(vm, **changes)
+
+    def apply(self, vm: str, *events: Event, **changes: Any) -> VmRecord:
+        """Change the VM's state by events in a row, and fields as `update` does, in one transaction. Returns the new
+        record; durable. Raises StateError, and changes nothing, where the state does not allow one of them."""
         if isinstance(changes.get("orders"), Orders):
             changes["orders"] = changes["orders"].as_json()
-        return self._change(vm, lambda _: changes)
+        assert "state" not in changes, "the state changes by events"
+        return self._change(vm, lambda _: changes, events)
 
     def orders(self, vm: str) -> Orders:
         """What an administrator ordered of the VM's copies."""
@@ -137,89 +145,65 @@ class Records:
         record = self._change(vm, lambda now: {"orders": change(Orders.from_json(now.orders)).as_json()})
         return Orders.from_json(record.orders)
 
-    def _change(self, vm: str, changes: Callable[[VmRecord], Mapping[str, Any]]) -> VmRecord:
-        with self._faults(), self._env.begin(write=True) as txn:
-            raw = txn.get(_vm_key(vm))
-            before = self._record(vm, raw)
-            record = replace(before, **changes(before))
-            kept = self._json(vm, raw) if raw is not None else {}
-            txn.put(_vm_key(vm), json.dumps({**kept, **asdict(record)}).encode())
+    def _change(
+        self, vm: str, changes: Callable[[VmRecord], Mapping[str, Any]], events: tuple[Event, ...] = ()
+    ) -> VmRecord:
+        now_ns = self._clock.now_ns()
+
+        def act(txn: Transaction) -> VmRecord:
+            kept = txn.get(_vm_key(vm))
+            before = self._record(vm, kept)
+            state = before.state
+            for event in events:
+                state = next_state(state, event, what=vm)
+            record = replace(before, **changes(before), state=state)
+            owner = system.process_identity(os.getpid())
+            change = following.Change(vm=vm, before=before, after=record, events=events, owner=owner, now_ns=now_ns)
+            record = replace(record, copy_job=following.follow(txn, change))
+            txn.put(_vm_key(vm), {**(kept or {}), **asdict(record)})
             return record
+
+        return self._database.write(act)
 
     def add_cycle(self, vm: str, cycle: CycleRecord) -> None:
         """Keep a cycle's statistics; durable."""
-        prefix = _cycle_prefix(vm)
-        with self._faults(), self._env.begin(write=True) as txn:
-            keys = [key for key, _ in _under(txn, prefix)]
-            number = int.from_bytes(keys[-1][len(prefix) :]) + 1 if keys else 1
-            for key in keys[: max(0, len(keys) - CYCLES_KEPT + 1)]:
-                txn.delete(key)
-            txn.put(prefix + number.to_bytes(8), json.dumps(asdict(cycle)).encode())
+        now_ns = self._clock.now_ns()
+        self._database.write(lambda txn: statistics.add_cycle(txn, vm, cycle, now_ns=now_ns))
+
+    def count(self, vm: str, *sums: Sums, until_ns: int | None = None) -> None:
+        """Count what happened; `until_ns`: until when missed cycles are counted with it. Durable."""
+
+        def act(txn: Transaction) -> None:
+            for one in sums:
+                statistics.add_sums(txn, vm, one)
+            kept = txn.get(_vm_key(vm))
+            if until_ns is not None and kept is not None:
+                txn.put(_vm_key(vm), {**kept, "counted_ns": until_ns})
+
+        self._database.write(act)
 
     def of(self, vm: str) -> VmRecords:
         """The part of one VM, as its shipper uses it."""
-        return VmRecords(self, vm)
+        return VmRecords(self, vm, self._clock)
 
     def cycles(self, vm: str) -> list[CycleRecord]:
         """The kept cycles of a VM, oldest first."""
-        with self._faults(), self._env.begin() as txn:
-            return [CycleRecord(**self._json(vm, raw)) for _, raw in _under(txn, _cycle_prefix(vm))]
+        return self.statistics.cycles(vm)
 
-    def _check_version(self) -> None:
-        # Read first: a writer that hangs in its transaction must not keep `hvfuse status` from opening.
-        with self._faults(), self._env.begin() as txn:
-            raw = txn.get(b"version")
-        if raw is None:
-            raw = self._put_version()
-        with self._faults():
-            version = self._json("version", raw).get("version")
-        if version != VERSION:
-            self.close()
-            raise UnsupportedError(f"{self._path}: records of version {version}; this hvfuse knows {VERSION}")
-
-    def _put_version(self) -> bytes:
-        """Begin the records, unless another process just did. Returns what stands there then."""
-        with self._faults(), self._env.begin(write=True) as txn:
-            raw = txn.get(b"version")
-            if raw is None:
-                raw = json.dumps({"version": VERSION}).encode()
-                txn.put(b"version", raw)
-            return bytes(raw)
-
-    def _record(self, vm: str, raw: bytes | None) -> VmRecord:
-        if raw is None:
+    def _record(self, vm: str, values: Mapping[str, Any] | None) -> VmRecord:
+        if values is None:
             return VmRecord()
-        values = self._json(vm, raw)
         known = {one.name: values[one.name] for one in fields(VmRecord) if one.name in values}
         try:
             known["state"] = ReplicationState(known.get("state", ReplicationState.DISABLED))
         except ValueError:
             raise CorruptError(f"{self._path}: {vm}: unknown state {known['state']!r}") from None
+        known["health_reasons"] = tuple(known.get("health_reasons", ()))
         return VmRecord(**known)
 
-    def _json(self, what: str, raw: bytes) -> dict[str, Any]:
-        try:
-            value = json.loads(raw)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise CorruptError(f"{self._path}: the record of {what} is damaged")
-        return value
 
-    @contextlib.contextmanager
-    def _faults(self) -> Iterator[None]:
-        """LMDB's exceptions as ours."""
-        try:
-            yield
-        except (lmdb.MapFullError, lmdb.DiskError) as error:
-            raise NoSpaceError(f"{self._path}: {error}") from None
-        except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError) as error:
-            raise CorruptError(f"{self._path}: {error}") from None
-        except lmdb.VersionMismatchError as error:
-            raise UnsupportedError(f"{self._path}: {error}") from None
-        except lmdb.Error as error:
-            full = getattr(error, "code", None) in (errno.ENOSPC, errno.EDQUOT)
-            raise (NoSpaceError if full else HvfuseError)(f"{self._path}: {error}") from None
+_COUNTED = frozenset({ReplicationState.REPLICATING, ReplicationState.ERROR})
+"""States in which a cycle that is due and does not come is missed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,13 +212,18 @@ class VmRecords:
 
     records: Records
     vm: str
+    clock: Clock
 
     def read(self) -> VmRecord:
         """The VM's record."""
         return self.records.read(self.vm)
 
+    def apply(self, *events: Event, **changes: Any) -> ReplicationState:
+        """As `Records.apply`. Returns the state."""
+        return self.records.apply(self.vm, *events, **changes).state
+
     def update(self, **changes: Any) -> None:
-        """Change fields of the VM's record; durable."""
+        """As `Records.update`."""
         self.records.update(self.vm, **changes)
 
     def orders(self) -> Orders:
@@ -251,6 +240,7 @@ class VmRecords:
 
     def cycle(self, report: CycleReport) -> None:
         """Keep the statistics of a committed cycle; durable."""
+        now_ns = self.clock.now_ns()
         self.records.add_cycle(
             self.vm,
             CycleRecord(
@@ -261,6 +251,8 @@ class VmRecords:
                 bytes_coalesced=report.bytes_coalesced,
                 bytes_sent=report.bytes_sent,
                 seconds=report.seconds,
+                bytes_zero=report.bytes_zero,
+                latency=max(0.0, (now_ns - report.sealed_ns) / 1e9),
             ),
         )
 
@@ -268,21 +260,36 @@ class VmRecords:
         """Keep the statistics of a committed copy; durable."""
         self.records.update(self.vm, last_copy=report.as_json())
 
+    def resume(self) -> None:
+        """The state of a VM that is not suspended any more, if its orders say so: as it was before."""
+        record, orders = self.read(), self.orders()
+        if orders.paused or orders.suspended:
+            return
+        match record.state:
+            case ReplicationState.RESYNCHRONIZE_SUSPENDED:
+                self.apply(Event.RESUME)
+            case ReplicationState.SUSPENDED if record.point is not None:
+                self.apply(Event.RESUME)
+            case ReplicationState.SUSPENDED:
+                self.apply(Event.NEED_FIRST_COPY if orders.seed is None else Event.AWAIT_FIRST_COPY)
+
+    def missed(self, count: int) -> None:
+        """Cycles were due and did not come; 0: none until now. Counted where one could be expected."""
+        now_ns = self.clock.now_ns()
+        counts = count and self.read().state in _COUNTED
+        sums = [Sums(begin=statistics.stretch(now_ns), missed=count)] if counts else []
+        self.records.count(self.vm, *sums, until_ns=now_ns)
+
+    def failed(self, error: HvfuseError) -> None:
+        """An attempt at a cycle failed: count it, and tell of it if that is news."""
+        now_ns = self.clock.now_ns()
+        kind = Failure.NETWORK if isinstance(error, UnreachableError) else Failure.REPLICATION
+        sums = Sums(begin=statistics.stretch(now_ns))
+        if kind is Failure.NETWORK:
+            self.records.count(self.vm, replace(sums, network_failures=1))
+        else:
+            self.records.count(self.vm, replace(sums, replication_failures=1))
+
 
 def _vm_key(vm: str) -> bytes:
     return b"vm/" + vm.encode()
-
-
-def _cycle_prefix(vm: str) -> bytes:
-    return b"cycle/" + vm.encode() + b"/"
-
-
-def _under(txn: Any, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The (key, value) pairs whose key begins with `prefix`, in order."""
-    cursor = txn.cursor()
-    if not cursor.set_range(prefix):
-        return
-    for key, value in cursor:
-        if not key.startswith(prefix):
-            return
-        yield bytes(key), bytes(value)

@@ -34,10 +34,10 @@ from hvfuse.control.records import VmRecord
 from hvfuse.errors import HvfuseError, UnreachableError
 from hvfuse.formats import hrl
 from hvfuse.formats.image import is_disk_name, probe_for_tracking
-from hvfuse.manifest import ReplicationState
 from hvfuse.shipper import proofs
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.proofs import Mismatch, Verified
+from hvfuse.states import ReplicationState
 
 STALE_SECONDS = 3600.0
 STALE_INTERVALS = 2

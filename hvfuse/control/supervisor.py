@@ -27,7 +27,7 @@ from hvfuse.control.records import Records
 from hvfuse.control.sample import make_sample
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, PrerequisiteError, UnreachableError
 from hvfuse.formats.image import is_disk_name
-from hvfuse.manifest import ReplicationState
+from hvfuse.states import Event, ReplicationState
 from hvfuse.system import Clock
 
 SCAN_SECONDS = 2.0
@@ -272,7 +272,7 @@ class Supervisor:
     def _keep(self, vm: str) -> Keeper:
         self._home.make_vm(vm)
         if self._records.read(vm).state is ReplicationState.DISABLED:
-            self._records.update(vm, state=ReplicationState.READY_FOR_INITIAL_REPLICATION)
+            self._records.apply(vm, Event.ENABLE)
         return self._keeper(vm)
 
     def _keeper(self, vm: str) -> Keeper:

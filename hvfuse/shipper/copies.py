@@ -15,15 +15,16 @@ from dataclasses import replace
 from typing import NoReturn
 
 from hvfuse.errors import HvfuseError
-from hvfuse.manifest import ReplicationState
 from hvfuse.position import Position
 from hvfuse.shipper.copy import CopyReport, Over, copy
+from hvfuse.shipper.doing import Doing
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.permission import Cause, Need, Wait, permission
 from hvfuse.shipper.policy import Records, ShippingPolicy
 from hvfuse.shipper.progress import CopyKind, CopyProgress, Meter
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.source import ResyncScope, Source, SourceStatus
+from hvfuse.states import Event
 from hvfuse.system import Clock
 from hvfuse.words import bytes_text
 
@@ -63,6 +64,7 @@ class Copies:
         clock: Clock,
         between: Callable[[], None],
         full_begun: Callable[[bytes], None],
+        doing: Doing,
     ) -> None:
         self._vm = vm
         self._folder = folder
@@ -73,7 +75,9 @@ class Copies:
         self._clock = clock
         self._between = between
         self._full_begun = full_begun
+        self._doing = doing
         self._told_wait: tuple[object, ...] | None = None
+        self._is_paused: bool | None = None  # None: not known yet whether it was before
         self._last_note: str | None = None
         self._orders_changed = False
         self._is_due_told = False
@@ -92,6 +96,20 @@ class Copies:
     def show_again(self) -> None:
         """Something else has changed the state that is shown: a copy that waits is to be told of anew."""
         self._told_wait = None
+
+    def demand_not_paused(self) -> None:
+        """Raises WaitingError if an administrator suspended replication; says once that it is not any more."""
+        if self._records.orders().paused:
+            if not self._is_paused:
+                _log.info("%s: replication is suspended", self._vm)
+            self._is_paused, self._told_wait = True, None
+            self._records.apply(Event.SUSPEND, error=None, hint=None)
+            raise WaitingError(
+                f"{self._vm}: {Cause.PAUSED.value}", Wait(Cause.PAUSED), hint=_hint(self._vm, Cause.PAUSED)
+            )
+        if self._is_paused is not False:
+            self._is_paused = False
+            self._records.resume()
 
     # When --------------------------------------------------------------------------------------------------
 
@@ -168,17 +186,15 @@ class Copies:
 
     def _wait(self, need: Need, wait: Wait, reason: str) -> NoReturn:
         """Show that a copy waits, and say so to whoever asked."""
-        state = _waiting_state(need, wait)
-        told = (state, wait, reason)
+        told = (_waiting_events(need, wait), wait, reason)
         if told != self._told_wait:
             if wait.cause is Cause.CANCELLED:
                 self._replica.abandon()
             self._told_wait = told
             _log.info("%s: %s", self._vm, _waiting_text(need, wait))
-            dropped = {"progress": None, "copy": None} if wait.cause is Cause.CANCELLED else {}
-            self._records.update(
-                state=state, error=None, hint=None, resync_reason=None if need.is_first else reason, **dropped
-            )
+            dropped: dict[str, object] = {"progress": None, "copy": None} if wait.cause is Cause.CANCELLED else {}
+            dropped |= {"error": None, "hint": None, "resync_reason": None if need.is_first else reason}
+            self._records.apply(*_waiting_events(need, wait), **dropped)
         self._set_due(wait.until_ns)
         text = f"{self._vm}: {_waiting_text(need, wait)}"
         raise WaitingError(text, wait, hint=_hint(self._vm, wait.cause))
@@ -218,7 +234,7 @@ class Copies:
 
     def _announce(self, reason: str) -> None:
         self._note(reason)
-        self._records.update(state=ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, resync_reason=reason)
+        self._records.apply(Event.NEED_RESYNC, resync_reason=reason)
 
     def go_on(self, status: SourceStatus, reason: str, scope: ResyncScope, *, asked: bool) -> None:
         """Go on with the copy that is under way; or begin one of everything, if that was ordered. Raises as `start`."""
@@ -245,10 +261,10 @@ class Copies:
         meter = self._meter(status.generation, position, need)
         self._set_due(None)
         self._told_wait = None
-        state = _copying_state(meter.now.kind)
+        needed = Event.NEED_FIRST_COPY if meter.now.kind is CopyKind.INITIAL else Event.NEED_RESYNC
         # What an earlier attempt failed at is over; that passes do not get smaller is not.
         over_now = {} if meter.now.stalled_before >= STALLED_PASSES else {"error": None, "hint": None}
-        self._records.update(state=state, progress=meter.now.part, copy=meter.now.as_json(), **over_now)
+        self._records.apply(needed, Event.START, progress=meter.now.part, copy=meter.now.as_json(), **over_now)
         # Also after an interruption: logs that no copy will ever need fill up the disk.
         self._source.release(status.generation, 0)
         regions = self._source.regions() if scope is ResyncScope.REGIONS else None
@@ -268,6 +284,7 @@ class Copies:
     def _run(self, status: SourceStatus, meter: Meter, need: Need, scope: ResyncScope, over: Over | None) -> None:
         assert status.generation is not None
         self.is_copying = True
+        self._doing.begin("begins a copy at the target")
         try:
             copy(
                 status.disks,
@@ -310,6 +327,7 @@ class Copies:
     def _obey(self, need: Need, scope: ResyncScope, *, kept: bool) -> None:
         """Between two frames. `kept`: that is the moment to look whether orders came past this process, too."""
         self._between()
+        self._doing.begin("compares and sends what differs")
         if kept or self._orders_changed:
             self._orders_changed = False
             self._take_full_back(scope)
@@ -366,6 +384,8 @@ def _hint(vm: str, cause: Cause) -> str:
     match cause:
         case Cause.SUSPENDED:
             return f"hvfuse resync {vm} --resume"
+        case Cause.PAUSED:
+            return f"hvfuse replication resume {vm}"
         case Cause.SEED:
             return f"at the target: hvfuse seed import DIR; over the network instead: hvfuse resync {vm} --now"
         case _:
@@ -380,16 +400,15 @@ def _waiting_text(need: Need, wait: Wait) -> str:
     return f"the {'first copy' if need.is_first else 'resynchronisation'} {wait.text}"
 
 
-def _waiting_state(need: Need, wait: Wait) -> ReplicationState:
-    if wait.cause is Cause.SUSPENDED:
-        return ReplicationState.SUSPENDED if need.is_first else ReplicationState.RESYNCHRONIZE_SUSPENDED
-    if not need.is_first:
-        return ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
-    if wait.cause is Cause.SEED:
-        return ReplicationState.WAITING_FOR_INITIAL_REPLICATION
-    return ReplicationState.READY_FOR_INITIAL_REPLICATION
-
-
-def _copying_state(kind: CopyKind) -> ReplicationState:
-    is_first = kind is CopyKind.INITIAL
-    return ReplicationState.INITIAL_REPLICATION_IN_PROGRESS if is_first else ReplicationState.RESYNCHRONIZING
+def _waiting_events(need: Need, wait: Wait) -> tuple[Event, ...]:
+    """What it means for the state that a copy waits."""
+    needed = Event.NEED_FIRST_COPY if need.is_first else Event.NEED_RESYNC
+    if wait.cause is Cause.SEED and need.is_first:
+        needed = Event.AWAIT_FIRST_COPY
+    match wait.cause:
+        case Cause.SUSPENDED | Cause.PAUSED:
+            return needed, Event.SUSPEND
+        case Cause.CANCELLED:
+            return needed, Event.CANCEL
+        case _:
+            return (needed,)

@@ -173,26 +173,30 @@ def ship(
     level: int,
     clock: Clock,
     between: Callable[[], None] = lambda: None,
+    doing: Callable[[str], None] = lambda what: None,
 ) -> CycleReport:
     """Bring consecutive cycles (mostly one) to the replica as one, and commit.
 
     Sends nothing that the replica holds from an earlier, interrupted run. `between` is called after
-    each frame and may raise to end the run. Raises DamagedLogError naming the log,
+    each frame and may raise to end the run; `doing` is told each step. Raises DamagedLogError naming the log,
     PositionMismatchError, and whatever the replica raises; all but the first leave the way open to
     calling again.
     """
     started = clock.monotonic()
     told = manifest(cycles, vm=vm, formats=formats, position=replica.position())
+    doing(f"waits for the target to take cycle {told.cycle}")
     held = replica.begin(told)
     tally = _Tally()
     with FramePool(generation=told.generation, cycle=told.cycle, level=level) as pool:
         for logs in logs_by_disk(cycles):
             planned = plan(logs)
             for made in _missing(planned, first=tally.planned, held=held, pool=pool):
+                doing(f"sends cycle {told.cycle}, frame {tally.frames + 1}")
                 replica.put(made.frame)
                 tally.add(made)
                 between()
             tally.finish(planned)
+    doing(f"waits for the target to commit cycle {told.cycle}")
     point = replica.commit(told, tally.planned)
     if point is None:
         raise HvfuseError(f"{vm}: the replica made no recovery point of cycle {told.cycle}")

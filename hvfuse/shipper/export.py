@@ -23,7 +23,7 @@ from hvfuse.errors import HvfuseError, NoSpaceError, UsageError
 from hvfuse.extent import Extent
 from hvfuse.formats.digests import DigestKey, Digests
 from hvfuse.frames import unpack_header
-from hvfuse.manifest import CycleManifest, RecoveryPoint, ReplicationState
+from hvfuse.manifest import CycleManifest, RecoveryPoint
 from hvfuse.medium import SeedWriter
 from hvfuse.position import Position
 from hvfuse.seed import SeedManifest
@@ -36,6 +36,7 @@ from hvfuse.shipper.progress import CopyKind, CopyProgress, Meter
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.retry import refusal
 from hvfuse.shipper.source import ResyncScope, Source, SourceDisk, SourceStatus
+from hvfuse.states import Event
 from hvfuse.system import Clock
 from hvfuse.words import bytes_text
 
@@ -185,9 +186,9 @@ class Exporter:
         generation = status.generation
         assert generation is not None
         self.source.release(generation, 0)  # logs that no copy will ever need fill up the disk
-        state = ReplicationState.INITIAL_REPLICATION_IN_PROGRESS
-        self.records.update(state=state, error=None, hint=None, copy_due_ns=None)
         meter = self._meter(generation, goes_on=goes_on)
+        begun = {"error": None, "hint": None, "copy_due_ns": None, "copy": meter.now.as_json()}
+        self.records.apply(Event.NEED_FIRST_COPY, Event.START, **begun)
 
         def tell(done: int, total: int, sent: int) -> None:
             self.between()
@@ -231,11 +232,10 @@ class Exporter:
         taken for the progress of a copy over the network."""
         orders = self.records.orders()
         if orders.seed != generation.hex():
-            self.records.update(state=ReplicationState.READY_FOR_INITIAL_REPLICATION, progress=None, copy=None)
+            self.records.apply(Event.NEED_FIRST_COPY, progress=None, copy=None)
             return
-        waiting = ReplicationState.WAITING_FOR_INITIAL_REPLICATION
-        state = ReplicationState.SUSPENDED if orders.suspended else waiting
-        self.records.update(state=state, error=None, hint=None, progress=None)
+        suspended = (Event.SUSPEND,) if orders.suspended else ()
+        self.records.apply(Event.AWAIT_FIRST_COPY, *suspended, error=None, hint=None, progress=None)
 
     def _meter(self, generation: bytes, *, goes_on: bool) -> Meter:
         kept = CopyProgress.from_json(self.records.copy_progress())

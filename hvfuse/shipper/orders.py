@@ -24,7 +24,8 @@ class Orders:
     needed. `cancelled`: what was staged was dropped, and nothing starts by itself before `now` or `at_ns` is ordered.
     `repair`: at `at_ns`, copy anew what verification found to differ; nothing is in doubt before that.
     `seed`: generation (hex) that was exported to a medium: copy nothing over the network before the replica
-    stands at it, or anywhere else, as only differences travel from then on.
+    stands at it, or anywhere else, as only differences travel from then on. `paused`: ship nothing at all, neither
+    cycles nor copies; nothing but `unpause` takes that back.
     """
 
     now: bool = False
@@ -34,6 +35,7 @@ class Orders:
     cancelled: bool = False
     seed: str | None = None
     repair: bool = False
+    paused: bool = False
 
     @property
     def is_beyond_need(self) -> bool:
@@ -52,7 +54,7 @@ class Orders:
             raise UsageError("a copy can be ordered for a time at most 7 days ahead")
         full = full or self.full
         repair = (repair or self.repair) and at_ns is not None and not full
-        return Orders(now=at_ns is None, at_ns=at_ns, full=full, repair=repair)
+        return Orders(now=at_ns is None, at_ns=at_ns, full=full, repair=repair, paused=self.paused)
 
     def ask(self) -> Orders:
         """Somebody waits for a copy: it is to start now, unless it is suspended or waits for its seed."""
@@ -68,7 +70,15 @@ class Orders:
 
     def cancel(self) -> Orders:
         """Give the copy up; the next one has to be ordered."""
-        return Orders(cancelled=True)
+        return Orders(cancelled=True, paused=self.paused)
+
+    def pause(self) -> Orders:
+        """Suspend replication as a whole."""
+        return replace(self, paused=True)
+
+    def unpause(self) -> Orders:
+        """Go on with everything that was suspended."""
+        return replace(self, paused=False, suspended=False)
 
     def withdraw(self) -> Orders:
         """Take back an order for a copy that is not needed and has not begun."""
@@ -91,7 +101,7 @@ class Orders:
         """What is left when no copy is needed any more. An order for one beyond that stays: it has not begun."""
         if self.is_beyond_need:
             return replace(self.later, cancelled=False, seed=None)
-        return Orders(suspended=self.suspended)
+        return Orders(suspended=self.suspended, paused=self.paused)
 
     def as_json(self) -> dict[str, Any]:
         """The fields, as they are kept in the records."""

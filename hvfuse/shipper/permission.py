@@ -2,7 +2,7 @@
 
 The first of these that applies decides:
 
-    suspended                              waits to be resumed
+    replication or its copies suspended    waits to be resumed
     exported to a medium                   waits until the replica stands anywhere: then there is no need to wait
     asked for                              goes
     ordered for a time                     waits until then, and goes
@@ -33,6 +33,7 @@ AT_ONCE_BYTES = 1 << 30
 class Cause(Enum):
     """What is so of a copy that waits, in words for an administrator."""
 
+    PAUSED = "replication is suspended"
     SUSPENDED = "is suspended"
     SEED = "waits for a seed to be imported"
     TIME = "waits for the time that was set"
@@ -103,8 +104,8 @@ def permission(
 
 def _barred(need: Need, orders: Orders) -> Cause | None:
     """What no wish for a copy comes against."""
-    if orders.suspended:
-        return Cause.SUSPENDED
+    if orders.paused or orders.suspended:
+        return Cause.PAUSED if orders.paused else Cause.SUSPENDED
     return Cause.SEED if orders.seed is not None and need.stands_at is None else None
 
 

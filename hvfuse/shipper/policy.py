@@ -6,18 +6,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from hvfuse.errors import HvfuseError
 from hvfuse.formats.digests import Algorithm
 from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.window import AT_NIGHT, AT_ONCE, Initial, Resync
+from hvfuse.states import Event, ReplicationState
 
 
 class Records(Protocol):
     """Where a VM's replication stands, kept for others to see and for after a restart."""
 
+    def apply(self, *events: Event, **fields: object) -> ReplicationState:
+        """Change the state by events in a row, and fields as `update` does, durably and in one step. Returns the
+        state. Raises StateError, and changes nothing, where `hvfuse.states` does not allow one of the events: then
+        an administrator ended or changed what the shipper was at."""
+
     def update(self, **fields: object) -> None:
-        """Keep new values, durably, of any of: `state` (ReplicationState); `error`, `hint`,
+        """Keep new values, durably, of any of: `error`, `hint`,
         `resync_reason` (text or None); `generation` (hex); `cycle`; `point` (id);
         `last_replication_time_ns`; `progress` (of a copy, 0 to 1, None when there is none); `copy`
         (`CopyProgress.as_json`, None when there is no copy); `copy_due_ns` (when a copy that waits starts by
@@ -38,6 +45,16 @@ class Records(Protocol):
 
     def copied(self, report: CopyReport) -> None:
         """Keep the statistics of a committed copy."""
+
+    def resume(self) -> None:
+        """Nothing is suspended any more, if the orders say so: the state is as it was before, until it is known how
+        things are."""
+
+    def missed(self, count: int) -> None:
+        """So many cycles were due since this was told last, and did not come."""
+
+    def failed(self, error: HvfuseError) -> None:
+        """An attempt at a cycle failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,18 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hvfuse.errors import HvfuseError, ResyncRequiredError, UnreachableError
-from hvfuse.manifest import ReplicationState
 from hvfuse.position import Position, PositionMismatchError
 from hvfuse.shipper.coalesce import DamagedLogError
 from hvfuse.shipper.compact import Compactor
 from hvfuse.shipper.copies import FULL_ORDERED, Copies
 from hvfuse.shipper.cycle import CycleReport, manifest, ship, total
 from hvfuse.shipper.decide import Action, Decision, decide, pending
+from hvfuse.shipper.doing import Doing
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.policy import Records, ShippingPolicy
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.source import ResyncScope, Source, SourceStatus
 from hvfuse.spool import SealedCycle
+from hvfuse.states import Event
 from hvfuse.system import Clock
 
 __all__ = ["RESYNC_ERRORS", "Records", "Replication", "ShippingPolicy"]
@@ -56,6 +57,7 @@ class Replication:
         between: Callable[[], None] = lambda: None,
         doubt_mismatches: Callable[[], bool] = lambda: False,
         full_begun: Callable[[bytes], None] = lambda generation: None,
+        doing: Doing | None = None,
     ) -> None:
         self._vm = vm
         self._source = source
@@ -66,6 +68,7 @@ class Replication:
         self._housekeep = housekeep
         self._between = between
         self._doubt_mismatches = doubt_mismatches
+        self._doing = doing or Doing(clock)
         self._formats: dict[str, str] = {}
         self._rotated_at = -math.inf
         # Why everything has to be compared, although neither side says so, and the generation of which that is true.
@@ -80,6 +83,7 @@ class Replication:
             clock=clock,
             between=between,
             full_begun=full_begun,
+            doing=self._doing,
         )
         self.is_joined: bool | None = None
         """Whether logs could continue the replica when that was last looked at; None: not yet."""
@@ -98,6 +102,7 @@ class Replication:
         when a copy has to wait, UnreachableError when the tracker does not run and nothing waits.
         """
         self._copies.notes.clear()
+        self._copies.demand_not_paused()
         report = self._cycle_or_copy(asked)
         if self._begin_order(self._copies.due_order()):
             report = total([report, self._cycle_or_copy(asked)])
@@ -145,6 +150,7 @@ class Replication:
         reports = []
         while True:
             self._between()
+            self._doing.begin("asks both sides where they stand")
             status, decision = self._decide()
             self.is_joined = decision.action in (Action.SHIP, Action.NOTHING)
             match decision.action:
@@ -233,6 +239,7 @@ class Replication:
     def _rotate_to(self, position: Position) -> None:
         """Seal the active cycle. Raises ResyncRequiredError if logs since `position` are missing."""
         self._rotated_at = self._clock.monotonic()
+        self._doing.begin("waits for the tracker to seal the cycle's logs")
         sealed = self._source.rotate()
         waiting = pending(position, self._source.cycles())
         if not waiting or waiting[-1].cycle < sealed:
@@ -265,10 +272,14 @@ class Replication:
             level=self._policy.level,
             clock=self._clock,
             between=self._between,
+            doing=self._doing.begin,
         )
+        self._doing.begin("waits for the tracker to let the logs go")
         self._source.release(report.generation, report.cycle)
         self._records.cycle(report)
-        self._records.update(
+        joins: dict[str, object] = {"resync_reason": None} if joined else {}
+        self._records.apply(
+            *((Event.COMMIT_POINT,) if joined else ()),
             error=None,
             hint=None,
             progress=None,
@@ -277,13 +288,13 @@ class Replication:
             cycle=report.cycle,
             point=report.point,
             last_replication_time_ns=report.sealed_ns,
+            **joins,
         )
-        if joined:
-            self._records.update(state=ReplicationState.REPLICATING, resync_reason=None)
         return report
 
     def _keep_house(self) -> None:
         """The cycle is safe whatever happens here, so a failure is told but does not fail it."""
+        self._doing.begin("has the target merge what retention lets go")
         try:
             self._housekeep()
         except HvfuseError as error:

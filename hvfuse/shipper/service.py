@@ -17,21 +17,23 @@ from functools import partial
 from typing import Any, TypeVar
 
 from hvfuse import errors, wire
-from hvfuse.errors import BusyError, HvfuseError, ResyncRequiredError, UnreachableError, UsageError
-from hvfuse.manifest import ReplicationState
+from hvfuse.errors import BusyError, HvfuseError, ResyncRequiredError, StateError, UnreachableError, UsageError
 from hvfuse.position import PositionMismatchError
 from hvfuse.shipper.copies import WaitingError
 from hvfuse.shipper.cycle import CycleReport
+from hvfuse.shipper.doing import Doing
 from hvfuse.shipper.export import Exporter, ExportReport, without_seed
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.permission import Cause
 from hvfuse.shipper.policy import Records, ShippingPolicy
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.replication import RESYNC_ERRORS, Replication
-from hvfuse.shipper.retry import next_attempt, next_interval, refusal
+from hvfuse.shipper.retry import refusal
+from hvfuse.shipper.schedule import Schedule
 from hvfuse.shipper.shown import ShownRecords
 from hvfuse.shipper.source import Source
 from hvfuse.shipper.verifier import Verifier
+from hvfuse.states import Event
 from hvfuse.system import Clock
 
 LOOK_UP = 0.5
@@ -39,11 +41,6 @@ LOOK_UP = 0.5
 
 SEED_LOOK = 10.0
 """Seconds between two looks at a replica that is to be imported."""
-
-PASSING = 300.0
-"""Seconds for which it is not told as a failure that somebody else is at the replica."""
-BUSY_PAUSE = 5.0
-"""Seconds between attempts meanwhile."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,6 +74,7 @@ class Shipper:
         self._vm = vm
         self._source = source
         self._shown = ShownRecords(records)
+        self._doing = Doing(clock)
         self._replication = Replication(
             vm=vm,
             folder=folder,
@@ -89,6 +87,7 @@ class Shipper:
             between=self.check_stop,
             doubt_mismatches=self._doubt,
             full_begun=self._full_begun,
+            doing=self._doing,
         )
         self._exporter = Exporter(
             vm=vm,
@@ -113,11 +112,9 @@ class Shipper:
                 allow_copy=self._allow_repair,
                 algorithm=policy.algorithm,
             )
-        self._frequency = policy.frequency_seconds
         self._clock = clock
-        self._due = clock.monotonic()
-        self._failing_since: float | None = None
-        self._holds_out = False  # the target is away, but will be back
+        self._schedule = Schedule(policy.frequency_seconds, due=clock.monotonic())
+        self._holds_out = False  # the target is away, but will be back; or replication is suspended
         self._waits = False  # a copy does
         self._complaint = ""
         self._stop = threading.Event()
@@ -135,12 +132,14 @@ class Shipper:
             "suspend": lambda message: _told(self.suspend()),
             "resume": lambda message: _told(self.resume()),
             "cancel": lambda message: _told(self.cancel()),
+            "pause": lambda message: _told(self._order(Orders.pause)),
+            "unpause": lambda message: _told(self._order(Orders.unpause)),
             "export": lambda message: self.request(partial(self.export, str(message.get("directory")))).as_json(),
             "unseed": lambda message: _told(self.unseed()),
             "verify": lambda message: self.request(partial(self.verify, message)),
         }
         self.missed = 0
-        """Cycles that were due while an earlier one still ran."""
+        """Cycles that were due and did not come, since this process began."""
 
     def synchronise(self) -> None:
         """Make sure that logs can continue the replica; copy the disks if they cannot. Raises HvfuseError."""
@@ -170,7 +169,7 @@ class Shipper:
     def turn(self) -> float:
         """Do what is due or asked for. Returns the seconds until something is due again (may be inf)."""
         self._serve_requests()
-        if self._clock.monotonic() >= self._due or self._until_copy() == 0:
+        if self._schedule.wait(self._clock.monotonic()) == 0 or self._until_copy() == 0:
             with contextlib.suppress(HvfuseError):  # told, and shown
                 self._attempt(asked=False)
         if self._holds_out:
@@ -179,12 +178,18 @@ class Shipper:
             self._meanwhile("a copy waits", self._replication.rest)
         if self._verifier is not None:
             self._verifier.idle()
-        return max(0.0, min(self._due - self._clock.monotonic(), self._until_copy()))
+        self._count(self._schedule.missed(self._clock.monotonic()))
+        return min(self._schedule.wait(self._clock.monotonic()), self._until_copy())
+
+    def _count(self, missed: int) -> None:
+        if missed:
+            self.missed += missed
+            self._shown.missed(missed)
 
     def _until_copy(self) -> float:
         """Seconds until a copy that waits may start by itself; inf if none does, or attempts fail anyway."""
         due_ns = self._replication.copies.due_ns
-        if due_ns is None or self._failing_since is not None:
+        if due_ns is None or self._schedule.failing_since is not None:
             return math.inf
         return max(0.0, (due_ns - self._clock.now_ns()) / 1e9)
 
@@ -222,7 +227,7 @@ class Shipper:
                 _log.warning("%s: while %s: %s", self._vm, what, error)
 
     def _attempt(self, *, asked: bool) -> CycleReport:
-        started = self._clock.monotonic()
+        started, copies = self._clock.monotonic(), self._replication.copies.committed
         self._holds_out = self._waits = False
         try:
             report = self._cycle(asked=asked)
@@ -230,43 +235,42 @@ class Shipper:
             raise
         except WaitingError as waiting:
             # No failure. Both sides are looked at again and again: what is waited for may come from elsewhere.
-            self._waits, self._failing_since = True, None
-            pause = min(self._frequency, SEED_LOOK) if waiting.wait.cause is Cause.SEED else self._frequency
-            self._due = self._clock.monotonic() + pause
+            self._holds_out = waiting.wait.cause is Cause.PAUSED
+            self._waits = not self._holds_out
+            pause = SEED_LOOK if waiting.wait.cause is Cause.SEED else None
+            self._schedule.waits(self._clock.monotonic(), pause)
             raise
         except HvfuseError as error:
             self._failed(error, started)
             raise
-        finished = self._clock.monotonic()
-        if self._failing_since is not None:
-            self._failing_since, self._due = None, started
-        if started >= self._due:
-            self._due, missed = next_interval(self._due, finished, self._frequency)
-            self.missed += missed
+        finally:
+            self._doing.rest()
+        copied = self._replication.copies.committed != copies
+        self._count(self._schedule.succeeded(started, self._clock.monotonic(), copied=copied))
         return report
 
     def _failed(self, error: HvfuseError, started: float) -> None:
         """Say so, and set when to try again: by the ladder, or not before somebody asks."""
-        if self._failing_since is None:
-            self._failing_since = started
-        if isinstance(error, BusyError) and self._clock.monotonic() - self._failing_since < PASSING:
+        now = self._clock.monotonic()
+        if isinstance(error, BusyError) and self._schedule.is_passing(started, now):
             # Two who take turns at the replica, such as an import. That is over in a moment, and no trouble.
             _log.info("%s: %s", self._vm, error)
-            self._due, self._holds_out = self._clock.monotonic() + BUSY_PAUSE, True
+            self._holds_out = True
             return
         _log.warning("%s: %s", self._vm, error)
         lost = isinstance(error, RESYNC_ERRORS)
-        if lost:
-            self._shown.update(state=ReplicationState.WAITING_FOR_START_RESYNCHRONIZE, resync_reason=str(error))
-        elif not error.recoverable:
-            self._shown.update(state=ReplicationState.ERROR)
-        self._shown.update(error=str(error), hint=error.hint)
         self._holds_out = error.recoverable and not lost
-        if lost or error.recoverable:
-            elapsed = self._clock.monotonic() - self._failing_since
-            self._due = self._failing_since + next_attempt(elapsed)
+        self._schedule.failed(started, now, lasting=not (lost or error.recoverable))
+        if isinstance(error, StateError):
+            return  # replication was ended, or failed over: there is nothing to tell of that
+        self._shown.failed(error)
+        fields: dict[str, object] = {"error": str(error), "hint": error.hint}
+        if lost:
+            self._shown.apply(Event.NEED_RESYNC, resync_reason=str(error), **fields)
+        elif not error.recoverable:
+            self._shown.apply(Event.FAIL, **fields)
         else:
-            self._due = math.inf
+            self._shown.update(**fields)
 
     def check_stop(self) -> None:
         """Raises StoppedError once the shipper was told to stop."""
@@ -289,6 +293,8 @@ class Shipper:
         resync  full, at_ns  -> "orders"; `order_resync`
         suspend              -> "orders"
         resume               -> "orders"
+        pause                -> "orders"; nothing is shipped any more, writes are logged
+        unpause              -> "orders"; takes back both kinds of suspension
         cancel               -> "orders"
         export  directory    -> the fields of `ExportReport`, once the medium is complete
         unseed               -> "orders"
@@ -308,7 +314,7 @@ class Shipper:
             raise _for_the_wire(error) from error
 
     def _status(self) -> Mapping[str, object]:
-        return {"vm": self._vm, "missed": self.missed, **self._shown.fields}
+        return {"vm": self._vm, "missed": self.missed, **self._doing.as_json(), **self._shown.fields}
 
     def _stop_soon(self) -> Mapping[str, object]:
         self._stop.set()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 
+from hvfuse.errors import HvfuseError
 from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.policy import Records
+from hvfuse.states import Event, ReplicationState
 
 
 class ShownRecords:
@@ -19,11 +21,19 @@ class ShownRecords:
         self._changing = threading.Lock()  # of `fields`, which is replaced as a whole: any thread may read it
         self.fields: Mapping[str, object] = {}
 
+    def apply(self, *events: Event, **fields: object) -> ReplicationState:
+        state = self._records.apply(*events, **fields)
+        self._show({**fields, "state": state})
+        return state
+
     def update(self, **fields: object) -> None:
+        self._show(fields)
+        self._records.update(**fields)
+
+    def _show(self, fields: Mapping[str, object]) -> None:
         told = {name: value.as_json() if isinstance(value, Orders) else value for name, value in fields.items()}
         with self._changing:
             self.fields = {**self.fields, **told}
-        self._records.update(**fields)
 
     def orders(self) -> Orders:
         return self._records.orders()
@@ -44,3 +54,12 @@ class ShownRecords:
         with self._changing:
             self.fields = {**self.fields, "last_copy": report.as_json()}
         self._records.copied(report)
+
+    def resume(self) -> None:
+        self._records.resume()
+
+    def missed(self, count: int) -> None:
+        self._records.missed(count)
+
+    def failed(self, error: HvfuseError) -> None:
+        self._records.failed(error)

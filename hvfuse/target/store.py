@@ -214,7 +214,7 @@ class Store:
         `owner`: see `schema.Pin`; "kind" and whatever is to be found again. This process is put down as
         the holder unless "pid" names another. Raises NotFoundError.
         """
-        filled = {"kind": "reader", **_holder(int(owner.get("pid") or os.getpid())), **owner}
+        filled = {"kind": "reader", **system.process_identity(int(owner.get("pid") or os.getpid())), **owner}
         json.dumps(filled)  # must be JSON; better found out here than in the middle of a transaction
 
         def act(txn: Txn) -> int:
@@ -235,7 +235,7 @@ class Store:
 
     def update_pin(self, pin_id: int, owner: Mapping[str, Any]) -> Pin:
         """Change fields of a pin's owner: a "pid" brings its boot and start along. Raises NotFoundError."""
-        changes = {**(_holder(int(owner["pid"])) if owner.get("pid") else {}), **owner}
+        changes = {**(system.process_identity(int(owner["pid"])) if owner.get("pid") else {}), **owner}
 
         def act(txn: Txn) -> Pin:
             key, pins = schema.u64(pin_id), self.env.db(schema.PINS)
@@ -291,24 +291,6 @@ class Store:
         return number
 
 
-def _holder(pid: int) -> dict[str, Any]:
-    """What identifies a process, even after its pid was given to another."""
-    return {"pid": pid, "boot_id": system.boot_id().hex(), "process_start": process_start(pid)}
-
-
-def process_start(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None if there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[19])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-
-
 def holder_is_alive(pin: Pin) -> bool:
     """Whether the process that holds a pin still runs."""
-    owner = pin.owner
-    started = process_start(int(owner["pid"]))
-    return (
-        owner.get("boot_id") == system.boot_id().hex() and started is not None and started == owner.get("process_start")
-    )
+    return system.is_running(pin.owner)

@@ -8,9 +8,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from hvfuse.control.records import Records
-from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.orders import Orders
+from hvfuse.states import ReplicationState
 from tests.cli.conftest import CommandLine
+
+from ..state_paths import leading_to
 
 
 def orders(hvfuse: CommandLine) -> Orders:
@@ -19,8 +21,9 @@ def orders(hvfuse: CommandLine) -> Orders:
 
 
 def recorded(hvfuse: CommandLine, **fields: object) -> None:
+    state = ReplicationState(fields.pop("state", ReplicationState.DISABLED))
     with Records(str(hvfuse.root / "state" / "records")) as records:
-        records.update("vm", **fields)
+        records.apply("vm", *leading_to(state, records.read("vm").state), **fields)
 
 
 def a_copy(kind: str, *, bytes_total: int = 4096) -> dict[str, object]:
@@ -75,6 +78,7 @@ def test_a_time_is_kept_for_the_shipper_to_come(hvfuse: CommandLine) -> None:
         "orders": {
             "at": due, "now": False, "full": True, "suspended": False, "cancelled": False, "seed": None,
             "repair": False,
+            "paused": False,
         },
     }  # fmt: skip
     assert hvfuse("resync", "vm", "--at", "18:30") == 0

@@ -30,6 +30,7 @@ NO_ORDERS = {
     "cancelled": False,
     "seed": None,
     "repair": False,
+    "paused": False,
 }
 LOCKER = """
 import lmdb, sys

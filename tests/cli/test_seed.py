@@ -12,8 +12,8 @@ import pytest
 
 from hvfuse import system, wire
 from hvfuse.control.records import Records
-from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.orders import Orders
+from hvfuse.states import Event
 from hvfuse.target.journal import PointReader
 from hvfuse.target.store import Store
 from tests.cli.conftest import CommandLine
@@ -375,8 +375,7 @@ def test_an_export_does_not_wait_behind_a_copy_over_the_network(
     shipper = str(hvfuse.root / "state" / "vms" / "vm" / "shipper.sock")
     assert hvfuse("status") == 0
     with Records(str(hvfuse.root / "state" / "records")) as records:
-        state = ReplicationState.INITIAL_REPLICATION_IN_PROGRESS
-        records.update("vm", state=state, copy={"kind": "initial"})
+        records.apply("vm", Event.ENABLE, Event.START, copy={"kind": "initial"})
     with closing(wire.Listener(shipper, lambda message: {}, name="shipper")):
         assert hvfuse("seed", "export", "vm", str(tmp_path / "m")) == 6
     assert "hvfuse resync vm --suspend" in hvfuse.err

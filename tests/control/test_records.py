@@ -6,17 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lmdb
 import pytest
 
-from hvfuse.control import records as records_module
+from hvfuse.control import statistics
 from hvfuse.control.records import CycleRecord, Records, VmRecord
 from hvfuse.errors import CorruptError, UnsupportedError
-from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.orders import Orders
+from hvfuse.states import Event, ReplicationState
+
+from .children import HandClock
 
 
 def cycle(number: int) -> CycleRecord:
@@ -33,7 +36,7 @@ def test_a_vm_without_a_record_was_never_replicated(tmp_path: Path) -> None:
 
 def test_fields_change_one_by_one_and_survive_reopening(tmp_path: Path) -> None:
     with Records(str(tmp_path)) as records:
-        records.of("vm").update(state=ReplicationState.REPLICATING, cycle=3, point="p-3")
+        records.of("vm").apply(Event.ENABLE, Event.COMMIT_POINT, cycle=3, point="p-3")
         records.of("vm").update(error="no space", hint="make room")
         records.of("vm2").update(progress=0.25)
     with Records(str(tmp_path)) as records:
@@ -54,7 +57,7 @@ def test_a_field_that_does_not_exist_cannot_be_set(tmp_path: Path) -> None:
 def test_cycles_are_kept_in_order_up_to_the_limit_and_apart_by_vm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records_module, "CYCLES_KEPT", 5)
+    monkeypatch.setattr(statistics, "CYCLES_KEPT", 5)
     with Records(str(tmp_path)) as records:
         for number in range(1, 9):
             records.add_cycle("vm", cycle(number))
@@ -69,9 +72,11 @@ def test_a_shippers_report_becomes_a_cycle_record(tmp_path: Path) -> None:
         vm="vm", point="p-7", generation=bytes(16), cycle=7, sealed_ns=7, bytes_logged=3, bytes_coalesced=2,
         bytes_zero=0, bytes_sent=1, frames_sent=1, frames_held=0, seconds=0.5,
     )  # fmt: skip
-    with Records(str(tmp_path)) as records:
+    clock = HandClock()
+    clock.at = 60.0
+    with Records(str(tmp_path), clock=clock) as records:
         records.of("vm").cycle(report)
-        assert records.cycles("vm") == [cycle(7)]
+        assert records.cycles("vm") == [replace(cycle(7), latency=(60 * 10**9 - 7) / 1e9)]
 
 
 WRITER = """

@@ -21,10 +21,10 @@ from hvfuse.control.records import VmRecord
 from hvfuse.control.status import Health, VmStatus, vm_status
 from hvfuse.extent import Extent
 from hvfuse.formats.digests import BLOCK
-from hvfuse.manifest import ReplicationState
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.proofs import Proofs
 from hvfuse.shipper.window import Initial, Resync
+from hvfuse.states import ReplicationState
 
 NOW_NS = 1_800_000_000 * 10**9
 TRACKER: Mapping[str, Any] = {

@@ -21,7 +21,7 @@ from hvfuse.control.sample import make_sample
 from hvfuse.control.supervisor import SCAN_SECONDS, Supervisor, find_vms, only_supervisor, require_no_supervisor
 from hvfuse.errors import BusyError
 from hvfuse.formats.image import ImageFormat, probe
-from hvfuse.manifest import ReplicationState
+from hvfuse.states import Event
 from hvfuse.system import Clock
 from tests.control.children import REFUSER, HandClock, server, until
 
@@ -190,7 +190,7 @@ def test_at_start_only_a_folder_that_was_written_to_just_now_has_to_wait(
         add_vm(home, vm)
     for vm in ("fresh", "known"):
         os.utime(Path(home.folder(vm)) / "os.raw", (clock.at - 1, clock.at - 1))
-    records.update("known", state=ReplicationState.REPLICATING)
+    records.apply("known", Event.ENABLE, Event.COMMIT_POINT)
     supervisor = make()
     supervisor.tick()
     assert list(supervisor.vms) == ["known", "old"]

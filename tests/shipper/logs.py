@@ -22,6 +22,7 @@ from hvfuse.reconcile import plan
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.source import Regions, ResyncScope, SourceDisk, SourceStatus
 from hvfuse.spool import SealedCycle
+from hvfuse.states import Event, ReplicationState, next_state
 
 
 @dataclass(frozen=True)
@@ -419,6 +420,13 @@ class NoRecords:
 
     def __init__(self) -> None:
         self._orders = Orders()
+        self.state = ReplicationState.READY_FOR_INITIAL_REPLICATION
+
+    def apply(self, *events: Event, **fields: object) -> ReplicationState:
+        for event in events:
+            self.state = next_state(self.state, event)
+        self.update(**fields)
+        return self.state
 
     def update(self, **fields: object) -> None:
         self._orders = fields.get("orders", self._orders)
@@ -436,3 +444,9 @@ class NoRecords:
     def cycle(self, report: object) -> None: ...
 
     def copied(self, report: object) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def missed(self, count: int) -> None: ...
+
+    def failed(self, error: object) -> None: ...

@@ -10,7 +10,6 @@ import pytest
 
 from hvfuse import wire
 from hvfuse.errors import HvfuseError, UnreachableError, UsageError
-from hvfuse.manifest import ReplicationState
 from hvfuse.position import NO_DIGEST, Position
 from hvfuse.shipper import permission
 from hvfuse.shipper.copies import WaitingError
@@ -19,6 +18,7 @@ from hvfuse.shipper.replication import ShippingPolicy
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import ResyncScope
 from hvfuse.shipper.window import ALWAYS, NIGHT, Initial, Resync
+from hvfuse.states import ReplicationState
 
 from .logs import REGION, Killed, MemoryReplica, random_bytes, tracked, write
 from .test_service import MIB, Site, running

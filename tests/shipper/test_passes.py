@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint, ReplicationState
+from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import ResyncScope, SourceStatus
+from hvfuse.states import ReplicationState
 
 from .logs import REGION, Killed, MemoryReplica, Tracked, random_bytes, tracked, write
 from .test_service import MIB, Clock, Kept, Site

@@ -9,12 +9,12 @@ import pytest
 
 from hvfuse.errors import HvfuseError, UsageError
 from hvfuse.formats.digests import BLOCK
-from hvfuse.manifest import ReplicationState
 from hvfuse.shipper import proofs
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.replication import ShippingPolicy
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import TrackerSource
+from hvfuse.states import ReplicationState
 from hvfuse.target.local import LocalReplica
 
 from .test_service import Clock

@@ -3,10 +3,10 @@
 import pytest
 
 from hvfuse.errors import UnreachableError
-from hvfuse.manifest import ReplicationState
 from hvfuse.position import NO_DIGEST, Position
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import ResyncScope
+from hvfuse.states import ReplicationState
 
 from .logs import REGION, Killed, MemoryReplica, Tracked, random_bytes, tracked, write
 from .test_service import MIB, Site
