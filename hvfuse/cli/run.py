@@ -15,7 +15,8 @@ import click
 
 from hvfuse.cli.main import Session
 from hvfuse.cli.output import is_terminal
-from hvfuse.cli.status import plain_line, reason_lines, statuses, table
+from hvfuse.cli.screen import plain_line, reason_lines, table
+from hvfuse.cli.status import statuses
 from hvfuse.control.copying import percent
 from hvfuse.control.records import Records
 from hvfuse.control.status import VmStatus

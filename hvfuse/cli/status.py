@@ -12,17 +12,17 @@ import click
 
 from hvfuse.cli.main import Session
 from hvfuse.cli.output import emit_json, is_terminal, json_option, one_line, time_text
+from hvfuse.cli.screen import detail, reason_lines, summary, table
 from hvfuse.cli.wiring import store_facts
-from hvfuse.control.copying import percent
-from hvfuse.control.records import Records, VmRecord
+from hvfuse.control.config import VmPolicy
+from hvfuse.control.facts import Past
+from hvfuse.control.forecast import LOOK_BACK, Forecast
+from hvfuse.control.records import Records, VmRecord, absence
 from hvfuse.control.status import Health, VmStatus, is_protected, vm_status
 from hvfuse.control.supervisor import find_vms
 from hvfuse.errors import NotFoundError, UsageError
-from hvfuse.words import bytes_text, duration_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from hvfuse.shipper.orders import Orders
     from hvfuse.shipper.proofs import Verified
 
@@ -34,20 +34,22 @@ _COPY_FIELDS = (
     "kind", "generation", "pass", "bytes_total", "bytes_done", "bytes_sent", "bytes_saved", "seconds",
     "bytes_per_second", "seconds_left",
 )  # fmt: skip
-_COLOURS = {Health.NORMAL: "green", Health.WARNING: "yellow", Health.CRITICAL: "red"}
+MONITORING_SECONDS = 43200.0
+"""Over which health looks back."""
 
 
 @click.command()
 @click.argument("vm", required=False)
 @click.option("--watch", is_flag=True, help="Show it again every 2 seconds, until Ctrl-C.")
-@click.option("--check", is_flag=True, help="Exit with 3 if the worst health is Warning, 4 if Critical.")
 @json_option
 @click.pass_obj
-def status(session: Session, vm: str | None, watch: bool, check: bool, as_json: bool) -> None:
-    """Show how replication is doing: state, health, and what the target lacks.
+def status(session: Session, vm: str | None, watch: bool, as_json: bool) -> None:
+    """Show how replication is doing: state, health, and what would be lost if the source were gone now.
 
-    RPO is the age of the newest recovery point; pending is what the logs hold that the store lacks.
-    Below a VM that is not well stand the reasons, each with the next command to type.
+    Of all VMs, or everything there is to know of one. RPO is the age of the newest recovery point; pending is what
+    was written and the store lacks. Below a VM that is not well stand the reasons, each with the next command to type.
+
+    Ends with 0 if all is well, 3 if the worst health is Warning, 4 if it is Critical.
     """
     if watch and as_json:
         raise UsageError("--watch shows text: it does not go together with --json", hint="hvfuse status --help")
@@ -60,13 +62,12 @@ def status(session: Session, vm: str | None, watch: bool, check: bool, as_json: 
                     raise NotFoundError(f"there is no VM {vm} in {session.home.disks}", hint="hvfuse status")
             if watch:
                 click.clear()
-            show(found, as_json=as_json, disks=session.home.disks)
+            show(found, as_json=as_json, disks=session.home.disks, whole=vm is not None)
             if not watch:
                 break
             time.sleep(WATCH_SECONDS)
-    if check:
-        worst = max((one.health for one in found), default=Health.NORMAL)
-        click.get_current_context().exit(_EXIT_CODES[worst])
+    worst = max((one.health for one in found), default=Health.NORMAL)
+    click.get_current_context().exit(_EXIT_CODES[worst])
 
 
 @contextmanager
@@ -84,15 +85,16 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
         def ask() -> list[VmStatus]:
             known = {vm: records.read(vm) for vm in records.names()} if records is not None else {}
             protected = {vm for vm, record in known.items() if is_protected(record)}
+            now_ns = time.time_ns()
             return [
                 vm_status(
                     home,
                     vm,
                     record=known.get(vm, VmRecord()),
                     policy=session.config.policy(vm),
-                    points=facts.points,
-                    forgotten=facts.forgotten,
-                    now_ns=time.time_ns(),
+                    target=facts.facts,
+                    past=_past(records, vm, known.get(vm, VmRecord()), session.config.policy(vm), now_ns=now_ns),
+                    now_ns=now_ns,
                 )
                 for vm in sorted({*protected, *find_vms(home)})
             ]
@@ -100,8 +102,22 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
         yield ask
 
 
-def show(found: Sequence[VmStatus], *, as_json: bool, disks: str) -> None:
-    """Print statuses: JSON, or a table with the reasons below it."""
+def _past(records: Records | None, vm: str, record: VmRecord, policy: VmPolicy, *, now_ns: int) -> Past:
+    """What the monitoring interval tells of a VM."""
+    if records is None:
+        return Past()
+    now = now_ns // 10**9
+    begin = max(now - int(MONITORING_SECONDS), (record.measured_since_ns or 0) // 10**9)
+    sums = records.statistics.over(vm, first=begin, last=now)
+    return Past(
+        interval=MONITORING_SECONDS,
+        sums=sums.plus(absence(record, policy.frequency, now_ns=now_ns)),
+        cycles=records.statistics.cycles(vm, newest=LOOK_BACK),
+    )
+
+
+def show(found: Sequence[VmStatus], *, as_json: bool, disks: str, whole: bool = False) -> None:
+    """Print statuses: JSON, or a table with the reasons below it; `whole`: everything there is to know."""
     if as_json:
         emit_json({"vms": [as_fields(one) for one in found]})
         return
@@ -111,8 +127,12 @@ def show(found: Sequence[VmStatus], *, as_json: bool, disks: str) -> None:
     from rich.console import Console
 
     console = Console(width=None if is_terminal() else PIPE_WIDTH)
-    console.print(table(found))
-    for line in (*reason_lines(found), *_verified_lines(found)):
+    if whole:
+        lines = [line for one in found for line in detail(one)]
+    else:
+        console.print(table(found))
+        lines = [*reason_lines(found), *_verified_lines(found), *summary(found)]
+    for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -122,12 +142,19 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
     return {
         "name": status.name,
         "state": status.state.value,
-        "health": str(status.health),
+        "health": str(status.health) if status.is_protected or status.reasons else "NotApplicable",
+        "allowed": list(status.allowed),
         "last_cycle": status.last_cycle,
         "last_replication_time": None if last is None else time_text(last),
         "rpo_seconds": None if status.rpo_seconds is None else round(status.rpo_seconds, 3),
         "pending_bytes": status.pending_bytes,
         "points": status.points,
+        "latest_point": status.latest_point,
+        "replica_state": None if status.replica_state is None else status.replica_state.value,
+        "tests": status.tests,
+        "frequency": status.frequency,
+        "monitoring": _monitoring_fields(status.past),
+        "forecast": _forecast_fields(status.forecast),
         "copy": copy_fields(status.copy),
         "copy_due": None if status.copy_due_ns is None else time_text(status.copy_due_ns),
         "orders": orders_fields(status.orders),
@@ -142,9 +169,37 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
                 "health": str(reason.health),
                 "text": reason.text,
                 "next_command": reason.next_command,
+                "allowed": list(status.allowed),
+                "evidence": dict(reason.evidence),
             }
             for reason in status.reasons
         ],
+    }
+
+
+def _monitoring_fields(past: Past) -> dict[str, Any]:
+    """What the monitoring interval tells, as it stands in JSON."""
+    sums = past.sums
+    return {
+        "interval_seconds": past.interval,
+        "successful": sums.successful,
+        "missed": sums.missed,
+        "network_failures": sums.network_failures,
+        "replication_failures": sums.replication_failures,
+        "mean_latency_seconds": round(sums.mean_latency, 3),
+        "mean_bytes": round(sums.mean_size),
+    }
+
+
+def _forecast_fields(forecast: Forecast) -> dict[str, Any]:
+    """How the logs grow, as it stands in JSON."""
+    return {
+        "bytes_per_second": None if forecast.rate is None else round(forecast.rate),
+        "log_bytes": forecast.used,
+        "soft_limit_bytes": forecast.soft_limit,
+        "hard_limit_bytes": forecast.hard_limit,
+        "seconds_to_soft_limit": forecast.seconds_to_soft_limit,
+        "seconds_to_hard_limit": forecast.seconds_to_hard_limit,
     }
 
 
@@ -190,50 +245,3 @@ def orders_fields(orders: Orders) -> dict[str, Any]:
     fields = orders.as_json()
     at_ns = fields.pop("at_ns")
     return {"at": None if at_ns is None else time_text(at_ns), **fields}
-
-
-def table(found: Sequence[VmStatus]) -> Table:
-    """The statuses for a terminal."""
-    from rich.cells import cell_len
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    # A narrow terminal cuts what it must, but never what tells the VMs apart and how they are.
-    shown.add_column("VM", no_wrap=True, min_width=max((cell_len(one.name) for one in found), default=0))
-    shown.add_column("STATE", no_wrap=True, min_width=max((len(_state_text(one)) for one in found), default=0))
-    for column in ("HEALTH", "LATEST POINT", "RPO", "PENDING", "POINTS"):
-        shown.add_column(column, no_wrap=True, justify="right" if column in ("PENDING", "POINTS") else "left")
-    for one in found:
-        shown.add_row(
-            Text(one.name),
-            _state_text(one),
-            f"[{_COLOURS[one.health]}]{one.health}[/]",
-            one.latest_point or "-",
-            "unknown" if one.rpo_seconds is None else duration_text(one.rpo_seconds),
-            bytes_text(one.pending_bytes),
-            str(one.points),
-        )
-    return shown
-
-
-def _state_text(status: VmStatus) -> str:
-    progress = f" {percent(status.copy)}%" if status.copy is not None else ""
-    return f"{status.state}{progress}"
-
-
-def reason_lines(found: Sequence[VmStatus]) -> Iterator[str]:
-    """Why VMs are not well, and what to type."""
-    for one in found:
-        for reason in one.reasons:
-            yield one_line(f"{one.name}: {reason.health}: {reason.text}")
-            if reason.next_command:
-                yield f"    next: {reason.next_command}"
-
-
-def plain_line(status: VmStatus) -> str:
-    """One line for a log: "sample: Replicating, point 1f3b9c2e-000001, 0 B pending"."""
-    point = f"point {status.latest_point}" if status.latest_point else "no point yet"
-    worst = next((reason.text for reason in status.reasons if reason.health is status.health), None)
-    trouble = f"; {status.health}: {worst}" if worst is not None else ""
-    return f"{status.name}: {_state_text(status)}, {point}, {bytes_text(status.pending_bytes)} pending{trouble}"

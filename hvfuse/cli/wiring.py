@@ -14,6 +14,7 @@ from hvfuse.errors import BusyError, NotFoundError, StateError
 from hvfuse.states import Event, ReplicationState
 
 if TYPE_CHECKING:
+    from hvfuse.control.facts import TargetFacts
     from hvfuse.position import Position
     from hvfuse.shipper.service import Shipper
     from hvfuse.target.store import Store
@@ -92,12 +93,27 @@ class StoreFacts:
         self._home = home
         self._store: Store | None = None
 
-    def points(self, vm: str) -> int:
-        """How many recovery points a VM has."""
+    def facts(self, vm: str) -> TargetFacts:
+        """What the health rules want to know."""
+        from hvfuse.control import trial
+        from hvfuse.control.facts import StandingTest, TargetFacts
+
         try:
-            return self._open().point_count(vm)
+            store = self._open()
+            count, newest, state = store.summary(vm)
         except NotFoundError:
-            return 0
+            return TargetFacts()
+        tests = tuple(
+            StandingTest(id=pin.id, since_ns=pin.created_ns, is_served=trial.is_alive(pin))
+            for pin in trial.trials(store, vm)
+        )
+        return TargetFacts(
+            points=count,
+            newest_id=None if newest is None else newest.id,
+            newest_ns=None if newest is None else newest.time_ns,
+            state=ReplicationState(state) if state else None,
+            tests=tests,
+        )
 
     def position(self, vm: str) -> Position | None:
         """Where the replica of a VM stands; None if it has none."""
@@ -105,15 +121,6 @@ class StoreFacts:
             return self._open().vm(vm).position
         except NotFoundError:
             return None
-
-    def forgotten(self, vm: str) -> list[int]:
-        """The ids of a VM's test failovers whose processes are gone."""
-        from hvfuse.control import trial
-
-        try:
-            return [pin.id for pin in trial.trials(self._open(), vm) if not trial.is_alive(pin)]
-        except NotFoundError:
-            return []
 
     def close(self) -> None:
         """Let the store go."""

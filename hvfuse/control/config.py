@@ -76,6 +76,7 @@ class VmPolicy:
     digest: Literal["xxh3", "blake3"] = "xxh3"
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     exclude: frozenset[str] = frozenset()
+    app_consistent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -168,7 +168,14 @@ class Records:
     def add_cycle(self, vm: str, cycle: CycleRecord) -> None:
         """Keep a cycle's statistics; durable."""
         now_ns = self._clock.now_ns()
-        self._database.write(lambda txn: statistics.add_cycle(txn, vm, cycle, now_ns=now_ns))
+
+        def act(txn: Transaction) -> None:
+            statistics.add_cycle(txn, vm, cycle, now_ns=now_ns)
+            kept = txn.get(_vm_key(vm))
+            if kept is not None:
+                txn.put(_vm_key(vm), {**kept, "counted_ns": now_ns, "last_applied_time_ns": now_ns})
+
+        self._database.write(act)
 
     def count(self, vm: str, *sums: Sums, until_ns: int | None = None) -> None:
         """Count what happened; `until_ns`: until when missed cycles are counted with it. Durable."""
@@ -204,6 +211,14 @@ class Records:
 
 _COUNTED = frozenset({ReplicationState.REPLICATING, ReplicationState.ERROR})
 """States in which a cycle that is due and does not come is missed."""
+
+
+def absence(record: VmRecord, frequency: float, *, now_ns: int) -> Sums:
+    """The cycles that were missed since somebody last counted them: nobody ran, or what ran stood still."""
+    sums = Sums(begin=statistics.stretch(now_ns))
+    if record.state not in _COUNTED or record.counted_ns is None or record.orders.get("paused"):
+        return sums
+    return replace(sums, missed=max(0, int((now_ns - record.counted_ns) / 1e9 // frequency) - 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,6 +196,14 @@ class Store:
         found = scan(txn, self.env, schema.POINT_IDS, start, stop)
         return [schema.unpack_listing(raw) for _, raw in found]
 
+    def summary(self, vm: str) -> tuple[int, RecoveryPoint | None, str]:
+        """How many recovery points there are, the newest of them, and the replica's state. Raises NotFoundError."""
+        with self.env.read() as txn:
+            record = self.load_vm(txn, vm)
+            newest = self._newest_point(txn, record)
+            point = None if newest is None else newest.recovery_point(vm)
+            return len(self.listed(txn, record)), point, record.state
+
     def point_count(self, vm: str) -> int:
         """How many recovery points there are. Raises NotFoundError."""
         with self.env.read() as txn:

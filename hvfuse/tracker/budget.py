@@ -27,9 +27,7 @@ class Budget:
         """Why the logs must not grow any more; None while they may. Caller holds the gate."""
         copying = resync.is_resyncing(disks)
         limit = self._soft_limit if copying and resync.scope(disks) is Scope.FULL else self._hard_limit
-        active = sum(disk.log.stored for disk, _ in disks if disk.log is not None)
-        capacity = sum(max(disk.capacity, disk.size()) for disk, _ in disks)
-        if self.sealed + active <= max(limit * capacity, LEAST_LIMIT):
+        if self.used(disks) <= _bytes(limit, disks):
             return None
         if not copying:
             return f"the logs that the target has not taken have reached {limit:.0%} of the disks' size"
@@ -37,3 +35,22 @@ class Budget:
             f"the logs reached {limit:.0%} of the disks' size before the copy was complete: what is written from "
             "now on is marked, and compared in another pass"
         )
+
+    def used(self, disks: list[Tracked]) -> int:
+        """Bytes that the logs hold. A log that is given up at this moment counts or not."""
+        logs = [disk.log for disk, _ in disks]
+        return self.sealed + sum(log.stored for log in logs if log is not None)
+
+    def status(self, disks: list[Tracked]) -> dict[str, int]:
+        """For the control socket, in bytes."""
+        return {
+            "log_bytes": self.used(disks),
+            "soft_limit_bytes": int(_bytes(self._soft_limit, disks)),
+            "hard_limit_bytes": int(_bytes(self._hard_limit, disks)),
+        }
+
+
+def _bytes(limit: float, disks: list[Tracked]) -> float:
+    """What a limit, part of the disks' size, comes to."""
+    capacity = sum(max(disk.capacity, disk.size()) for disk, _ in disks)
+    return max(limit * capacity, LEAST_LIMIT)

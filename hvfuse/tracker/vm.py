@@ -461,4 +461,5 @@ class TrackedVm:
             "untracked": sorted(present - set(self.disks)),
             "excluded": sorted(name for name, disk in self.disks.items() if disk.state is None),
             "disks": report.tracked_status(disks),
+            **self._budget.status(disks),
         }

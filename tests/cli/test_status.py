@@ -15,7 +15,8 @@ def test_names_and_states_are_whole_however_many_columns_a_pipe_has(
         hvfuse.add_vm(name)
     assert hvfuse("status") == 0
     lines = hvfuse.out.splitlines()
-    assert [line.split()[:3] for line in lines[1:]] == [[name, "Disabled", "Normal"] for name in names]
+    assert [line.split()[:3] for line in lines[1:-1]] == [[name, "Disabled", "-"] for name in names]
+    assert lines[-1] == f"nothing is replicated; next: hvfuse replication enable {names[0]}"
 
 
 def test_a_name_that_looks_like_markup_is_shown_as_it_is(hvfuse: CommandLine) -> None:

@@ -109,8 +109,10 @@ def test_all_of_it_is_proved_and_the_status_says_so(hvfuse: CommandLine, disk: P
     (vm,) = hvfuse.json("status")["vms"]
     assert list(vm["verified"]) == ["proved_30d", "oldest", "continuous", "last_run", "mismatches"]
     assert (vm["verified"]["proved_30d"], vm["verified"]["last_run"]["seed"]) == (1.0, 7)
-    assert hvfuse("status", "vm") == 0
+    assert hvfuse("status") == 4, "no shipper runs"
     assert "vm: 100 % of blocks proved in the last 30 days\n" in hvfuse.out
+    assert hvfuse("status", "vm") == 4
+    assert "proved   100 % of blocks proved in the last 30 days\n" in hvfuse.out
     assert hvfuse("verify", "vm", "--all") == 0
     assert re.match(r"vm: 8 MiB compared in \S+ s, seed \d+: no mismatch\n", hvfuse.out)
 
@@ -141,7 +143,7 @@ def test_one_flipped_byte_ends_with_7_is_critical_and_can_be_repaired(hvfuse: Co
     (reason,) = [reason for reason in vm["reasons"] if reason["id"] == "verify-mismatch"]
     assert (reason["health"], reason["next_command"]) == ("Critical", "hvfuse verify vm --repair")
     assert f"os.raw: offset {3 * MIB}, length {BLOCK}" in reason["text"]
-    assert hvfuse("status", "--check") == 4
+    assert hvfuse("status") == 4
     found = hvfuse.json("verify", "vm", "--all", code=7)
     assert [(each["disk"], each["offset"], each["length"]) for each in found["mismatches"]] == [
         ("os.raw", 3 * MIB, BLOCK)

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from hvfuse import wire
-from hvfuse.control import status as status_module
+from hvfuse.control import facts
 from hvfuse.control.config import Config, VmPolicy
+from hvfuse.control.facts import Past, StandingTest, TargetFacts
 from hvfuse.control.home import Home
 from hvfuse.control.instants import instant_text
 from hvfuse.control.records import VmRecord
+from hvfuse.control.statistics import Sums
 from hvfuse.control.status import Health, VmStatus, vm_status
 from hvfuse.extent import Extent
 from hvfuse.formats.digests import BLOCK
@@ -65,13 +67,25 @@ def ask(home: Home) -> Iterator[Ask]:
             shipper: bool = True,
             policy: VmPolicy | None = None,
             vm: str = "vm",
+            target: TargetFacts | None = None,
+            sums: Sums | None = None,
+            doing: Mapping[str, Any] | None = None,
         ) -> VmStatus:
             if tracker is not None:
                 listener = wire.Listener(home.tracker_socket("vm"), lambda _: tracker, name="tracker")
                 stack.callback(listener.close)
             if shipper:
-                stack.callback(wire.Listener(home.shipper_socket("vm"), lambda _: {}, name="shipper").close)
-            return vm_status(home, vm, record=record, policy=policy or VmPolicy(), points=lambda _: 3, now_ns=NOW_NS)
+                told = doing or {}
+                stack.callback(wire.Listener(home.shipper_socket("vm"), lambda _: told, name="shipper").close)
+            return vm_status(
+                home,
+                vm,
+                record=record,
+                policy=policy or VmPolicy(),
+                target=lambda _: target or TargetFacts(points=3, newest_id=record.point, newest_ns=NOW_NS),
+                past=Past(sums=sums or Sums(begin=0)),
+                now_ns=NOW_NS,
+            )
 
         yield asked
 
@@ -94,7 +108,7 @@ def test_a_vm_that_replicates_is_normal_and_its_figures_add_up(ask: Ask) -> None
 def test_a_folder_that_was_never_replicated_is_disabled_and_nothing_is_known(ask: Ask) -> None:
     status = ask(VmRecord(), tracker=None, shipper=False)
     assert (status.state, status.health) == (ReplicationState.DISABLED, Health.NORMAL)
-    assert (status.rpo_seconds, status.last_replication_time_ns, status.pending_bytes) == (None, None, 0)
+    assert (status.rpo_seconds, status.last_replication_time_ns, status.pending_bytes) == (None, None, None)
     assert [disk.name for disk in status.disks] == ["os.raw"]
 
 
@@ -113,7 +127,7 @@ def test_a_point_of_the_future_has_no_age_and_that_is_told(ask: Ask) -> None:
 def test_a_process_that_is_there_but_says_nothing_is_busy_and_not_missing(
     ask: Ask, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(status_module, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(facts, "ANSWER_SECONDS", 0.05)
     with ExitStack() as stack:
         for path in (home.tracker_socket("vm"), home.shipper_socket("vm")):
             listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -300,8 +314,15 @@ def test_a_mismatch_is_told_with_what_can_be_done_about_it_now(
 
 
 def test_a_forgotten_test_failover_is_told_with_the_command_that_ends_it(home: Home) -> None:
+    tests = (StandingTest(id=4, since_ns=NOW_NS, is_served=False),)
     status = vm_status(
-        home, "vm", record=VmRecord(), policy=VmPolicy(), points=lambda _: 1, forgotten=lambda _: [4], now_ns=NOW_NS
+        home,
+        "vm",
+        record=VmRecord(),
+        policy=VmPolicy(),
+        target=lambda _: TargetFacts(points=1, tests=tests),
+        past=Past(),
+        now_ns=NOW_NS,
     )
     (reason,) = status.reasons
     assert (reason.health, reason.next_command) == (Health.WARNING, "hvfuse failover cleanup vm 4")
@@ -328,11 +349,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Health, list[str]]] = {
     ),
     "an administrator is needed": (
         {"state": ReplicationState.ERROR, "error": "corrupt frame"}, {}, Health.CRITICAL, ["replication-failing"]
-    ),
-    "an hour old": ({"last_replication_time_ns": NOW_NS - 3600 * 10**9}, {}, Health.NORMAL, []),
-    "over an hour old": ({"last_replication_time_ns": NOW_NS - 3601 * 10**9}, {}, Health.WARNING, ["stale"]),
-    "two intervals of an hour old": (
-        {"last_replication_time_ns": NOW_NS - 7199 * 10**9}, {"policy": VmPolicy(frequency=3600)}, Health.NORMAL, []
     ),
     "an excluded disk that does not exist": (
         {}, {"policy": VmPolicy(exclude=frozenset(["os.raw", "swpa.raw"]))}, Health.WARNING, ["exclude-unknown"]

@@ -1,0 +1,292 @@
+"""How well a VM's replication is, by the worst of the reasons that the facts give. Pure.
+
+Hyper-V Replica's rules are for cycles of 5 minutes. Here they scale with the VM's frequency: its hour is LATE_INTERVALS
+intervals. Each row is a reason's id; what a copy that is needed adds is in `hvfuse.control.copy_health`.
+
+    Critical   tracker-damaged, shipper-damaged, logs-damaged, store-damaged, proofs-damaged, store-unreachable
+                                      what is asked cannot be read, or does not answer
+               folder-gone            the folder of a VM that is protected is gone
+               tracker-failed, tracker-down, shipper-down
+                                      a process that has to run does not
+               replication-failing    in state Error; or attempts fail, and the newest point is HUNG_INTERVALS old
+               no-progress            the processes live, nothing fails, and nothing moves for HUNG_INTERVALS
+               store-rolled-back      the store lacks a point that it had acknowledged
+               replica-suspended      an administrator suspended it at the target
+               guest-frozen           a guest that was frozen for a point could not be thawed
+    Warning    replication-failing    attempts fail, for less than that
+               cycles-missed          more than MISSED_PART of the cycles in the monitoring interval
+               stale                  the newest point is older than LATE_INTERVALS
+               latency                cycles take longer than an interval on average until the target has them
+               suspended              replication is suspended here
+               log-limit              the logs will reach the hard limit within one interval
+               tracker-busy, shipper-busy
+                                      a process is there, and does not answer in time
+               failover-open, failed-over
+                                      a failover is not committed; reverse replication was not started
+               test-standing          a test failover was not cleaned up for a day, or its process is gone
+               app-consistent-failed  the last attempt at an app-consistent point failed
+               config-fault           hvfuse.toml has a mistake: the policy of before is in effect
+               clock-set-back         the newest point lies in the future
+               untracked-disk, exclude-unknown
+                                      the folder's disks are not those that the configuration means
+    Normal     none of these
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from hvfuse.control.facts import ANSWER_SECONDS, Facts, Process
+from hvfuse.control.records import VmRecord
+from hvfuse.states import AFTER_FAILOVER, COPYING, OF_RESYNC, Event, ReplicationState, allowed_commands
+from hvfuse.words import bytes_text, duration_text
+
+LATE_INTERVALS = 12
+HUNG_INTERVALS = 2
+LEAST_SECONDS = 10.0
+"""Less is nothing to worry about, however short the interval is."""
+MISSED_PART = 0.2
+MISSED_LEAST = 5
+"""Cycles; fewer that are missed are a hiccup, whatever part they are of the few that there were."""
+TEST_SECONDS = 86400.0
+
+_COMMANDS: Mapping[Event, str] = {
+    Event.ENABLE: "hvfuse replication enable {vm}",
+    Event.DISABLE: "hvfuse replication disable {vm}",
+    Event.START: "hvfuse replication start {vm}",
+    Event.SUSPEND: "hvfuse replication suspend {vm}",
+    Event.RESUME: "hvfuse replication resume {vm}",
+    Event.CANCEL: "hvfuse resync {vm} --cancel",
+}
+"""How an event is ordered; those that are missing here cannot be ordered yet."""
+
+
+class Health(IntEnum):
+    """The worse, the higher."""
+
+    NORMAL = 0
+    WARNING = 1
+    CRITICAL = 2
+
+    def __str__(self) -> str:
+        return self.name.capitalize()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Why the health is not Normal; or what is to come, if that is Normal. `id` never changes; `evidence`: the figures
+    behind `text`, JSON values; `next_command` is what to type, if anything."""
+
+    id: str
+    health: Health
+    text: str
+    next_command: str | None = None
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_protected(record: VmRecord) -> bool:
+    """Whether the VM is to be replicated, so that processes must run for it."""
+    return record.state is not ReplicationState.DISABLED
+
+
+def commands(vm: str, state: ReplicationState) -> tuple[str, ...]:
+    """What may be ordered of a VM in that state."""
+    return tuple(_COMMANDS[event].format(vm=vm) for event in allowed_commands(state) if event in _COMMANDS)
+
+
+def warning(reason_id: str, text: str, next_command: str | None = None, **evidence: Any) -> Reason:
+    """A reason of that health."""
+    return Reason(id=reason_id, health=Health.WARNING, text=text, next_command=next_command, evidence=evidence)
+
+
+def critical(reason_id: str, text: str, next_command: str | None = None, **evidence: Any) -> Reason:
+    """A reason of that health."""
+    return Reason(id=reason_id, health=Health.CRITICAL, text=text, next_command=next_command, evidence=evidence)
+
+
+def reasons(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
+    """All reasons but those of copies, the gravest matters first. `state`: as it is shown."""
+    for trouble in facts.troubles:
+        yield critical(trouble.id, trouble.text, trouble.hint)
+    yield from _processes(facts)
+    yield from _failures(facts, state)
+    yield from _progress(facts, state)
+    yield from _target(facts)
+    yield from _pauses(facts, state)
+    yield from _past(facts, state)
+    yield from _limits(facts)
+    yield from _guest(facts)
+    yield from _failover(facts, state)
+    yield from _surroundings(facts)
+
+
+def _hung(facts: Facts) -> float:
+    """Seconds without any progress that are too many."""
+    return max(HUNG_INTERVALS * facts.policy.frequency, LEAST_SECONDS)
+
+
+def _processes(facts: Facts) -> Iterator[Reason]:
+    record, vm = facts.record, facts.vm
+    if facts.names is None:
+        if record.point is None:
+            yield critical("folder-gone", "its folder is gone, and nothing of it was replicated")
+        else:
+            text = "its folder is gone; what was replicated is in the store"
+            yield critical("folder-gone", text, f"hvfuse failover test {vm} --mount DIR")
+        return
+    if facts.tracker.is_busy:
+        yield warning("tracker-busy", _busy_text("tracker", facts.tracker), _wake(facts.tracker))
+    elif facts.tracker.answer is None and record.tracker_error is not None:
+        yield critical("tracker-failed", record.tracker_error, record.tracker_hint)
+    elif facts.tracker.answer is None and is_protected(record):
+        yield critical("tracker-down", "the VM is protected but not mounted: nothing tracks its writes", "hvfuse run")
+    if facts.shipper.is_busy:
+        yield warning("shipper-busy", _busy_text("shipper", facts.shipper), _wake(facts.shipper))
+    elif facts.shipper.answer is None and is_protected(record):
+        why = f": {record.shipper_error}" if record.shipper_error is not None else ""
+        yield critical("shipper-down", f"no shipper runs, so no recovery points are made{why}", "hvfuse run")
+
+
+def _busy_text(role: str, process: Process) -> str:
+    if process.is_stopped:
+        return f"the {role} (pid {process.pid}) was stopped by a signal, and does nothing"
+    return f"the {role} runs, but did not answer within {ANSWER_SECONDS:.0f} s"
+
+
+def _wake(process: Process) -> str | None:
+    return f"kill -CONT {process.pid}" if process.is_stopped else None
+
+
+def _failures(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
+    record = facts.record
+    if record.error is None:
+        return
+    late = facts.rpo_seconds is None or facts.rpo_seconds > _hung(facts)
+    is_critical = late or state is ReplicationState.ERROR or state in OF_RESYNC - COPYING
+    yield Reason(
+        id="replication-failing",
+        health=Health.CRITICAL if is_critical else Health.WARNING,
+        text=record.error,
+        next_command=record.hint,
+        evidence={"rpo_seconds": facts.rpo_seconds},
+    )
+
+
+def _progress(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
+    """The watchdog: everybody is there, nobody complains, and nothing moves."""
+    moves = (ReplicationState.REPLICATING, *COPYING)
+    if state not in moves or not facts.shipper.is_there or facts.record.error is not None:
+        return
+    told = facts.shipper.answer or {}
+    doing, since = told.get("doing"), told.get("doing_seconds")
+    limit, age = _hung(facts), facts.age
+    stands: float | None = None
+    if since is not None:
+        stands, why = since, f"the shipper {doing}, for {duration_text(since)} now"
+    elif age is not None and state is ReplicationState.REPLICATING:
+        stands, why = age, f"no recovery point was made for {duration_text(age)}, and the shipper does not say why"
+        if facts.shipper.is_busy:
+            why = f"no recovery point was made for {duration_text(age)}: {_busy_text('shipper', facts.shipper)}"
+    if stands is not None and stands > limit:
+        process = facts.tracker if facts.tracker.is_stopped else facts.shipper
+        if process is facts.tracker:
+            why += f"; {_busy_text('tracker', process)}"
+        command = _wake(process) or f"tail {facts.shipper_log}"
+        yield critical("no-progress", why, command, seconds=stands, limit=limit, doing=doing)
+
+
+def _target(facts: Facts) -> Iterator[Reason]:
+    if facts.is_rolled_back and facts.target is not None:
+        newest = facts.target.newest_id
+        what = f"its newest point is {newest}" if newest is not None else "it has no point at all"
+        text = f"the store lacks recovery point {facts.record.point}, which it had acknowledged: {what}"
+        yield critical("store-rolled-back", text, f"hvfuse replicate {facts.vm}", newest=newest)
+    if facts.target is not None and facts.target.state in (
+        ReplicationState.SUSPENDED, ReplicationState.RESYNCHRONIZE_SUSPENDED,
+    ):  # fmt: skip
+        text = "replication was suspended at the target"
+        yield critical("replica-suspended", text, f"hvfuse replication resume {facts.vm} --replica")
+
+
+def _pauses(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
+    if facts.orders.paused and state not in AFTER_FAILOVER and is_protected(facts.record):
+        text = "replication is suspended: writes are logged, and nothing is sent"
+        yield warning("suspended", text, f"hvfuse replication resume {facts.vm}")
+
+
+def _past(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
+    """What the monitoring interval and the newest point tell."""
+    if state not in (ReplicationState.REPLICATING, ReplicationState.ERROR) or facts.orders.paused:
+        return
+    frequency, sums, interval = facts.policy.frequency, facts.past.sums, facts.past.interval
+    due = sums.successful + sums.missed
+    if sums.missed >= MISSED_LEAST and sums.missed_part > MISSED_PART:
+        text = (
+            f"{sums.missed} of {due} cycles in the last {duration_text(interval)} were missed "
+            f"({sums.missed_part:.0%}, {MISSED_PART:.0%} is tolerable)"
+        )
+        yield warning("cycles-missed", text, f"hvfuse measure {facts.vm}", missed=sums.missed, due=due)
+    late = max(LATE_INTERVALS * frequency, LEAST_SECONDS)
+    if facts.age is not None and facts.age > late:
+        text = f"the newest recovery point is {duration_text(facts.age)} old"
+        yield warning("stale", text, f"hvfuse replicate {facts.vm}", seconds=facts.age, limit=late)
+    slow = max(frequency, LEAST_SECONDS)
+    if sums.mean_latency > slow:
+        text = (
+            f"in the last {duration_text(interval)}, it took {duration_text(sums.mean_latency)} on average until the "
+            f"target had a cycle; cycles are due every {duration_text(frequency)}"
+        )
+        yield warning("latency", text, f"hvfuse measure {facts.vm}", seconds=sums.mean_latency, limit=slow)
+
+
+def _limits(facts: Facts) -> Iterator[Reason]:
+    forecast = facts.forecast
+    seconds = forecast.seconds_to_hard_limit
+    if seconds is None or forecast.rate is None or seconds >= facts.policy.frequency or not is_protected(facts.record):
+        return
+    text = (
+        f"the logs hold {bytes_text(forecast.used)} of {bytes_text(forecast.hard_limit or 0)} and grow by "
+        f"{bytes_text(round(forecast.rate))}/s: in {duration_text(seconds)} they are given up, and a "
+        "resynchronisation is required"
+    )
+    yield warning("log-limit", text, None, seconds=seconds, used=forecast.used, limit=forecast.hard_limit)
+
+
+def _guest(facts: Facts) -> Iterator[Reason]:
+    if facts.record.guest_error is not None and facts.policy.app_consistent:
+        text = f"the last attempt at an app-consistent point failed: {facts.record.guest_error}"
+        yield warning("app-consistent-failed", text, f"hvfuse replicate {facts.vm} --app-consistent")
+
+
+def _failover(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
+    if state is ReplicationState.FAILED_OVER_WAITING_COMPLETION:
+        yield warning("failover-open", "it was failed over, which is neither committed nor cancelled")
+    if state is ReplicationState.FAILED_OVER:
+        yield warning("failed-over", "it was failed over, and is not replicated in the other direction yet")
+    for test in facts.target.tests if facts.target is not None else ():
+        age = (facts.now_ns - test.since_ns) / 1e9
+        command = f"hvfuse failover cleanup {facts.vm} {test.id}"
+        if not test.is_served:
+            text = f"test failover {test.id} is not mounted any more, and still holds back its recovery point"
+            yield warning("test-standing", text, command)
+        elif age > TEST_SECONDS:
+            text = f"test failover {test.id} has stood for {duration_text(age)}, and holds back its recovery point"
+            yield warning("test-standing", text, command, seconds=age)
+
+
+def _surroundings(facts: Facts) -> Iterator[Reason]:
+    if facts.config_fault is not None:
+        text = f"what was in effect before goes on: {facts.config_fault}"
+        yield warning("config-fault", text, "hvfuse policy check")
+    if facts.is_from_future:
+        text = "the newest recovery point lies in the future: the clock was set back, so its age is not known"
+        yield warning("clock-set-back", text, "date")
+    for name in facts.tracker.answer["untracked"] if facts.tracker.answer else ():
+        text = f"{name} came while the folder was mounted and is not tracked; restart `hvfuse run` when it may be"
+        yield warning("untracked-disk", text, None, disk=name)
+    for name in sorted(facts.policy.exclude - facts.names) if facts.names is not None else ():
+        text = f"hvfuse.toml excludes {name}, but there is no such disk in the folder"
+        yield warning("exclude-unknown", text, None, disk=name)
