@@ -141,7 +141,8 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
         ["no-progress", "copying"], C, "tail /s/shipper.log",
     ),
     "a short interval is given time all the same": (
-        {**aged(13), **policy(frequency=1.0), **doing("sends cycle 8, frame 1", 10)}, ["stale"], W, "hvfuse replicate vm",
+        {**aged(13), **policy(frequency=1.0), **doing("sends cycle 8, frame 1", 10)}, ["stale"], W,
+        "hvfuse replicate vm",
     ),
     # The target
     "the store is damaged": (
@@ -218,7 +219,7 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
         record(state=STATE.FAILED_OVER_WAITING_COMPLETION), ["failover-open"], W, None,
     ),
     "failed over, not reversed": (record(state=STATE.FAILED_OVER), ["failed-over"], W, None),
-    "a test for a day": (tests(since_ns=NOW - 86400 * S, is_served=True), [], N, None),
+    "a test for a day": (standing(since_ns=NOW - 86400 * S, is_served=True), [], N, None),
     "a test for longer": (
         standing(since_ns=NOW - 86401 * S, is_served=True), ["test-standing"], W, "hvfuse failover cleanup vm 4",
     ),
