@@ -18,6 +18,7 @@ from hvfuse.cli.output import is_terminal
 from hvfuse.cli.screen import plain_line, reason_lines, table
 from hvfuse.cli.status import statuses
 from hvfuse.control.copying import percent
+from hvfuse.control.monitor import Monitor
 from hvfuse.control.records import Records
 from hvfuse.control.status import VmStatus
 from hvfuse.control.supervisor import TICK_SECONDS, Supervisor, collected, only_supervisor, require_mountable
@@ -105,12 +106,13 @@ def run(session: Session) -> None:
     interrupts = Interrupts()
     with only_supervisor(home), interrupts.caught(), Records(home.records) as records:
         supervisor = Supervisor(home, records, clock=SystemClock())
+        monitor = Monitor(records, clock=SystemClock())
         with _display() as display, Watch(lambda: statuses(session, records)) as watch:
             sample = supervisor.prepare()
             if sample is not None:
                 display.say(f"there was no VM yet: made {home.folder(sample)}")
             display.say(f"disks in {home.disks}; let the guests use them in {home.mnt}; Ctrl-C ends")
-            _keep(supervisor, interrupts, watch, display)
+            _keep(supervisor, interrupts, watch, display, monitor)
             display.say("ending: shippers first, then the mounts")
             supervisor.stop(asked=lambda: interrupts.count, tell=display.say)
         click.echo("ended cleanly")
@@ -160,8 +162,8 @@ class Watch:
                 self._ended.wait(SHOW_SECONDS)
 
 
-def _keep(supervisor: Supervisor, interrupts: Interrupts, watch: Watch, display: Display) -> None:
-    """Tick and show until an interrupt comes. Nothing that fails on the way may end what serves guests."""
+def _keep(supervisor: Supervisor, interrupts: Interrupts, watch: Watch, display: Display, monitor: Monitor) -> None:
+    """Tick, show and watch until an interrupt comes. Nothing that fails on the way may end what serves guests."""
     told: set[str] = set()
     while not interrupts.wait(TICK_SECONDS):
         troubles: list[Exception] = []
@@ -171,6 +173,7 @@ def _keep(supervisor: Supervisor, interrupts: Interrupts, watch: Watch, display:
             found = watch.news()
             if found is not None:
                 display.show(_begun(found))
+                monitor.look(_begun(found))
                 told.intersection_update(map(str, troubles))
         for error in troubles:
             if str(error) not in told:

@@ -1,6 +1,7 @@
 """What happened, in order: changes of state and health, jobs, failures, processes, policies.
 
     "event/" + u64 BE    the fields of `EventRecord` but its number, which goes up by one
+    "cursor/NAME"        {"number": N}: a reader has come so far
 
 The oldest beyond EVENTS_KEPT go, and what `Events.prune` is told to.
 """
@@ -19,6 +20,7 @@ from hvfuse.control.database import Database, Transaction, numbered
 EVENTS_KEPT = 20_000
 _PRUNED_AT_ONCE = 8
 _PREFIX = b"event/"
+_CURSOR = b"cursor/"
 
 
 class Severity(StrEnum):
@@ -78,6 +80,21 @@ class Events:
     def add(self, **fields: Any) -> int:
         """Keep an event; fields as for `add_event`. Durable. Returns its number."""
         return self._database.write(lambda txn: add_event(txn, **fields))
+
+    def last(self) -> int:
+        """The number of the newest event; 0 if there is none."""
+        with self._database.read() as txn:
+            return txn.last(_PREFIX)
+
+    def cursor(self, name: str) -> int | None:
+        """How far a reader of that name has come; None if it never read."""
+        with self._database.read() as txn:
+            found = txn.get(_CURSOR + name.encode())
+        return None if found is None else int(found["number"])
+
+    def set_cursor(self, name: str, number: int) -> None:
+        """Keep how far a reader has come; durable."""
+        self._database.write(lambda txn: txn.put(_CURSOR + name.encode(), {"number": number}))
 
     def prune(self, *, before_ns: int) -> int:
         """Let the events go that lie before that instant, ns since 1970. Returns how many did."""

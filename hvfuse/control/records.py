@@ -5,7 +5,7 @@
     "vm/NAME"                    the fields of VmRecord
     "cycle/", "sums/"            `hvfuse.control.statistics`
     "job/", "next/job"           `hvfuse.control.jobs`
-    "event/"                     `hvfuse.control.events`
+    "event/", "cursor/"          `hvfuse.control.events`
 
 A VM without a record was never replicated. Fields that are missing have their defaults; fields that are
 not known are kept as they are. A VM's state changes by the events of `hvfuse.states` alone, and what follows from

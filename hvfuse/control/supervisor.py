@@ -22,6 +22,7 @@ from typing import Literal
 from hvfuse import system, wire
 from hvfuse.control.arrivals import Arrivals
 from hvfuse.control.daemon import Daemon, command, serving_pid
+from hvfuse.control.events import Severity
 from hvfuse.control.home import Home, name_fault
 from hvfuse.control.records import Records
 from hvfuse.control.sample import make_sample
@@ -184,6 +185,14 @@ class Keeper:
         if not changes.items() <= self._told.items():
             self._records.update(self.vm, **changes)
             self._told.update(changes)
+            self._records.events.add(
+                kind="process",
+                vm=self.vm,
+                severity=Severity.INFO if failure is None else Severity.ERROR,
+                text=f"the {daemon.name} runs, with pid {daemon.pid}" if failure is None else str(failure),
+                data={"process": daemon.name, "pid": daemon.pid, "runs": failure is None},
+                now_ns=time.time_ns(),
+            )
 
     def stop_shipper(self, *, force: bool) -> None:
         """Ask the shipper to end, or kill it."""
@@ -254,6 +263,8 @@ class Supervisor:
         at_start = self._scan_due is None
         if self._scan_due is None or self._clock.monotonic() >= self._scan_due:
             self._scan_due = self._clock.monotonic() + SCAN_SECONDS
+            with collected(failures):
+                self._records.jobs.bury()
             for vm in find_vms(self._home):
                 with collected(failures):
                     if vm not in self._keepers and self._may_take(vm, at_start=at_start):

@@ -1,0 +1,110 @@
+"""Tells somebody outside: a command of the administrator's, run with an event as JSON on its standard input.
+
+The events that are told are changes of health, and jobs that failed. Which were told already is kept, so that a restart
+tells none twice and leaves none out; killed while the command runs, its event is told again. A command that fails is
+tried again, and given up with an event of its own, which is not told.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+
+from hvfuse.control.events import EventRecord, Severity
+from hvfuse.control.job import JobState
+from hvfuse.control.records import Records
+from hvfuse.system import Clock
+
+CURSOR = "notified"
+LIMIT_SECONDS = 30.0
+"""How long the command may take; then it is killed."""
+PAUSES = (1.0, 10.0)
+"""Seconds before it is tried again."""
+LOOK_SECONDS = 1.0
+_SAID = 300
+"""Characters of what a failed command said that are kept."""
+
+
+def is_told(event: EventRecord) -> bool:
+    """Whether somebody outside is to know of an event."""
+    return event.kind == "health" or (event.kind == "job" and event.data.get("state") == JobState.FAILED.value)
+
+
+class Notifier:
+    """Runs `command()`, if that is any, for each event that is to be told; in a thread of its own (`start`)."""
+
+    def __init__(self, records: Records, command: Callable[[], Sequence[str]], *, clock: Clock) -> None:
+        self._records = records
+        self._command = command
+        self._clock = clock
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="notify", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, once a command under way has."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(LOOK_SECONDS):
+            self.turn()
+
+    def turn(self) -> None:
+        """Tell what has happened since the last turn."""
+        events = self._records.events
+        cursor = events.cursor(CURSOR)
+        if cursor is None:  # what was before anybody could be told is no news
+            events.set_cursor(CURSOR, events.last())
+            return
+        for event in events.after(cursor):
+            command = self._command()
+            if command and is_told(event):
+                self._tell(command, event)
+            events.set_cursor(CURSOR, event.number)
+            if self._ended.is_set():
+                return
+
+    def _tell(self, command: Sequence[str], event: EventRecord) -> None:
+        told = json.dumps({"output_version": 1, **event.as_json()}) + "\n"
+        for pause in (*PAUSES, None):
+            failed = _failure(command, told)
+            if failed is None:
+                return
+            if pause is None or self._ended.wait(pause):
+                break
+        self._records.events.add(
+            kind="notification",
+            vm=event.vm,
+            severity=Severity.WARNING,
+            text=f"{command[0]} could not be told of event {event.number}: {failed}",
+            data={"event": event.number, "command": list(command)},
+            now_ns=self._clock.now_ns(),
+        )
+
+
+def _failure(command: Sequence[str], told: str) -> str | None:
+    """Run the command; why it failed, None if it did not."""
+    try:
+        done = subprocess.run(
+            list(command),
+            check=False,
+            input=told,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=LIMIT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"it took longer than {LIMIT_SECONDS:.0f} s"
+    except OSError as error:
+        return str(error.strerror or error)
+    if done.returncode == 0:
+        return None
+    said = (done.stderr or done.stdout).strip()[-_SAID:]
+    return f"it ended with {done.returncode}" + (f": {said}" if said else "")
