@@ -3,8 +3,9 @@
 Hyper-V Replica's rules are for cycles of 5 minutes. Here they scale with the VM's frequency: its hour is LATE_INTERVALS
 intervals. Each row is a reason's id; what a copy that is needed adds is in `hvfuse.control.copy_health`.
 
-    Critical   tracker-damaged, shipper-damaged, logs-damaged, store-damaged, proofs-damaged, store-unreachable
-                                      what is asked cannot be read, or does not answer
+    Critical   tracker-damaged, shipper-damaged, logs-damaged, store-damaged, proofs-damaged
+                                      what is asked cannot be read
+               store-unreachable      the store does not answer, and the newest point is HUNG_INTERVALS old
                folder-gone            the folder of a VM that is protected is gone
                tracker-failed, tracker-down, shipper-down
                                       a process that has to run does not
@@ -13,7 +14,8 @@ intervals. Each row is a reason's id; what a copy that is needed adds is in `hvf
                store-rolled-back      the store lacks a point that it had acknowledged
                replica-suspended      an administrator suspended it at the target
                guest-frozen           a guest that was frozen for a point could not be thawed
-    Warning    replication-failing    attempts fail, for less than that
+    Warning    replication-failing, store-unreachable
+                                      the same for less than that
                cycles-missed          more than MISSED_PART of the cycles in the monitoring interval
                stale                  the newest point is older than LATE_INTERVALS
                latency                cycles take longer than an interval on average until the target has them
@@ -110,7 +112,8 @@ def critical(reason_id: str, text: str, next_command: str | None = None, **evide
 def reasons(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     """All reasons but those of copies, the gravest matters first. `state`: as it is shown."""
     for trouble in facts.troubles:
-        yield critical(trouble.id, trouble.text, trouble.hint)
+        passing = trouble.id == "store-unreachable" and not _is_late(facts)
+        yield (warning if passing else critical)(trouble.id, trouble.text, trouble.hint)
     yield from _processes(facts)
     yield from _failures(facts, state)
     yield from _progress(facts, state)
@@ -126,6 +129,11 @@ def reasons(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
 def _hung(facts: Facts) -> float:
     """Seconds without any progress that are too many."""
     return max(HUNG_INTERVALS * facts.policy.frequency, LEAST_SECONDS)
+
+
+def _is_late(facts: Facts) -> bool:
+    """Whether too much would be lost by now, as far as one knows here."""
+    return facts.age is None or facts.age > _hung(facts)
 
 
 def _processes(facts: Facts) -> Iterator[Reason]:
@@ -164,14 +172,13 @@ def _failures(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     record = facts.record
     if record.error is None:
         return
-    late = facts.rpo_seconds is None or facts.rpo_seconds > _hung(facts)
-    is_critical = late or state is ReplicationState.ERROR or state in OF_RESYNC - COPYING
+    is_critical = _is_late(facts) or state is ReplicationState.ERROR or state in OF_RESYNC - COPYING
     yield Reason(
         id="replication-failing",
         health=Health.CRITICAL if is_critical else Health.WARNING,
         text=record.error,
         next_command=record.hint,
-        evidence={"rpo_seconds": facts.rpo_seconds},
+        evidence={"seconds": facts.age, "limit": _hung(facts)},
     )
 
 

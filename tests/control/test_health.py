@@ -149,6 +149,15 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
         {"target": None, "troubles": (Trouble(id="store-damaged", text="bad", hint="hvfuse store check"),)},
         ["store-damaged"], C, "hvfuse store check",
     ),
+    "the store does not answer": (
+        {"target": None, "troubles": (Trouble(id="store-unreachable", text="no", hint=None),)},
+        ["store-unreachable"], W, None,
+    ),
+    "the store does not answer for two intervals": (
+        {**aged(61), **doing("sends", 1), "target": None,
+         "troubles": (Trouble(id="store-unreachable", text="no", hint=None),)},
+        ["store-unreachable"], C, None,
+    ),
     "the store was rolled back": (
         target(newest_id="p-5", newest_ns=NOW - 72 * S), ["store-rolled-back"], C, "hvfuse replicate vm",
     ),
