@@ -181,8 +181,8 @@ def gather(
     folder = home.folder(vm)
     troubles: list[Trouble] = []
     nobody = Process()
-    tracker = _tried(troubles, "tracker-damaged", lambda: _ask(home.tracker_socket(vm)), nobody)
-    shipper = _tried(troubles, "shipper-damaged", lambda: _ask(home.shipper_socket(vm)), nobody)
+    tracker = _tried(troubles, "tracker-damaged", lambda: _ask(home.tracker_socket(vm), record.tracker_process), nobody)
+    shipper = _tried(troubles, "shipper-damaged", lambda: _ask(home.shipper_socket(vm), record.shipper_process), nobody)
     nothing: Sequence[SealedLog] = ()
     sealed = _tried(troubles, "logs-damaged", lambda: _sealed_logs(folder), nothing)
     unproved: Verified | None = None
@@ -219,20 +219,22 @@ def _tried(troubles: list[Trouble], trouble_id: str, ask: Callable[[], _Answer],
         return otherwise
 
 
-def _ask(socket_path: str) -> Process:
+def _ask(socket_path: str, last: Mapping[str, Any] | None) -> Process:
     try:
         answer = wire.request(socket_path, "status", timeout=ANSWER_SECONDS)
     except UnreachableError:
-        return _silent(socket_path)
+        return _silent(socket_path, last)
     return Process(answer=answer, pid=answer.get("pid"))
 
 
-def _silent(socket_path: str) -> Process:
-    """A process that does not answer, if there is one."""
+def _silent(socket_path: str, last: Mapping[str, Any] | None) -> Process:
+    """A process that does not answer, if there is one. `last`: the identity of the one that served last."""
     try:
         pid = serving_pid(socket_path)
     except UnreachableError:  # so many wait for it that nobody can even ask who it is
-        return Process(is_busy=True)
+        if last is None or not system.is_running(last):
+            return Process(is_busy=True)
+        pid = int(last["pid"])
     if pid is None:
         return Process()
     return Process(is_busy=True, pid=pid, is_stopped=system.process_is_stopped(pid))

@@ -41,7 +41,8 @@ class VmRecord:
     `enabled`: whether an administrator said that it is to be replicated; None: nobody said anything.
     `error`, `hint`: why the last attempt failed and what to do; None when it did not. `tracker_error`,
     `shipper_error`: why that process ended or could not start, None while it runs; `tracker_hint`: what to do
-    about it. `generation`: hex.
+    about it. `tracker_process`, `shipper_process`: `system.process_identity` of the one that served last.
+    `generation`: hex.
     `cycle`, `point`: the last one that the target has (0 and None: none yet).
     `last_replication_time_ns`: instant of that cycle's barrier, ns since 1970; `last_applied_time_ns`: when the target
     had it. `progress`: of the copy
@@ -65,6 +66,8 @@ class VmRecord:
     tracker_error: str | None = None
     tracker_hint: str | None = None
     shipper_error: str | None = None
+    tracker_process: dict[str, Any] | None = None
+    shipper_process: dict[str, Any] | None = None
     generation: str | None = None
     cycle: int = 0
     point: str | None = None

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from hvfuse import system, wire
 from hvfuse.control.arrivals import Arrivals
@@ -166,7 +166,7 @@ class Keeper:
         self._asking: threading.Thread | None = None
         self._home = home
         self._records = records
-        self._told: dict[str, str | None] = {}
+        self._told: dict[str, Any] = {}
 
     def tick(self) -> None:
         """Keep both alive; the shipper has nothing to do before the tracker first answered."""
@@ -176,12 +176,14 @@ class Keeper:
         self._tell(self.tracker, lambda error, hint: {"tracker_error": error, "tracker_hint": hint})
         self._tell(self.shipper, lambda error, _: {"shipper_error": error})
 
-    def _tell(self, daemon: Daemon, fields: Callable[[str | None, str | None], dict[str, str | None]]) -> None:
+    def _tell(self, daemon: Daemon, fields: Callable[[str | None, str | None], dict[str, Any]]) -> None:
         """Record why a process failed, or that it serves, when that is news."""
         failure = daemon.failure
         if failure is None and not daemon.is_ready:
             return
         changes = fields(str(failure), failure.hint) if failure is not None else fields(None, None)
+        if failure is None:
+            changes[f"{daemon.name}_process"] = system.process_identity(daemon.pid)
         if not changes.items() <= self._told.items():
             self._records.update(self.vm, **changes)
             self._told.update(changes)
