@@ -137,6 +137,7 @@ def manifest(
             )
             for log in last.logs
         ),
+        consistency=last.consistency,
         made_from=_made_from(cycles),
     )
 

@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 
 import pytest
 
+from hvfuse.consistency import Consistency
 from hvfuse.control.trial import choose, parse_id
 from hvfuse.errors import NotFoundError, UsageError
-from hvfuse.manifest import Consistency, RecoveryPoint
+from hvfuse.manifest import RecoveryPoint
 
 
 def point(cycle: int, moment: str, ms: int = 0) -> RecoveryPoint:
