@@ -444,6 +444,9 @@ class NoRecords:
     def copy_progress(self) -> None:
         return None
 
+    def last_app_consistent_ns(self) -> None:
+        return None
+
     def cycle(self, report: object) -> None: ...
 
     def copied(self, report: object) -> None: ...
