@@ -57,12 +57,12 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
                     algorithm=Algorithm(policy.digest),
                     resync=policy.resync,
                     initial=policy.initial,
-                    app_consistent_seconds=policy.app_consistent,
+                    app_consistent=policy.app_consistent,
                 ),
                 clock=clock,
                 housekeep=keep_house,
                 proofs_path=home.proofs(vm),
-                guest=GuardedGuest(vm, policy.guest, home.guest(vm)),
+                guest=GuardedGuest(vm, lambda: policy.guest, home.guest(vm)),
             )
             here.thaw_leftover()
             yield here

@@ -60,8 +60,6 @@ TEMPLATE = """\
 
 # [vm.web01.guest]            # how the guest is made to stand still: by its qemu guest agent, behind this socket
 # agent = "/run/qemu/web01.agent"
-# freeze = ["/etc/hvfuse/quiesce", "web01"]   # or by two commands; HVFUSE_VM and HVFUSE_EVENT tell them what is wanted
-# thaw = ["/etc/hvfuse/quiesce", "web01"]
 # freeze_timeout = 10         # seconds after which the guest is let go in any case
 """
 

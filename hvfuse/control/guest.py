@@ -9,14 +9,13 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from hvfuse.control.daemon import environment
 from hvfuse.control.guest_guard import note_path, pack, proof_path
 from hvfuse.control.guest_settings import GuestSettings
-from hvfuse.errors import UsageError
 from hvfuse.shipper.guest import FreezeError, Stillness
 
 START_SECONDS = 20.0
@@ -31,15 +30,11 @@ _SILENT = {"event": "silent", "error": "the process that freezes the guest does 
 
 
 class GuardedGuest:
-    """The guest of `vm`. `directory`: where what stands of a freeze is kept, made at need. `settings`: None where
-    nothing says how to freeze it, and yet an earlier freeze may have been left.
-
-    Raises UsageError if the settings make no sense.
+    """The guest of `vm`. `directory`: where what stands of a freeze is kept, made at need. `settings`: what they
+    are at the moment; None where nothing says how to freeze it, and yet an earlier freeze may have been left.
     """
 
-    def __init__(self, vm: str, settings: GuestSettings | None, directory: str) -> None:
-        if settings is not None and settings.fault is not None:
-            raise UsageError(f"[vm.{vm}.guest] {settings.fault}")
+    def __init__(self, vm: str, settings: Callable[[], GuestSettings | None], directory: str) -> None:
         self._vm = vm
         self._settings = settings
         self._directory = directory
@@ -48,15 +43,17 @@ class GuardedGuest:
     @contextmanager
     def frozen(self) -> Iterator[Stillness]:
         """See `Guest.frozen`."""
-        if self._settings is None:
-            raise FreezeError(f"{self._vm}: nothing says how to freeze its guest", hint="see docs/guests.md")
+        settings = self._settings()
+        if settings is None or settings.fault is not None:
+            why = settings.fault if settings is not None else "nothing says how to freeze the guest"
+            raise FreezeError(f"[vm.{self._vm}.guest]: {why}", hint="see docs/guests.md")
         self.thaw_leftover()
         if self.stuck() is not None:
             raise FreezeError(f"an earlier freeze of the guest has not ended: {self._stuck}")
         stillness = Stillness(proof_path(self._directory))
-        guard = self._start(pack(self._vm, self._settings))
+        guard = self._start(pack(self._vm, settings))
         try:
-            said = self._listen(guard, self._settings.freeze_timeout + START_SECONDS)
+            said = self._listen(guard, settings.freeze_timeout + START_SECONDS)
             if said["event"] != "frozen":
                 raise FreezeError(str(said.get("error")))
             yield stillness

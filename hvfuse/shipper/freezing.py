@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from hvfuse.consistency import Consistency
@@ -42,10 +43,17 @@ class Attempt:
 
 
 class Freezing:
-    """Rotates one VM, frozen where that is due. For one thread. `every`: see `is_due`."""
+    """Rotates one VM, frozen where that is due. For one thread. `every`: what it is at the moment; see `is_due`."""
 
     def __init__(
-        self, *, vm: str, guest: Guest | None, every: float, source: Source, records: Records, clock: Clock
+        self,
+        *,
+        vm: str,
+        guest: Guest | None,
+        every: Callable[[], float],
+        source: Source,
+        records: Records,
+        clock: Clock,
     ) -> None:
         self._vm = vm
         self._guest = guest
@@ -87,8 +95,9 @@ class Freezing:
 
     def _is_due(self) -> bool:
         failed_ago = None if self._failed_at is None else self._clock.monotonic() - self._failed_at
-        return self._every > 0 and is_due(
-            every=self._every,
+        every = self._every()
+        return every > 0 and is_due(
+            every=every,
             last_ns=self._records.last_app_consistent_ns(),
             now_ns=self._clock.now_ns(),
             failed_ago=failed_ago,

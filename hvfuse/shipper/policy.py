@@ -67,7 +67,7 @@ class ShippingPolicy:
     """`frequency_seconds`: from one cycle's begin to the next's. `level`: zstd level, 0 for none.
     `soft_limit`: part of the disks' size; what sealed logs may hold before those of an outage are compacted.
     `algorithm`: of the digests by which copies compare. `resync`, `initial`: when copies start.
-    `app_consistent_seconds`: from one application-consistent point to the next, 0 for none."""
+    `app_consistent`: seconds from one application-consistent point to the next, 0 for none."""
 
     frequency_seconds: float = 30.0
     level: int = 1
@@ -75,4 +75,4 @@ class ShippingPolicy:
     algorithm: Algorithm = Algorithm.XXH3
     resync: Resync = AT_NIGHT
     initial: Initial = AT_ONCE
-    app_consistent_seconds: float = 0.0
+    app_consistent: float = 0.0

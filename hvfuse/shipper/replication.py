@@ -92,7 +92,7 @@ class Replication:
         self.is_joined: bool | None = None
         """Whether logs could continue the replica when that was last looked at; None: not yet."""
         self.freezing = Freezing(
-            vm=vm, guest=guest, every=policy.app_consistent_seconds, source=source, records=records, clock=clock
+            vm=vm, guest=guest, every=lambda: policy.app_consistent, source=source, records=records, clock=clock
         )
         """What makes points application-consistent."""
         self._compactor = Compactor(soft_limit=policy.soft_limit, between=between)

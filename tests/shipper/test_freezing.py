@@ -106,7 +106,7 @@ class Frozen(Site):
     def shipper(self) -> Shipper:
         return Shipper(
             vm="vm1", folder=self.source.folder, source=self.source, replica=self.replica, records=self.records,
-            policy=ShippingPolicy(frequency_seconds=30, app_consistent_seconds=self.every), clock=self.clock,
+            policy=ShippingPolicy(frequency_seconds=30, app_consistent=self.every), clock=self.clock,
             housekeep=self.keep_house, guest=self.guest,
         )  # fmt: skip
 
