@@ -20,7 +20,7 @@ from hvfuse.words import bytes_text, duration_text
 
 PATIENCE = 30 * 86400.0
 """Seconds: the cycle may have to wait for a whole copy of large disks."""
-FELL_BACK = 13
+FELL_BACK = 14
 """Exit code: there is a point, but it is not application-consistent."""
 _FIELDS = ("vm", "point", "cycle", "bytes_logged", "bytes_coalesced", "bytes_sent", "seconds")
 _GUEST_FIELDS = ("consistency", "frozen_seconds", "freeze_error")
@@ -33,7 +33,7 @@ _GUEST_FIELDS = ("consistency", "frozen_seconds", "freeze_error")
     "application",
     is_flag=True,
     help="Freeze the guest for a moment, so that its file systems are clean ([vm.NAME.guest] in hvfuse.toml). Where "
-    "that fails, the point is crash-consistent, and the exit code 13.",
+    "that fails, the point is crash-consistent, and the exit code 14.",
 )
 @json_option
 @click.pass_obj

@@ -54,7 +54,8 @@ class VmRecord:
     `copy_job`: id of the job of the copy that is under way or waits. `protected_since_ns`: when protection was
     finalized. `last_app_consistent_ns`: instant of the last app-consistent cycle's barrier, shipped
     or not. `guest_error`: why the last attempt at one failed. `guest_stuck`: why the guest may be standing still,
-    frozen, although nobody needs it to; None: it does not. `counted_ns`: until when missed cycles were counted. `measured_since_ns`: when that was begun anew.
+    frozen, although nobody needs it to; None: it does not.
+    `counted_ns`: until when missed cycles were counted. `measured_since_ns`: when that was begun anew.
     `health`, `health_reasons`: as they were last told of, with the reasons' ids. `last_test`: the last test failover,
     for `hvfuse measure`.
     """

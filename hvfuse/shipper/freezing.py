@@ -113,9 +113,10 @@ class Freezing:
         self._attempts[cycle.generation, number] = Attempt(seconds, error)
         if error is None:
             self._failed_at = None
-            self._records.update(last_app_consistent_ns=cycle.sealed_ns)
+            self._records.update(last_app_consistent_ns=cycle.sealed_ns, guest_error=None)
         else:
             self._failed_at, self.asked = self._clock.monotonic(), False
+            self._records.update(guest_error=error)
             _log.warning("%s: cycle %d is crash-consistent only: %s", self._vm, number, error)
 
     def _tell_stuck(self) -> None:

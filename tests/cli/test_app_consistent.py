@@ -71,12 +71,12 @@ def test_a_point_is_made_with_the_guest_standing_still(hvfuse: CommandLine, stat
     assert "app-consistent" in hvfuse.out
 
 
-def test_a_guest_that_cannot_be_frozen_gives_a_lesser_point_and_exit_code_13(hvfuse: CommandLine, state: Path) -> None:
+def test_a_guest_that_cannot_be_frozen_gives_a_lesser_point_and_exit_code_14(hvfuse: CommandLine, state: Path) -> None:
     refuses = Path(f"{state}.refuses")
     refuses.touch()
     # It cannot be thawed either, which the process that tried goes on with until the command works again.
     threading.Timer(2.0, refuses.unlink).start()
-    made = hvfuse.json("replicate", "vm", "--app-consistent", code=13)
+    made = hvfuse.json("replicate", "vm", "--app-consistent", code=14)
     assert (made["consistency"], made["frozen_seconds"]) == ("crash-consistent", 0.0)
     assert "exit code 4" in made["freeze_error"]
     assert "the point is crash-consistent" in hvfuse.err

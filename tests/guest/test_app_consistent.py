@@ -62,7 +62,7 @@ def test_only_an_application_consistent_point_needs_no_recovery(
     )
     installation.start()
     installation.wait_for_state(VM)
-    fallen_back = installation.hvfuse("replicate", VM, "--app-consistent", code=13)
+    fallen_back = installation.hvfuse("replicate", VM, "--app-consistent", code=14)
     assert "crash-consistent: " in fallen_back, "no guest runs yet"
 
     with booted(installation.mnt / VM / DISK, sockets):

@@ -162,6 +162,7 @@ def test_a_guest_that_does_not_freeze_costs_the_promise_and_not_the_point(joined
     report = shipper.cycle_now()
     assert (report.consistency, report.frozen_seconds, report.freeze_error) == (CRASH, 0.0, "the agent is asleep")
     assert joined.records.reports[-1].freeze_error == "the agent is asleep"
+    assert joined.records.fields["guest_error"] == "the agent is asleep"
     assert "the agent is asleep" in caplog.text
     joined.assert_equal()
     joined.clock.seconds += PAUSE - 1
