@@ -56,7 +56,7 @@ while true; do
     mkdir -p /data/dir$((n % 11))
     mv /data/file$((n % 30)) /data/dir$((n % 11))/
     [ $((n % 5)) = 0 ] && sync
-    [ $n = 20 ] && echo GUEST-WRITES
+    echo "WROTE $n"
 done
 """
 
@@ -94,10 +94,14 @@ class Guest:
 
     def wait_until_it_writes(self) -> None:
         end = time.monotonic() + BOOT_SECONDS
-        while "GUEST-WRITES" not in self.said():
+        while self.written() < 20:
             assert self._process.poll() is None, f"qemu has ended\n{self.said()}"
             assert time.monotonic() < end, f"the guest does not come up\n{self.said()}"
             time.sleep(0.1)
+
+    def written(self) -> int:
+        """How many lines of its journal the guest has written."""
+        return max((int(number) for number in re.findall(r"WROTE (\d+)\r?\n", self.said())), default=0)
 
     def said(self) -> str:
         """What came over the serial line so far."""

@@ -3,8 +3,10 @@ file system, and that it goes on after standing still."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,12 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Installation, installation, run
-from tests.guest.machine import booted
+from tests.e2e.conftest import REPOSITORY, Installation, installation, run
+from tests.guest.machine import Guest, booted
 
 __all__ = ["installation"]
 
 pytestmark = [pytest.mark.mount, pytest.mark.guest]
+
+HOLDER = """
+import sys, time
+from hvfuse.control.guest import GuardedGuest
+from hvfuse.control.guest_settings import GuestSettings
+with GuardedGuest("web01", lambda: GuestSettings(agent=sys.argv[1]), sys.argv[2] + "/guest").frozen():
+    print("frozen", flush=True)
+    time.sleep(60)
+"""
 
 VM = "web01"
 DISK = "os.raw"
@@ -48,6 +59,29 @@ def last_line(image: Path) -> int:
     return max((int(number) for number in re.findall(r"line (\d+)\n", text)), default=0)
 
 
+def die_while_it_is_frozen(guest: Guest, directory: Path) -> None:
+    """A process that has the guest frozen is killed: the guest writes on."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(guest.agent), str(directory)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"frozen\n"
+    time.sleep(0.5)  # what it said before is on its way
+    stood = guest.written()
+    time.sleep(1)
+    assert guest.written() == stood, "a frozen guest does not get on"
+    holder.kill()
+    killed = time.monotonic()
+    while guest.written() == stood:
+        assert time.monotonic() - killed < 10
+        time.sleep(0.02)
+    print(f"the guest wrote again {time.monotonic() - killed:.3f} s after the death of who had it frozen")
+    holder.wait()
+    holder.stdout.close()
+
+
 def test_only_an_application_consistent_point_needs_no_recovery(
     installation: Installation, tmp_path: Path, sockets: Path
 ) -> None:
@@ -65,11 +99,11 @@ def test_only_an_application_consistent_point_needs_no_recovery(
     fallen_back = installation.hvfuse("replicate", VM, "--app-consistent", code=14)
     assert "crash-consistent: " in fallen_back, "no guest runs yet"
 
-    with booted(installation.mnt / VM / DISK, sockets):
+    with booted(installation.mnt / VM / DISK, sockets) as guest:
         crash = installation.json("replicate", VM)
         time.sleep(1)
         application = installation.json("replicate", VM, "--app-consistent")
-        time.sleep(1)
+        die_while_it_is_frozen(guest, tmp_path)
         after = installation.json("replicate", VM)
     print(f"the guest stood still for {application['frozen_seconds']:.3f} s")
     assert (crash["consistency"], crash["frozen_seconds"]) == ("crash-consistent", 0.0)
