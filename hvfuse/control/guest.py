@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from hvfuse.control.daemon import environment
@@ -22,6 +22,9 @@ START_SECONDS = 20.0
 """What a guard may take beyond the guest's own time, to start and to thaw what did not freeze in time."""
 THAW_SECONDS = 15.0
 """What the shipper waits for a guest to thaw. The guard goes on trying."""
+
+END_SECONDS = 1.0
+"""For a guard that has said its last to end."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,15 +54,15 @@ class GuardedGuest:
         if self.stuck() is not None:
             raise FreezeError(f"an earlier freeze of the guest has not ended: {self._stuck}")
         stillness = Stillness(proof_path(self._directory))
-        guard = self._start(pack(self._vm, settings))
-        try:
-            said = self._listen(guard, settings.freeze_timeout + START_SECONDS)
-            if said["event"] != "frozen":
-                raise FreezeError(str(said.get("error")))
-            yield stillness
-        finally:
-            guard.let_go()
-            self._see_off(guard, stillness)
+        with closing(self._start(pack(self._vm, settings))) as guard:
+            try:
+                said = self._listen(guard, settings.freeze_timeout + START_SECONDS)
+                if said["event"] != "frozen":
+                    raise FreezeError(str(said.get("error")))
+                yield stillness
+            finally:
+                guard.let_go()
+                self._see_off(guard, stillness)
 
     def thaw_leftover(self) -> None:
         """See `Guest.thaw_leftover`."""
@@ -67,7 +70,8 @@ class GuardedGuest:
             return
         _log.warning("%s: the guest was left frozen, or as good as; thawing it", self._vm)
         try:
-            said = self._listen(self._start(), THAW_SECONDS)
+            with closing(self._start()) as guard:
+                said = self._listen(guard, THAW_SECONDS)
         except FreezeError as error:
             said = {"event": "failed", "error": str(error)}
         if said["event"] == "thawed":
@@ -134,6 +138,14 @@ class _Guard:
         """Tell it to thaw the guest."""
         assert self._process.stdin is not None
         self._process.stdin.close()
+
+    def close(self) -> None:
+        """Listen no more. One that still tries to thaw lives on, and thaws whatever happens here."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
 
     def next(self, seconds: float) -> dict[str, Any]:
         """What it says next; `_ENDED` or `_SILENT` if there is nothing within that time."""
