@@ -29,9 +29,8 @@ class Records(Protocol):
         `last_replication_time_ns`; `progress` (of a copy, 0 to 1, None when there is none); `copy`
         (`CopyProgress.as_json`, None when there is no copy); `copy_due_ns` (when a copy that waits starts by
         itself, ns since 1970, None when it does not); `orders` (Orders); `last_app_consistent_ns` (instant of the
-        last such cycle's barrier, shipped or not); `guest_error` (why the guest could not be frozen the last time, None
-        if it could); `guest_stuck` (why the guest may be standing still, None if it
-        does not)."""
+        last such cycle's barrier, shipped or not); `guest_error` (why the guest could not be
+        frozen the last time, None if it could); `guest_stuck` (why it may be standing still, None if it does not)."""
 
     def orders(self) -> Orders:
         """What an administrator ordered, as it was kept last."""
