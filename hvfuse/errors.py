@@ -8,6 +8,7 @@ Exit codes (stable; `docs/exit-codes.md` is for users):
     3 status: Warning 7 corrupt data       11 no answer
                                            12 resynchronisation required
                                            13 not possible in this state
+                                           14 less than was asked for
 """
 
 from __future__ import annotations

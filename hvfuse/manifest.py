@@ -11,6 +11,7 @@ from enum import StrEnum
 
 import xxhash
 
+from hvfuse.consistency import Consistency
 from hvfuse.position import NO_DIGEST, Position
 
 
@@ -22,13 +23,6 @@ class CycleKind(StrEnum):
     while they were in use. Consistent only once cycle 1 is applied too, hence never a recovery point."""
     DELTA = "delta"
     """What was written during one cycle: gives a recovery point."""
-
-
-class Consistency(StrEnum):
-    """What a recovery point promises to the guest."""
-
-    CRASH = "crash-consistent"
-    APPLICATION = "app-consistent"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

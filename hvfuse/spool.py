@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hvfuse import system
+from hvfuse.consistency import Consistency
 from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.formats import companion
 from hvfuse.formats.companion import CompanionHeader, Entries
@@ -128,6 +129,13 @@ class SealedCycle:
     def sealed_ns(self) -> int:
         """The barrier's instant, ns since 1970."""
         return max(log.header.sealed_ns for log in self.logs)
+
+    @property
+    def consistency(self) -> Consistency:
+        """What the point promises: of all disks, or of none. A disk whose log recovery sealed, although the others
+        of its cycle had been sealed by a rotation, makes it crash-consistent."""
+        held = all(log.header.is_application_consistent for log in self.logs)
+        return Consistency.APPLICATION if held else Consistency.CRASH
 
     @property
     def first_cycle(self) -> int:

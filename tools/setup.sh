@@ -71,8 +71,11 @@ find_python() {
 }
 
 missing_test_packages() {
-    local pair
-    for pair in qemu-img:qemu-utils qemu-io:qemu-utils fio:fio mkfs.ext4:e2fsprogs losetup:mount vhdiinfo:libvhdi-utils rsync:rsync; do
+    local pair pairs=(
+        qemu-img:qemu-utils qemu-io:qemu-utils fio:fio mkfs.ext4:e2fsprogs losetup:mount vhdiinfo:libvhdi-utils rsync:rsync
+        qemu-system-x86_64:qemu-system-x86 busybox:busybox-static # a guest; its kernel is fetched by its test
+    )
+    for pair in "${pairs[@]}"; do
         [[ $(PATH=$PATH:/usr/sbin:/sbin type -t "${pair%:*}") ]] || printf '%s ' "${pair#*:}"
     done
 }

@@ -92,3 +92,19 @@ def view(session: Session, pin_id: int) -> None:
             stack.callback(listener.close)
 
         serve_view(shown, str(pin.owner["mountpoint"]), on_ready=ready)
+
+
+@click.command(hidden=True)
+@click.argument("directory")
+@click.argument("settings", required=False)
+def guard(directory: str, settings: str | None) -> None:
+    """Hold a guest frozen for as long as standard input is open, or thaw what DIRECTORY's note tells of."""
+    from hvfuse.control import guest_guard
+
+    _log_to_stderr()
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)  # what it has to say is in our own errors
+    with guest_guard.told_to_end() as ended:
+        if settings is None:
+            guest_guard.thaw_leftover(directory)
+        else:
+            guest_guard.hold(directory, settings, ended)

@@ -34,8 +34,8 @@ def failover() -> None:
     default=trial.LATEST,
     show_default=True,
     metavar="P",
-    help="The recovery point: an id (see `hvfuse point list`), or a time such as 2026-11-22T18:30, which means "
-    "the last one not after it.",
+    help="The recovery point: latest, latest-app-consistent, an id (see `hvfuse point list`), or a time such as "
+    "2026-11-22T18:30, which means the last one not after it.",
 )
 @click.option("--mount", "directory", required=True, metavar="DIR", help="Where to show the disks; made if missing.")
 @json_option

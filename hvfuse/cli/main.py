@@ -49,7 +49,7 @@ _SECTIONS: Mapping[str, Mapping[str, str]] = {
         "log": "Examine replication logs (.hrl) and apply them to images.",
     },
 }
-_HIDDEN = ("_tracker", "_shipper", "_view")
+_HIDDEN = ("_tracker", "_shipper", "_view", "_guard")
 """The entry points of the processes that hvfuse starts."""
 _MODULES = {"umount": "mount", **dict.fromkeys(_HIDDEN, "daemons")}
 """Where a command lies that does not lie in a module of its name."""

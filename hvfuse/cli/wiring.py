@@ -26,6 +26,7 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
 
     Raises BusyError when another process does.
     """
+    from hvfuse.control.guest import GuardedGuest
     from hvfuse.formats.digests import Algorithm
     from hvfuse.shipper.replication import ShippingPolicy
     from hvfuse.shipper.service import Shipper
@@ -43,7 +44,7 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
             def keep_house() -> None:
                 replica.housekeep(policy.retention, clock.now_ns())
 
-            yield Shipper(
+            here = Shipper(
                 vm=vm,
                 folder=home.folder(vm),
                 source=TrackerSource(home.tracker_socket(vm), home.folder(vm)),
@@ -56,11 +57,15 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
                     algorithm=Algorithm(policy.digest),
                     resync=policy.resync,
                     initial=policy.initial,
+                    app_consistent=policy.app_consistent,
                 ),
                 clock=clock,
                 housekeep=keep_house,
                 proofs_path=home.proofs(vm),
+                guest=GuardedGuest(vm, lambda: policy.guest, home.guest(vm)),
             )
+            here.thaw_leftover()
+            yield here
 
 
 def begin_protection(records: Records, vm: str) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hvfuse.control import instants
+from hvfuse.control.guest_settings import GuestSettings
 from hvfuse.control.home import CONFIG_NAME, Home, name_fault
 from hvfuse.errors import UsageError
 from hvfuse.shipper.window import ALWAYS, Initial, Resync, Window
@@ -43,6 +44,8 @@ TEMPLATE = """\
                               # for with `hvfuse resync VM`; until then, no recovery points are made
 # resync_window = "18:30-06:00" # when one of everything, or of much, may begin by itself (local time);
                               # "always": at once, as one of a quarter of the disks or 1 GiB always does
+# app_consistent = "0s"       # how often a point is made with the guest standing still, its file systems clean: up
+                              # to "12h"; "0s": never. It takes a [vm.NAME.guest]
 # digest = "xxh3"             # how blocks are compared: "xxh3" is fast; "blake3" cannot be fooled by a guest
                               # that chooses what it writes
 
@@ -54,6 +57,10 @@ TEMPLATE = """\
 # [vm.web01]                  # anything of the two tables above, for one VM only, and:
 # frequency = "5m"
 # exclude = ["swap.vhd"]      # disks that are not replicated
+
+# [vm.web01.guest]            # how the guest is made to stand still: by its qemu guest agent, behind this socket
+# agent = "/run/qemu/web01.agent"
+# freeze_timeout = 10         # seconds after which the guest is let go in any case
 """
 
 Path = tuple[str, ...]
@@ -65,7 +72,8 @@ class VmPolicy:
     """How one VM is replicated. `frequency`: seconds from cycle to cycle. `compression`: zstd level,
     0 = off. `soft_limit`, `hard_limit`: percent of the disks' size that logs may take before they are
     compacted or given up. `initial`: how the first copy begins. `resync`: when resynchronisations do.
-    `digest`: by what blocks are compared. `exclude`: file names of disks that are not replicated."""
+    `digest`: by what blocks are compared. `exclude`: file names of disks that are not replicated. `app_consistent`:
+    seconds from one application-consistent point to the next, 0 = off. `guest`: how the guest is frozen for it."""
 
     frequency: float = 30.0
     compression: int = 1
@@ -77,6 +85,7 @@ class VmPolicy:
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     exclude: frozenset[str] = frozenset()
     app_consistent: float = 0.0
+    guest: GuestSettings | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +144,25 @@ def _names(value: Any) -> frozenset[str]:
     return frozenset(value)
 
 
+def _guest(value: Any) -> GuestSettings:
+    known = ("agent", "freeze", "thaw", "freeze_timeout")
+    wanted = 'a table with agent = "SOCKET", or with freeze = ["COMMAND", …] and thaw = ["COMMAND", …]'
+    if not isinstance(value, dict) or not value.keys() <= set(known):
+        raise _BadValueError(wanted)
+    agent, timeout = value.get("agent"), value.get("freeze_timeout", 10)
+    commands = [value.get(key, []) for key in ("freeze", "thaw")]
+    if not all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in commands):
+        raise _BadValueError(wanted)
+    if not isinstance(agent, str | None) or (isinstance(agent, str) and not os.path.isabs(agent)):
+        raise _BadValueError(wanted)
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout <= 60:
+        raise _BadValueError("right: freeze_timeout is a number of seconds up to 60")
+    settings = GuestSettings(agent, tuple(commands[0]), tuple(commands[1]), float(timeout))
+    if settings.fault is not None:
+        raise _BadValueError(f"right: {settings.fault}")
+    return settings
+
+
 def _one_of(*known: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if value not in known:
@@ -176,13 +204,14 @@ _REPLICATION: Mapping[str, Callable[[Any], Any]] = {
     "resync": _one_of("auto", "manual"),
     "resync_window": _window,
     "digest": _one_of("xxh3", "blake3"),
+    "app_consistent": _duration(0, 12 * 3600, 'from "0s" (off) to "12h", such as "1h"'),
 }
 _RETENTION: Mapping[str, Callable[[Any], Any]] = {
     "keep_all": _duration(0, 366 * 86400, 'from "0s" to "366d", such as "1h"'),
     "hourly": _whole(0, 8784),
     "daily": _whole(0, 3660),
 }
-_VM: Mapping[str, Callable[[Any], Any]] = {**_REPLICATION, **_RETENTION, "exclude": _names}
+_VM: Mapping[str, Callable[[Any], Any]] = {**_REPLICATION, **_RETENTION, "exclude": _names, "guest": _guest}
 _TABLES: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "paths": _PATHS,
     "replication": _REPLICATION,

@@ -168,7 +168,7 @@ class Daemon:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env=_environment(),
+                env=environment(),
             )
         self._watch(self._process.pid)
 
@@ -249,7 +249,7 @@ def rotate_log(path: str) -> None:
         pass
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours, with the package findable from any directory."""
     top = os.path.dirname(os.path.dirname(os.path.abspath(hvfuse.__file__)))
     return {**os.environ, "PYTHONPATH": top}

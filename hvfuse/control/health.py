@@ -263,6 +263,9 @@ def _limits(facts: Facts) -> Iterator[Reason]:
 
 
 def _guest(facts: Facts) -> Iterator[Reason]:
+    if facts.record.guest_stuck is not None:
+        text = f"the guest may be standing still, frozen: it could not be thawed: {facts.record.guest_stuck}"
+        yield critical("guest-stuck", text, f"hvfuse replicate {facts.vm} --app-consistent")
     if facts.record.guest_error is not None and facts.policy.app_consistent:
         text = f"the last attempt at an app-consistent point failed: {facts.record.guest_error}"
         yield warning("app-consistent-failed", text, f"hvfuse replicate {facts.vm} --app-consistent")

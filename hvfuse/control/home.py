@@ -11,6 +11,7 @@
             tracker.sock        requests to the tracker (`hvfuse.wire`), mode 0600
             shipper.sock        requests to the shipper
             shipper.lock        held by whoever runs cycles of this VM
+            guest/              what stands of a freeze of the guest (`hvfuse.control.guest_guard`)
             tracker.log         what the processes said; cut off at a few MiB
             shipper.log
 
@@ -106,6 +107,10 @@ class Home:
     def shipper_lock(self, vm: str) -> str:
         """Lock of whoever runs cycles of the VM."""
         return os.path.join(self.state_dir(vm), "shipper.lock")
+
+    def guest(self, vm: str) -> str:
+        """Directory of what stands of a freeze of the VM's guest."""
+        return os.path.join(self.state_dir(vm), "guest")
 
     def proofs(self, vm: str) -> str:
         """What verification proved of the VM's replica."""

@@ -53,8 +53,10 @@ class VmRecord:
     ordered of copies, as `Orders` tells it; empty: nothing. `copy_due_ns`: when the copy that waits begins by
     itself, ns since 1970; None: not before it is asked for, or none waits.
     `copy_job`: id of the job of the copy that is under way or waits. `protected_since_ns`: when protection was
-    finalized. `last_app_consistent_ns`: instant of the last app-consistent point. `guest_error`: why the last attempt
-    at one failed. `counted_ns`: until when missed cycles were counted. `measured_since_ns`: when that was begun anew.
+    finalized. `last_app_consistent_ns`: instant of the last app-consistent cycle's barrier, shipped
+    or not. `guest_error`: why the last attempt at one failed. `guest_stuck`: why the guest may be standing still,
+    frozen, although nobody needs it to; None: it does not.
+    `counted_ns`: until when missed cycles were counted. `measured_since_ns`: when that was begun anew.
     `health`, `health_reasons`: as they were last told of, with the reasons' ids. `last_test`: the last test failover,
     for `hvfuse measure`.
     """
@@ -84,6 +86,7 @@ class VmRecord:
     protected_since_ns: int | None = None
     last_app_consistent_ns: int | None = None
     guest_error: str | None = None
+    guest_stuck: str | None = None
     counted_ns: int | None = None
     measured_since_ns: int | None = None
     health: str | None = None
@@ -256,6 +259,10 @@ class VmRecords:
         """The record's `copy`."""
         return self.read().copy
 
+    def last_app_consistent_ns(self) -> int | None:
+        """The record's `last_app_consistent_ns`."""
+        return self.read().last_app_consistent_ns
+
     def cycle(self, report: CycleReport) -> None:
         """Keep the statistics of a committed cycle; durable."""
         now_ns = self.clock.now_ns()
@@ -271,6 +278,9 @@ class VmRecords:
                 seconds=report.seconds,
                 bytes_zero=report.bytes_zero,
                 latency=max(0.0, (now_ns - report.sealed_ns) / 1e9),
+                consistency=report.consistency,
+                frozen_seconds=report.frozen_seconds,
+                freeze_error=report.freeze_error,
             ),
         )
 

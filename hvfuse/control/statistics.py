@@ -42,7 +42,8 @@ class CycleRecord:
     """One cycle that was committed. `bytes_logged`: payload the guest wrote; `bytes_coalesced`: what of it was the
     newest; `bytes_zero`: what of that travelled as zeroes; `bytes_sent`: as it travelled. `time_ns`: the barrier's
     instant; `latency`: seconds from there until the target had it. `seconds`: that shipping took. `consistency`: of the
-    point. `frozen_seconds`: for which the guest stood still for it. `missed`: intervals that had passed without a cycle
+    point. `frozen_seconds`: for which the guest stood still for it; `freeze_error`: why the point is crash-consistent
+    although it was to be more, None if that is not so. `missed`: intervals that had passed without a cycle
     since the one before."""
 
     cycle: int
@@ -56,6 +57,7 @@ class CycleRecord:
     latency: float = 0.0
     consistency: str = "crash-consistent"
     frozen_seconds: float = 0.0
+    freeze_error: str | None = None
     missed: int = 0
 
 
@@ -126,6 +128,7 @@ def sums_of(cycle: CycleRecord, *, now_ns: int) -> Sums:
         begin=stretch(now_ns),
         successful=1,
         app_consistent=int(is_consistent),
+        app_failures=int(cycle.freeze_error is not None),
         size=cycle.bytes_sent,
         max_size=cycle.bytes_sent,
         latency=cycle.latency,

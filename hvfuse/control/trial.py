@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from hvfuse import mountpoint
+from hvfuse.consistency import Consistency
 from hvfuse.control.daemon import Daemon, command, start_and_wait, wait_for_end
 from hvfuse.control.home import Home
 from hvfuse.control.supervisor import require_mountable
@@ -29,6 +30,7 @@ from hvfuse.target.store import Store, holder_is_alive
 
 KIND = "test-failover"
 LATEST = "latest"
+LATEST_APPLICATION = "latest-app-consistent"
 END_SECONDS = 60.0
 
 
@@ -47,12 +49,19 @@ def _view_state(home: Home, pin_id: int) -> str:
 
 
 def choose(points: Sequence[RecoveryPoint], wanted: str, *, vm: str) -> RecoveryPoint:
-    """The recovery point that `wanted` names: "latest", an id, or a time (ISO 8601; local unless it says a
-    zone), which means the last point not after it. Raises NotFoundError, UsageError."""
+    """The recovery point that `wanted` names: "latest", "latest-app-consistent", an id, or a time (ISO 8601; local
+    unless it says a zone), which means the last point not after it. Raises NotFoundError, UsageError."""
     if not points:
         raise NotFoundError(f"{vm} has no recovery point yet", hint=f"hvfuse replicate {vm}")
     if wanted == LATEST:
         return points[-1]
+    if wanted == LATEST_APPLICATION:
+        consistent = [point for point in points if point.consistency is Consistency.APPLICATION]
+        if not consistent:
+            raise NotFoundError(
+                f"{vm} has no application-consistent recovery point", hint=f"hvfuse replicate {vm} --app-consistent"
+            )
+        return consistent[-1]
     for point in points:
         if point.id == wanted:
             return point

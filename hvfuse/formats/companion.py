@@ -30,7 +30,8 @@ Little-endian, packed. The file is the header followed by `entry_count` entries 
        168    8 sealed, ns since 1970: the barrier's instant, equal for all disks of a cycle
        176    4 disk_count: how many logs make up this cycle of the VM
        180    1 address_space: 0 offsets on the logical disk, 1 offsets in the image file
-       181    1 flags: bit 0 "unclean": sealed by recovery, not by a rotation; bit 1 "compacted", see below
+       181    1 flags: bit 0 "unclean": sealed by recovery, not by a rotation; bit 1 "compacted", see below;
+                bit 2 "application": the guest stood still at the barrier, with clean file systems
        182    2 zeroes
        184    8 stored_bytes: of payload in the log; holes and metadata do not count
        192    8 earlier_cycles: cycles before this one that a compacted log holds too; otherwise 0
@@ -60,7 +61,8 @@ the entries' own digests) and, through `previous_digest`, the whole history of t
 A compacted log stands for the cycles from `first_cycle` to `cycle`, newest write wins. Whatever says
 where it begins (previous_unique_id, previous_digest, previous_size, start_size, opened) is that of the
 first cycle's log; whatever says where it ends (unique_id, serial, end_size, sealed, disk_count) that of
-the last's, whose digest it carries: the log after it names that one. So the chain is the same as before.
+the last's, as is whether the guest stood still there. It carries the last log's digest: the log after it
+names that one. So the chain is the same as before.
 Its entries are in ascending order of the disk, without flushes and trims (which are zeroes now), and
 their sequence numbers end where those of the last log ended, or begin at 0 if they are too many for that.
 It lies in a file of its own name (`hvfuse.spool`).
@@ -124,6 +126,7 @@ class AddressSpace(IntEnum):
 
 UNCLEAN = 1
 COMPACTED = 2
+APPLICATION = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +160,11 @@ class CompanionHeader:
     def is_compacted(self) -> bool:
         """Whether the log stands for several cycles."""
         return bool(self.flags & COMPACTED)
+
+    @property
+    def is_application_consistent(self) -> bool:
+        """Whether the guest stood still when the log's last cycle ended."""
+        return bool(self.flags & APPLICATION)
 
     @property
     def first_cycle(self) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import xxhash
 
+from hvfuse.consistency import Consistency
 from hvfuse.errors import HvfuseError
 from hvfuse.manifest import CycleKind, CycleManifest, DiskManifest, cycle_digest
 from hvfuse.position import NO_DIGEST, Position
@@ -33,7 +34,9 @@ class CycleReport:
     left of it after newest-write-wins. `bytes_zero`: bytes that the frames sent in this run told as
     zeroes. `bytes_sent`, `frames_sent`: encoded frames, this run. `frames_held`: frames that the
     replica had from an earlier run. `seconds`: from begin to commit. `sealed_ns`: the point's time.
-    `notes`: what else had to be done first, in plain words.
+    `notes`: what else had to be done first, in plain words. `consistency`: what the point promises.
+    `frozen_seconds`: how long the guest stood still for it, 0.0 if it did not. `freeze_error`: why the point is
+    crash-consistent although it was to be more, None if that is not so.
     """
 
     vm: str
@@ -49,6 +52,9 @@ class CycleReport:
     frames_held: int
     seconds: float
     notes: tuple[str, ...] = ()
+    consistency: Consistency = Consistency.CRASH
+    frozen_seconds: float = 0.0
+    freeze_error: str | None = None
 
     def as_json(self) -> dict[str, object]:
         """The fields, as they are answered over the control socket."""
@@ -137,6 +143,7 @@ def manifest(
             )
             for log in last.logs
         ),
+        consistency=last.consistency,
         made_from=_made_from(cycles),
     )
 
@@ -174,16 +181,18 @@ def ship(
     clock: Clock,
     between: Callable[[], None] = lambda: None,
     doing: Callable[[str], None] = lambda what: None,
+    consistency: Consistency | None = None,
 ) -> CycleReport:
     """Bring consecutive cycles (mostly one) to the replica as one, and commit.
 
     Sends nothing that the replica holds from an earlier, interrupted run. `between` is called after
-    each frame and may raise to end the run; `doing` is told each step. Raises DamagedLogError naming the log,
-    PositionMismatchError, and whatever the replica raises; all but the first leave the way open to
-    calling again.
+    each frame and may raise to end the run; `doing` is told each step. `consistency`: of the point, None for
+    what the logs say. Raises DamagedLogError naming the log, PositionMismatchError, and whatever the replica
+    raises; all but the first leave the way open to calling again.
     """
     started = clock.monotonic()
     told = manifest(cycles, vm=vm, formats=formats, position=replica.position())
+    told = dataclasses.replace(told, consistency=consistency or told.consistency)
     doing(f"waits for the target to take cycle {told.cycle}")
     held = replica.begin(told)
     tally = _Tally()
@@ -213,6 +222,7 @@ def ship(
         frames_sent=tally.frames,
         frames_held=tally.planned - tally.frames,
         seconds=clock.monotonic() - started,
+        consistency=told.consistency,
     )
 
 

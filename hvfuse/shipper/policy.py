@@ -28,7 +28,9 @@ class Records(Protocol):
         `resync_reason` (text or None); `generation` (hex); `cycle`; `point` (id);
         `last_replication_time_ns`; `progress` (of a copy, 0 to 1, None when there is none); `copy`
         (`CopyProgress.as_json`, None when there is no copy); `copy_due_ns` (when a copy that waits starts by
-        itself, ns since 1970, None when it does not); `orders` (Orders)."""
+        itself, ns since 1970, None when it does not); `orders` (Orders); `last_app_consistent_ns` (instant of the
+        last such cycle's barrier, shipped or not); `guest_error` (why the guest could not be
+        frozen the last time, None if it could); `guest_stuck` (why it may be standing still, None if it does not)."""
 
     def orders(self) -> Orders:
         """What an administrator ordered, as it was kept last."""
@@ -39,6 +41,9 @@ class Records(Protocol):
 
     def copy_progress(self) -> Mapping[str, object] | None:
         """What `copy` was kept last."""
+
+    def last_app_consistent_ns(self) -> int | None:
+        """What was kept last under that name."""
 
     def cycle(self, report: CycleReport) -> None:
         """Keep the statistics of a committed cycle."""
@@ -61,7 +66,8 @@ class Records(Protocol):
 class ShippingPolicy:
     """`frequency_seconds`: from one cycle's begin to the next's. `level`: zstd level, 0 for none.
     `soft_limit`: part of the disks' size; what sealed logs may hold before those of an outage are compacted.
-    `algorithm`: of the digests by which copies compare. `resync`, `initial`: when copies start."""
+    `algorithm`: of the digests by which copies compare. `resync`, `initial`: when copies start.
+    `app_consistent`: seconds from one application-consistent point to the next, 0 for none."""
 
     frequency_seconds: float = 30.0
     level: int = 1
@@ -69,3 +75,4 @@ class ShippingPolicy:
     algorithm: Algorithm = Algorithm.XXH3
     resync: Resync = AT_NIGHT
     initial: Initial = AT_ONCE
+    app_consistent: float = 0.0

@@ -15,6 +15,8 @@ from hvfuse.shipper.copies import FULL_ORDERED, Copies
 from hvfuse.shipper.cycle import CycleReport, manifest, ship, total
 from hvfuse.shipper.decide import Action, Decision, decide, pending
 from hvfuse.shipper.doing import Doing
+from hvfuse.shipper.freezing import Freezing
+from hvfuse.shipper.guest import Guest
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.policy import Records, ShippingPolicy
 from hvfuse.shipper.replica import Replica
@@ -40,7 +42,8 @@ class Replication:
     `folder`: where the disks' images lie. `housekeep` is called after cycles were committed (merging,
     retention). `between` is called between frames and may raise to stop; what was under way resumes.
     `doubt_mismatches` has the source require a resynchronisation of what verification found to differ, and returns
-    whether there is any. `full_begun` is told the generation at whose end everything is copied.
+    whether there is any. `full_begun` is told the generation at whose end everything is copied. `guest`: what can be
+    frozen for application-consistent points, None where nothing can.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Replication:
         doubt_mismatches: Callable[[], bool] = lambda: False,
         full_begun: Callable[[bytes], None] = lambda generation: None,
         doing: Doing | None = None,
+        guest: Guest | None = None,
     ) -> None:
         self._vm = vm
         self._source = source
@@ -87,6 +91,10 @@ class Replication:
         )
         self.is_joined: bool | None = None
         """Whether logs could continue the replica when that was last looked at; None: not yet."""
+        self.freezing = Freezing(
+            vm=vm, guest=guest, every=lambda: policy.app_consistent, source=source, records=records, clock=clock
+        )
+        """What makes points application-consistent."""
         self._compactor = Compactor(soft_limit=policy.soft_limit, between=between)
 
     @property
@@ -94,18 +102,23 @@ class Replication:
         """The copies of the VM."""
         return self._copies
 
-    def cycle_now(self, *, asked: bool = True) -> CycleReport:
+    def cycle_now(self, *, asked: bool = True, application: bool = False) -> CycleReport:
         """Seal what was written until now and bring it, and all that waits, to the replica.
 
         Copies first where logs alone cannot do it; `asked`: at once, as somebody asked for the cycle, or else when
-        the policy wants it. Returns the last cycle's report with sums over all that went over. Raises WaitingError
+        the policy wants it; `application`: with the guest frozen at its barrier, if that can be done, whether it is
+        due or not. Returns the last cycle's report with sums over all that went over. Raises WaitingError
         when a copy has to wait, UnreachableError when the tracker does not run and nothing waits.
         """
         self._copies.notes.clear()
         self._copies.demand_not_paused()
-        report = self._cycle_or_copy(asked)
-        if self._begin_order(self._copies.due_order()):
-            report = total([report, self._cycle_or_copy(asked)])
+        self.freezing.asked = application
+        try:
+            report = self._cycle_or_copy(asked)
+            if self._begin_order(self._copies.due_order()):
+                report = total([report, self._cycle_or_copy(asked)])
+        finally:
+            self.freezing.asked = False
         self._keep_house()
         return replace(report, notes=tuple(self._copies.notes))
 
@@ -219,7 +232,7 @@ class Replication:
         self._rotated_at = now
         status = self._source.status()
         if status.cycle > 1 and not status.resync_required and not status.resyncing:
-            self._source.rotate()
+            self.freezing.rotate()
         done = self._compactor.relieve(self._source.cycles())
         if done is not None:
             _log.info("%s: %s", self._vm, done.text)
@@ -240,7 +253,7 @@ class Replication:
         """Seal the active cycle. Raises ResyncRequiredError if logs since `position` are missing."""
         self._rotated_at = self._clock.monotonic()
         self._doing.begin("waits for the tracker to seal the cycle's logs")
-        sealed = self._source.rotate()
+        sealed = self.freezing.rotate()
         waiting = pending(position, self._source.cycles())
         if not waiting or waiting[-1].cycle < sealed:
             missing = waiting[-1].cycle + 1 if waiting else position.cycle + 1
@@ -273,7 +286,9 @@ class Replication:
             clock=self._clock,
             between=self._between,
             doing=self._doing.begin,
+            consistency=self.freezing.promised(run[-1]),
         )
+        report = self.freezing.told(report)
         self._doing.begin("waits for the tracker to let the logs go")
         self._source.release(report.generation, report.cycle)
         self._records.cycle(report)

@@ -23,6 +23,7 @@ from hvfuse.shipper.copies import WaitingError
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.doing import Doing
 from hvfuse.shipper.export import Exporter, ExportReport, without_seed
+from hvfuse.shipper.guest import Guest
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.permission import Cause
 from hvfuse.shipper.policy import Records, ShippingPolicy
@@ -55,7 +56,7 @@ class Shipper:
     """Ships one VM at its policy's frequency, and when asked to.
 
     `folder`: where the disks' images lie. `housekeep` is called after cycles were committed. `proofs_path`: of the
-    file of what verification proved; without one nothing can be verified.
+    file of what verification proved; without one nothing can be verified. `guest`: see `Replication`.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Shipper:
         clock: Clock,
         housekeep: Callable[[], None] = lambda: None,
         proofs_path: str | None = None,
+        guest: Guest | None = None,
     ) -> None:
         self._vm = vm
         self._source = source
@@ -88,6 +90,7 @@ class Shipper:
             doubt_mismatches=self._doubt,
             full_begun=self._full_begun,
             doing=self._doing,
+            guest=guest,
         )
         self._exporter = Exporter(
             vm=vm,
@@ -123,7 +126,7 @@ class Shipper:
         self._requests: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._ended = False
         self._answers: dict[str, Callable[[wire.Message], Mapping[str, object]]] = {
-            "cycle": lambda message: self.request_cycle().as_json(),
+            "cycle": lambda message: self.request_cycle(application=bool(message.get("application"))).as_json(),
             "status": lambda message: self._status(),
             "stop": lambda message: self._stop_soon(),
             "resync": lambda message: _told(
@@ -145,13 +148,17 @@ class Shipper:
         """Make sure that logs can continue the replica; copy the disks if they cannot. Raises HvfuseError."""
         self._replication.synchronise()
 
-    def cycle_now(self) -> CycleReport:
-        """One cycle, at once, in this thread. Raises HvfuseError; see `Replication.cycle_now`."""
-        return self._cycle(asked=True)
+    def thaw_leftover(self) -> None:
+        """Thaw the guest if an earlier shipper died while it stood still. Comes before anything else."""
+        self._replication.freezing.thaw_leftover()
 
-    def _cycle(self, *, asked: bool) -> CycleReport:
+    def cycle_now(self, *, application: bool = False) -> CycleReport:
+        """One cycle, at once, in this thread. Raises HvfuseError; see `Replication.cycle_now`."""
+        return self._cycle(asked=True, application=application)
+
+    def _cycle(self, *, asked: bool, application: bool = False) -> CycleReport:
         try:
-            return self._replication.cycle_now(asked=asked)
+            return self._replication.cycle_now(asked=asked, application=application)
         except OSError as error:
             raise refusal(error) from error
 
@@ -226,11 +233,11 @@ class Shipper:
                 self._complaint = str(error)
                 _log.warning("%s: while %s: %s", self._vm, what, error)
 
-    def _attempt(self, *, asked: bool) -> CycleReport:
+    def _attempt(self, *, asked: bool, application: bool = False) -> CycleReport:
         started, copies = self._clock.monotonic(), self._replication.copies.committed
         self._holds_out = self._waits = False
         try:
-            report = self._cycle(asked=asked)
+            report = self._cycle(asked=asked, application=application)
         except StoppedError:
             raise
         except WaitingError as waiting:
@@ -289,7 +296,7 @@ class Shipper:
     def listen(self, path: str) -> wire.Listener:
         """Serve the control socket at `path`. Close it after `run`.
 
-        cycle                -> the fields of `CycleReport`, once the cycle is committed
+        cycle   application  -> the fields of `CycleReport`, once the cycle is committed
         resync  full, at_ns  -> "orders"; `order_resync`
         suspend              -> "orders"
         resume               -> "orders"
@@ -321,12 +328,15 @@ class Shipper:
         self._wake.set()
         return {}
 
-    def request_cycle(self) -> CycleReport:
+    def request_cycle(self, *, application: bool = False) -> CycleReport:
         """Have the loop's thread do a cycle, and wait for it. For any other thread."""
-        return self.request(self._asked_cycle)
+        return self.request(self._asked_application_cycle if application else self._asked_cycle)
 
     def _asked_cycle(self) -> CycleReport:
         return self._attempt(asked=True)
+
+    def _asked_application_cycle(self) -> CycleReport:
+        return self._attempt(asked=True, application=True)
 
     def _look_again(self) -> None:
         with contextlib.suppress(HvfuseError):

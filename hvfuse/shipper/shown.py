@@ -47,6 +47,9 @@ class ShownRecords:
     def copy_progress(self) -> Mapping[str, object] | None:
         return self._records.copy_progress()
 
+    def last_app_consistent_ns(self) -> int | None:
+        return self._records.last_app_consistent_ns()
+
     def cycle(self, report: CycleReport) -> None:
         self._records.cycle(report)
 

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from hvfuse import spool, system, wire
+from hvfuse.consistency import Consistency
 from hvfuse.errors import CorruptError, HvfuseError, UnreachableError
 from hvfuse.extent import Extent
 from hvfuse.formats import companion
@@ -116,9 +117,10 @@ class Source(Protocol):
         """The target has the copy that began the generation, which is the one in progress. Idempotent.
         As `status` otherwise."""
 
-    def rotate(self) -> int:
+    def rotate(self, consistency: Consistency = Consistency.CRASH, *, proof: str | None = None) -> int:
         """Seal the active cycle and return its number. It, and every one before it, is now durable and
-        in `cycles`. As `status` otherwise."""
+        in `cycles`. `consistency`: what the guest was brought to for it; `proof`: path of a file that goes before
+        the guest moves again, without which the cycle is sealed as crash-consistent. As `status` otherwise."""
 
     def cycles(self) -> list[SealedCycle]:
         """The sealed cycles, oldest first, perhaps of several generations. Raises DamagedLogError."""
@@ -169,8 +171,8 @@ class TrackerSource:
     def resynced(self, generation: bytes) -> None:
         self.ask("resynced", generation=generation.hex())
 
-    def rotate(self) -> int:
-        return int(self.ask("rotate")["cycle"])
+    def rotate(self, consistency: Consistency = Consistency.CRASH, *, proof: str | None = None) -> int:
+        return int(self.ask("rotate", consistency=consistency.name.lower(), proof=proof)["cycle"])
 
     def cycles(self) -> list[SealedCycle]:
         try:

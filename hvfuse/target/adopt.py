@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hvfuse import system
+from hvfuse.consistency import Consistency
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, UsageError
 from hvfuse.formats.image import DISK_SUFFIXES, is_disk_name, probe_for_tracking
 from hvfuse.formats.image_copy import copy_disk
 from hvfuse.formats.raw import RawImage
-from hvfuse.manifest import Consistency, CycleKind
+from hvfuse.manifest import CycleKind
 from hvfuse.position import NO_DIGEST, Position
 from hvfuse.target import staging, unsynced
 from hvfuse.target.admission import MAX_DISK_SIZE, MAX_DISKS, check_name

@@ -49,9 +49,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from hvfuse.consistency import Consistency
 from hvfuse.errors import CorruptError
 from hvfuse.extent import Buffer
-from hvfuse.manifest import Consistency, CycleKind, DiskManifest, RecoveryPoint, point_id
+from hvfuse.manifest import CycleKind, DiskManifest, RecoveryPoint, point_id
 from hvfuse.position import Position
 
 FORMAT = 1

@@ -127,8 +127,9 @@ class DiskLogs:
             self._retired = (self.log, self.size())
             self.log = None
 
-    def seal(self, *, sealed_ns: int, disk_count: int) -> CompanionHeader | None:
-        """Seal the log that was switched away from, and note it in the state. Raises OSError."""
+    def seal(self, *, sealed_ns: int, disk_count: int, flags: int = 0) -> CompanionHeader | None:
+        """Seal the log that was switched away from, and note it in the state. `flags`: of its companion.
+        Raises OSError."""
         if self._retired is None:
             return None
         log, end_size = self._retired
@@ -140,6 +141,7 @@ class DiskLogs:
             disk_count=disk_count,
             previous_digest=state.record.digest,
             space=self.space,
+            flags=flags,
         )
         self.note_sealed(header)
         self._retired = None

@@ -6,7 +6,9 @@ The main thread belongs to FUSE; one thread of the control socket takes requests
     regions                         -> "scope", "disks": what the copy under way, or required, compares
     begin    generation, scope      -> begin a generation; as status. scope: "full" (default), "regions"
     resynced generation             -> {}; the target has the copy that began it
-    rotate                          -> "generation", "cycle", "sealed_ns", "barrier_ns"
+    rotate   consistency, proof     -> "generation", "cycle", "sealed_ns", "barrier_ns", "consistency".
+                                       consistency: "crash" (default), "application": the guest stands still as
+                                       long as there is a file at the path `proof` (None: it certainly does)
     release  generation, cycle      -> {}
     touched  disks                  -> "generation", "cycle", "disks": what of them the cycle in progress changed
     doubt    generation, reason,    -> {}; the replica was found to differ there: a resynchronisation is
@@ -26,6 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hvfuse import wire
+from hvfuse.consistency import Consistency
 from hvfuse.errors import UsageError
 from hvfuse.formats.tracking import Scope
 from hvfuse.mountpoint import check_mountpoint, clear_dead_mount, stop, unmount
@@ -35,6 +38,8 @@ from hvfuse.tracker.mount import serve
 from hvfuse.tracker.vm import TrackedVm
 
 SOCKET_NAME = "tracker.sock"
+
+_CONSISTENCIES = {each.name.lower(): each for each in Consistency}
 
 
 def run_tracker(
@@ -115,13 +120,19 @@ class TrackerControl:
         self._vm.resynced(_generation(request))
         return {}
 
-    def _rotate(self, _request: wire.Message) -> dict[str, Any]:
-        rotation = self._vm.rotate()
+    def _rotate(self, request: wire.Message) -> dict[str, Any]:
+        consistency, proof = request.get("consistency", "crash"), request.get("proof")
+        if consistency not in _CONSISTENCIES:
+            raise UsageError(f"a cycle is one of {', '.join(_CONSISTENCIES)}, not {consistency!r}")
+        if proof is not None and not isinstance(proof, str):
+            raise UsageError("a proof is the path of a file")
+        rotation = self._vm.rotate(_CONSISTENCIES[consistency], proof=proof)
         return {
             "generation": rotation.generation.hex(),
             "cycle": rotation.cycle,
             "sealed_ns": rotation.sealed_ns,
             "barrier_ns": rotation.barrier_ns,
+            "consistency": rotation.consistency.name.lower(),
         }
 
     def _release(self, request: wire.Message) -> dict[str, Any]:

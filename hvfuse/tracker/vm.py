@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hvfuse import spool, system
+from hvfuse.consistency import Consistency
 from hvfuse.errors import HvfuseError, NotFoundError, ResyncRequiredError, UsageError
+from hvfuse.formats.companion import APPLICATION
 from hvfuse.formats.image import is_disk_name, probe_for_tracking
 from hvfuse.formats.tracking import HOT, NOT_TRACKED, Scope
 from hvfuse.tracker import recovery, report, resync, touched
@@ -35,12 +37,14 @@ from hvfuse.tracker.ways_in import refuse_other_ways_in
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The cycle that a rotation sealed, its instant (ns since 1970) and how long the barrier stood."""
+    """The cycle that a rotation sealed, its instant (ns since 1970), how long the barrier stood (ns), and what the
+    point may promise."""
 
     generation: bytes
     cycle: int
     sealed_ns: int
     barrier_ns: int
+    consistency: Consistency
 
 
 class TrackedVm:
@@ -262,13 +266,15 @@ class TrackedVm:
                 if resync.is_resyncing(self._tracked()):
                     resync.finish(self._tracked())
 
-    def rotate(self) -> Rotation:
+    def rotate(self, consistency: Consistency = Consistency.CRASH, *, proof: str | None = None) -> Rotation:
         """Seal the cycle in progress. When this returns, its logs are durable and in the spool.
 
+        `consistency`: what the guest was brought to for this. `proof`: path of a file that goes before the guest
+        moves again; where it is gone after the barrier, the cycle is crash-consistent whatever was asked for.
         Raises ResyncRequiredError when nothing is being logged.
         """
         with self._rotation:
-            return self._rotate()
+            return self._rotate(consistency=consistency, proof=proof)
 
     def rotate_for(self, disk: TrackedDisk, new_size: int | None) -> None:
         """Rotate, and resize `disk` within the barrier: the new size belongs to the next cycle."""
@@ -285,7 +291,14 @@ class TrackedVm:
                     disk.about_to_shrink(new_size)
                 system.truncate("disk:truncate", disk.fd, new_size)
 
-    def _rotate(self, *, resized: TrackedDisk | None = None, new_size: int = 0) -> Rotation:
+    def _rotate(
+        self,
+        *,
+        resized: TrackedDisk | None = None,
+        new_size: int = 0,
+        consistency: Consistency = Consistency.CRASH,
+        proof: str | None = None,
+    ) -> Rotation:
         self._require_logging()
         disks = [disk for disk, _ in self._tracked()]
         self._prepare(self._cycle + 2)
@@ -297,10 +310,13 @@ class TrackedVm:
                 disk.switch(now_ns=now, start_size=new_size if disk is resized else None)
             refused = self._resize_image(resized, new_size) if resized is not None else None
             barrier = time.perf_counter_ns() - started
-        self._seal(now)
+        # Whoever asked may be dead by now, and the guest let go before the barrier: then the proof is gone.
+        if proof is not None and not os.path.exists(proof):
+            consistency = Consistency.CRASH
+        self._seal(now, flags=APPLICATION if consistency is Consistency.APPLICATION else 0)
         if refused is not None:
             raise refused
-        return Rotation(self._generation, self._cycle, now, barrier)
+        return Rotation(self._generation, self._cycle, now, barrier, consistency)
 
     def _prepare(self, cycle: int) -> None:
         try:
@@ -318,12 +334,12 @@ class TrackedVm:
             return error
         return None
 
-    def _seal(self, sealed_ns: int) -> None:
-        """Seal all logs that were switched away from, then have the next ones stand by."""
+    def _seal(self, sealed_ns: int, *, flags: int = 0) -> None:
+        """Seal all logs that were switched away from, then have the next ones stand by. `flags`: of the companions."""
         disks = self._tracked()
         try:
             for disk, _ in disks:
-                disk.seal(sealed_ns=sealed_ns, disk_count=len(disks))
+                disk.seal(sealed_ns=sealed_ns, disk_count=len(disks), flags=flags)
         except OSError as error:
             self._give_up(f"a log could not be sealed: {error.strerror}")
         self._cycle += 1

@@ -38,7 +38,10 @@ def test_a_cycle_tells_what_it_took_in_exactly_these_fields(hvfuse: CommandLine,
     write(disk, b"x" * 4096)
     write(disk, b"y" * 4096)
     second = hvfuse.json("replicate", "vm")
-    assert list(second) == ["vm", "point", "cycle", "bytes_logged", "bytes_coalesced", "bytes_sent", "seconds"]
+    assert list(second) == [
+        "vm", "point", "cycle", "bytes_logged", "bytes_coalesced", "bytes_sent", "seconds",
+        "consistency", "frozen_seconds", "freeze_error",
+    ]  # fmt: skip
     assert (second["vm"], second["cycle"]) == ("vm", first["cycle"] + 1)
     assert (second["bytes_logged"], second["bytes_coalesced"]) == (8192, 4096)
     assert hvfuse("replicate", "vm") == 0

@@ -222,6 +222,9 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
         {**record(guest_error="no agent"), **policy(app_consistent=3600.0)}, ["app-consistent-failed"], W,
         "hvfuse replicate vm --app-consistent",
     ),
+    "the guest could not be thawed": (
+        record(guest_stuck="no agent"), ["guest-stuck"], C, "hvfuse replicate vm --app-consistent",
+    ),
     "one failed that nobody wants any more": (record(guest_error="no agent"), [], N, None),
     # Failover
     "failed over, not committed": (

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
 
+from hvfuse.consistency import Consistency
 from hvfuse.control.trial import choose, parse_id
 from hvfuse.errors import NotFoundError, UsageError
-from hvfuse.manifest import Consistency, RecoveryPoint
+from hvfuse.manifest import RecoveryPoint
 
 
 def point(cycle: int, moment: str, ms: int = 0) -> RecoveryPoint:
@@ -65,3 +67,12 @@ def test_an_id_is_a_number() -> None:
     for text in ("", "-1", "1.5", "x"):
         with pytest.raises(UsageError):
             parse_id(text)
+
+
+def test_the_latest_application_consistent_point_is_found_by_that_name() -> None:
+    kinds = (Consistency.APPLICATION, Consistency.APPLICATION, Consistency.CRASH)
+    points = [replace(each, consistency=kind) for each, kind in zip(POINTS, kinds, strict=True)]
+    assert choose(points, "latest-app-consistent", vm="vm").cycle == 2
+    assert choose(points, "latest", vm="vm").cycle == 3
+    with pytest.raises(NotFoundError, match="no application-consistent"):
+        choose(points[2:], "latest-app-consistent", vm="vm")

@@ -10,10 +10,11 @@ import numpy as np
 import xxhash
 
 from hvfuse import frames, spool
+from hvfuse.consistency import Consistency
 from hvfuse.errors import CorruptError, ResyncRequiredError
 from hvfuse.extent import Extent
 from hvfuse.formats import companion
-from hvfuse.formats.companion import AddressSpace, CompanionHeader, Kind
+from hvfuse.formats.companion import APPLICATION, AddressSpace, CompanionHeader, Kind
 from hvfuse.formats.digests import BLOCK, DigestKey, Digests, digest_blocks, summary
 from hvfuse.frames import Fill
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint, point_id
@@ -78,7 +79,9 @@ class Disk:
             self.image.extend(bytes(size - len(self.image)))
         self.start_size = size
 
-    def seal(self, folder: str, *, generation: bytes, cycle: int, sealed_ns: int, disk_count: int) -> None:
+    def seal(
+        self, folder: str, *, generation: bytes, cycle: int, sealed_ns: int, disk_count: int, flags: int = 0
+    ) -> None:
         """Write log and companion, and begin the next log."""
         self.serial += 1
         unique_id = os.urandom(16)
@@ -96,7 +99,7 @@ class Disk:
             generation=generation, cycle=cycle, serial=self.serial, first_seq=first, disk_id=self.disk_id,
             previous_digest=self.digest, previous_size=self.previous_size, start_size=self.start_size,
             end_size=len(self.image), eol=len(payload), opened_ns=0, sealed_ns=sealed_ns,
-            disk_count=disk_count, address_space=AddressSpace.LOGICAL, flags=0,
+            disk_count=disk_count, address_space=AddressSpace.LOGICAL, flags=flags,
             stored_bytes=sum(op.length for op in self.ops if op.kind is Kind.WRITE),
             entries_digest=xxhash.xxh3_128_digest(body),
         )  # fmt: skip
@@ -241,7 +244,7 @@ class Tracked:
             with open(os.path.join(self.folder, disk.name), "wb") as file:
                 file.write(disk.image)
 
-    def rotate(self) -> int:
+    def rotate(self, consistency: Consistency = Consistency.CRASH, *, proof: str | None = None) -> int:
         assert self.generation is not None
         if self.resync_required:
             raise ResyncRequiredError(self.resync_required)
@@ -250,7 +253,7 @@ class Tracked:
         for disk in self.disks:
             disk.seal(
                 self.folder, generation=self.generation, cycle=self.cycle, sealed_ns=self.now_ns,
-                disk_count=len(self.disks),
+                disk_count=len(self.disks), flags=APPLICATION if consistency is Consistency.APPLICATION else 0,
             )  # fmt: skip
         self.barriers[self.generation, self.cycle] = [bytes(disk.image) for disk in self.disks]
         self.cycle += 1
@@ -439,6 +442,9 @@ class NoRecords:
         return self._orders
 
     def copy_progress(self) -> None:
+        return None
+
+    def last_app_consistent_ns(self) -> None:
         return None
 
     def cycle(self, report: object) -> None: ...

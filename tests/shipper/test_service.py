@@ -94,6 +94,9 @@ class Kept:
     def copy_progress(self) -> dict | None:
         return self.fields.get("copy")
 
+    def last_app_consistent_ns(self) -> int | None:
+        return self.fields.get("last_app_consistent_ns")
+
     def copied(self, report: CopyReport) -> None:
         self.copies.append(report)
 

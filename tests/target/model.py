@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from hvfuse.consistency import Consistency
 from hvfuse.frames import EXTENT_DTYPE, Fill, FrameWriter
-from hvfuse.manifest import Consistency, CycleKind, CycleManifest, DiskManifest
+from hvfuse.manifest import CycleKind, CycleManifest, DiskManifest
 from hvfuse.position import Position
 from hvfuse.target.journal import PointReader
 from hvfuse.target.local import LocalReplica
