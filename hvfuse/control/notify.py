@@ -8,6 +8,8 @@ tried again, and given up with an event of its own, which is not told.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
@@ -62,13 +64,17 @@ class Notifier:
         if cursor is None:  # what was before anybody could be told is no news
             events.set_cursor(CURSOR, events.last())
             return
+        seen = cursor
         for event in events.after(cursor):
-            command = self._command()
-            if command and is_told(event):
+            seen = event.number
+            command = self._command() if is_told(event) else ()
+            if command:
                 self._tell(command, event)
-            events.set_cursor(CURSOR, event.number)
-            if self._ended.is_set():
-                return
+                events.set_cursor(CURSOR, seen)
+                if self._ended.is_set():
+                    return
+        if seen != cursor:
+            events.set_cursor(CURSOR, seen)
 
     def _tell(self, command: Sequence[str], event: EventRecord) -> None:
         told = json.dumps({"output_version": 1, **event.as_json()}) + "\n"
@@ -91,20 +97,24 @@ class Notifier:
 def _failure(command: Sequence[str], told: str) -> str | None:
     """Run the command; why it failed, None if it did not."""
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             list(command),
-            check=False,
-            input=told,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            timeout=LIMIT_SECONDS,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired:
-        return f"it took longer than {LIMIT_SECONDS:.0f} s"
     except OSError as error:
         return str(error.strerror or error)
-    if done.returncode == 0:
+    with process:
+        try:
+            said, _ = process.communicate(told, timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started, which holds its output open
+            return f"it took longer than {LIMIT_SECONDS:.0f} s"
+    if process.returncode == 0:
         return None
-    said = (done.stderr or done.stdout).strip()[-_SAID:]
-    return f"it ended with {done.returncode}" + (f": {said}" if said else "")
+    last = said.strip()[-_SAID:]
+    return f"it ended with {process.returncode}" + (f": {last}" if last else "")

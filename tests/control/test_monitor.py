@@ -1,0 +1,227 @@
+"""Changes of health become events, once, and a command is told of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvfuse.control import notify
+from hvfuse.control.events import EventRecord, Severity
+from hvfuse.control.health import Health, Reason
+from hvfuse.control.job import JobKind
+from hvfuse.control.monitor import HOLD_SECONDS, Monitor
+from hvfuse.control.notify import Notifier
+from hvfuse.control.records import Records
+from hvfuse.errors import HvfuseError
+from hvfuse.states import ReplicationState
+from hvfuse.system import SystemClock
+
+from .children import HandClock, until
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a monitor needs of a status."""
+
+    name: str
+    health: Health
+    is_protected: bool = True
+    state: ReplicationState = ReplicationState.REPLICATING
+
+    @property
+    def reasons(self) -> tuple[Reason, ...]:
+        if self.health is Health.NORMAL:
+            return ()
+        return (Reason(id="stale", health=self.health, text="it is old", next_command="hvfuse replicate vm"),)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Iterator[Records]:
+    with Records(str(tmp_path / "records")) as records:
+        yield records
+
+
+def told(records: Records) -> list[str]:
+    return [event.text for event in records.events.after(0) if event.kind == "health"]
+
+
+def look(monitor: Monitor, clock: HandClock, *healths: Health) -> None:
+    """So many looks, a second apart."""
+    for health in healths:
+        clock.at += 1
+        monitor.look([Seen("vm", health)])  # type: ignore[list-item]
+
+
+def test_a_health_that_stays_is_told_once_with_its_worst_reason(records: Records) -> None:
+    clock = HandClock()
+    monitor = Monitor(records, clock=clock)
+    look(monitor, clock, *[Health.NORMAL] * 10, *[Health.CRITICAL] * 20, *[Health.NORMAL] * 10)
+    assert told(records) == ["unknown → Normal", "Normal → Critical: it is old", "Critical → Normal"]
+    event = records.events.after(0)[1]
+    assert (event.severity, event.data["from"], event.data["to"]) == (Severity.ERROR, "Normal", "Critical")
+    assert event.data["reasons"][0]["next_command"] == "hvfuse replicate vm"
+
+
+def test_what_lasts_but_a_moment_is_not_told(records: Records) -> None:
+    clock = HandClock()
+    monitor = Monitor(records, clock=clock)
+    look(monitor, clock, *[Health.NORMAL] * 10)
+    for _ in range(10):
+        look(monitor, clock, *[Health.CRITICAL] * int(HOLD_SECONDS), *[Health.NORMAL] * 8)
+    assert told(records) == ["unknown → Normal"]
+
+
+def test_a_change_that_came_while_nobody_watched_is_told_and_nothing_twice(records: Records) -> None:
+    clock = HandClock()
+    look(Monitor(records, clock=clock), clock, *[Health.NORMAL] * 10)
+    look(Monitor(records, clock=clock), clock, *[Health.NORMAL] * 10)
+    look(Monitor(records, clock=clock), clock, *[Health.WARNING] * 10)
+    assert told(records) == ["unknown → Normal", "Normal → Warning: it is old"]
+
+
+def test_of_a_vm_that_is_not_replicated_nothing_is_told(records: Records) -> None:
+    clock = HandClock()
+    monitor = Monitor(records, clock=clock)
+    for _ in range(10):
+        clock.at += 1
+        monitor.look([Seen("vm", Health.NORMAL, is_protected=False)])  # type: ignore[list-item]
+    assert told(records) == []
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., list[str]]:
+    """Makes a command that appends what it reads to "told", after `first`."""
+
+    def make(first: str = "") -> list[str]:
+        script = tmp_path / "notify.sh"
+        script.write_text(f"#!/bin/sh\n{first}\ncat >>{tmp_path}/told\n")
+        script.chmod(script.stat().st_mode | stat.S_IXUSR)
+        return [str(script)]
+
+    return make
+
+
+def heard(tmp_path: Path) -> list[dict[str, Any]]:
+    path = tmp_path / "told"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add_health(records: Records, text: str) -> None:
+    records.events.add(kind="health", vm="vm", text=text, data={"to": "Critical"}, now_ns=7)
+
+
+def fail_a_job(records: Records) -> None:
+    with pytest.raises(HvfuseError), records.jobs.run(JobKind.VERIFY, "vm", command=("verify", "vm")):
+        raise HvfuseError("it went wrong", hint="mend it")
+
+
+def test_changes_of_health_and_failed_jobs_are_told_as_json_and_nothing_else(
+    records: Records, command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    notifier = Notifier(records, command, clock=SystemClock())
+    add_health(records, "before anybody listened")
+    notifier.turn()
+    add_health(records, "Normal → Critical")
+    records.events.add(kind="state", vm="vm", text="Replicating → Error", now_ns=8)
+    with records.jobs.run(JobKind.VERIFY, "vm"):
+        pass
+    fail_a_job(records)
+    notifier.turn()
+    notifier.turn()
+    assert [event["text"] for event in heard(tmp_path)] == ["Normal → Critical", "job 2, Verify: Failed: it went wrong"]
+    first = heard(tmp_path)[0]
+    assert {
+        "output_version": 1,
+        "kind": "health",
+        "vm": "vm",
+        "severity": "info",
+        "time_ns": 7,
+    }.items() <= first.items()
+    assert first["data"] == {"to": "Critical"}
+
+
+def test_a_restart_tells_what_came_meanwhile_and_nothing_twice(
+    records: Records, command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    Notifier(records, command, clock=SystemClock()).turn()
+    add_health(records, "one")
+    Notifier(records, command, clock=SystemClock()).turn()
+    add_health(records, "two")
+    Notifier(records, command, clock=SystemClock()).turn()
+    assert [event["text"] for event in heard(tmp_path)] == ["one", "two"]
+
+
+def test_a_command_that_fails_is_tried_again_and_then_given_up_with_an_event(
+    records: Records, command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notify, "PAUSES", (0.01, 0.01))
+    refuses = command(f"echo x >>{tmp_path}/tries; echo no mail today >&2; exit 3")
+    notifier = Notifier(records, lambda: refuses, clock=SystemClock())
+    notifier.turn()
+    add_health(records, "one")
+    notifier.turn()
+    assert (tmp_path / "tries").read_text() == "x\nx\nx\n"
+    (given_up,) = [event for event in records.events.after(0) if event.kind == "notification"]
+    assert "could not be told of event 1: it ended with 3: no mail today" in given_up.text
+    notifier.turn()
+    assert (tmp_path / "tries").read_text() == "x\nx\nx\n", "that it was given up is not told"
+
+
+@pytest.mark.parametrize("missing", [["/does/not/exist"], ["/dev/null"]])
+def test_a_command_that_cannot_be_run_is_an_event(
+    records: Records, missing: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notify, "PAUSES", ())
+    notifier = Notifier(records, lambda: missing, clock=SystemClock())
+    notifier.turn()
+    add_health(records, "one")
+    notifier.turn()
+    assert [event.kind for event in records.events.after(0)] == ["health", "notification"]
+
+
+def test_a_command_that_hangs_is_killed(
+    records: Records, command: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notify, "PAUSES", ())
+    monkeypatch.setattr(notify, "LIMIT_SECONDS", 0.2)
+    hangs = command("sleep 600 & wait")
+    notifier = Notifier(records, lambda: hangs, clock=SystemClock())
+    notifier.turn()
+    add_health(records, "one")
+    notifier.turn()
+    assert "longer than" in records.events.after(1)[0].text
+
+
+def test_the_thread_tells_while_others_work_and_ends_when_asked(
+    records: Records, command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notify, "LOOK_SECONDS", 0.01)
+    notifier = Notifier(records, command, clock=SystemClock())
+    notifier.start()
+    until(lambda: records.events.cursor(notify.CURSOR) is not None)
+    add_health(records, "one")
+    until(lambda: heard(tmp_path))
+    notifier.stop()
+    add_health(records, "two")
+    threading.Event().wait(0.1)
+    assert [event["text"] for event in heard(tmp_path)] == ["one"]
+    assert os.path.exists(tmp_path)
+
+
+def test_only_what_matters_outside_is_told() -> None:
+    def event(kind: str, **data: Any) -> EventRecord:
+        return EventRecord(number=1, time_ns=0, kind=kind, vm="vm", severity=Severity.INFO, text="", data=data)
+
+    assert notify.is_told(event("health"))
+    assert notify.is_told(event("job", state="Failed"))
+    assert not notify.is_told(event("job", state="Succeeded"))
+    for kind in ("state", "failure", "process", "policy", "notification"):
+        assert not notify.is_told(event(kind))
