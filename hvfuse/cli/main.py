@@ -23,8 +23,9 @@ import click
 
 from hvfuse import __version__, errors
 from hvfuse.cli.output import emit_json, note, one_line
-from hvfuse.control import config
+from hvfuse.control import config_file
 from hvfuse.control.config import Config
+from hvfuse.control.config_file import ConfigFile
 from hvfuse.control.home import HOME_VARIABLE, Home, home_root
 from hvfuse.errors import BusyError, HvfuseError, NoSpaceError, NotFoundError, UnreachableError, UsageError
 
@@ -35,6 +36,7 @@ _SECTIONS: Mapping[str, Mapping[str, str]] = {
         "replicate": "Make a recovery point of a VM now.",
         "resync": "Compare a VM with its replica, and send what differs.",
         "verify": "Prove that a VM's replica is the same as its disks.",
+        "policy": "Show which settings apply to a VM, and prove the configuration.",
         "seed": "Bring the first copy of a VM over on a medium, or from disks that are there.",
         "mount": "Mount and track one VM without `run`.",
         "umount": "End the mount of one VM.",
@@ -90,11 +92,12 @@ class Session:
     def __init__(self, root: str, *, debug: bool = False) -> None:
         self.root = root
         self.debug = debug
+        self.config_file = ConfigFile(root)
 
-    @cached_property
+    @property
     def config(self) -> Config:
-        """The configuration. Raises UsageError naming a faulty line."""
-        return config.load(self.root)
+        """The configuration as it is now. Raises UsageError naming a faulty line."""
+        return self.config_file.current()
 
     @cached_property
     def home(self) -> Home:
@@ -115,7 +118,7 @@ class Session:
     def prepare(self) -> Home:
         """The paths, after making the home's directories and its commented configuration."""
         os.makedirs(self.root, exist_ok=True)
-        config.write_template(self.root)
+        config_file.write_template(self.root)
         self.home.make()
         return self.home
 

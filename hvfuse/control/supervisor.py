@@ -221,7 +221,10 @@ class Keeper:
 
 
 class Supervisor:
-    """Keeps the processes of all VMs of a home alive. `tick` and `stop` are for one thread."""
+    """Keeps the processes of all VMs of a home alive. `tick` and `stop` are for one thread.
+
+    `protects`: whether a new VM is taken up by itself; one whose state is not Disabled is in any case.
+    """
 
     def __init__(
         self,
@@ -231,12 +234,14 @@ class Supervisor:
         clock: Clock,
         tracker: Callable[..., Daemon] = tracker_daemon,
         shipper: Callable[..., Daemon] = shipper_daemon,
+        protects: Callable[[str], bool] = lambda vm: True,
     ) -> None:
         self._home = home
         self._records = records
         self._clock = clock
         self._tracker = tracker
         self._shipper = shipper
+        self._protects = protects
         self._keepers: dict[str, Keeper] = {}
         self._arrivals = Arrivals(home, clock=clock)
         self._sample: str | None = None
@@ -278,9 +283,10 @@ class Supervisor:
             raise failures[0]
 
     def _may_take(self, vm: str, *, at_start: bool) -> bool:
-        """Whether the folder is one that was taken up before, or our own, or a new one that is complete."""
+        """Whether the folder is one that was taken up before, or our own, or a new one that is complete and that the
+        policy does not leave to an administrator."""
         known = vm == self._sample or self._records.read(vm).state is not ReplicationState.DISABLED
-        return known or self._arrivals.is_settled(vm, at_start=at_start)
+        return known or (self._protects(vm) and self._arrivals.is_settled(vm, at_start=at_start))
 
     def _keep(self, vm: str) -> Keeper:
         self._home.make_vm(vm)

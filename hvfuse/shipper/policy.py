@@ -11,6 +11,7 @@ from hvfuse.formats.digests import Algorithm
 from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.throttle import UNTHROTTLED, Throttle
 from hvfuse.shipper.window import AT_NIGHT, AT_ONCE, Initial, Resync
 from hvfuse.states import Event, ReplicationState
 
@@ -67,7 +68,8 @@ class ShippingPolicy:
     """`frequency_seconds`: from one cycle's begin to the next's. `level`: zstd level, 0 for none.
     `soft_limit`: part of the disks' size; what sealed logs may hold before those of an outage are compacted.
     `algorithm`: of the digests by which copies compare. `resync`, `initial`: when copies start.
-    `app_consistent`: seconds from one application-consistent point to the next, 0 for none."""
+    `throttle`: how fast frames travel. `app_consistent`: seconds from one application-consistent point to the next,
+    0 for none."""
 
     frequency_seconds: float = 30.0
     level: int = 1
@@ -75,4 +77,22 @@ class ShippingPolicy:
     algorithm: Algorithm = Algorithm.XXH3
     resync: Resync = AT_NIGHT
     initial: Initial = AT_ONCE
+    throttle: Throttle = UNTHROTTLED
     app_consistent: float = 0.0
+
+
+class CurrentPolicy:
+    """The policy of a VM that is being shipped, as it is now: who needs a value reads it from `now` each time, so that
+    a change takes effect without a restart. Only in the shipper's thread.
+
+    `look` says what it is by now; asked only by `refresh`. Without it, the policy stays as it is.
+    """
+
+    def __init__(self, first: ShippingPolicy, *, look: Callable[[], ShippingPolicy] | None = None) -> None:
+        self.now = first
+        self._look = look
+
+    def refresh(self) -> None:
+        """Take over what has changed. Cheap: called between two turns, and for each frame."""
+        if self._look is not None:
+            self.now = self._look()

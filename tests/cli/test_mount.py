@@ -116,7 +116,7 @@ def test_without_a_disk_there_is_nothing_to_mount(hvfuse: CommandLine) -> None:
 def test_umount_leaves_the_mounts_of_a_running_supervisor_to_it(hvfuse: CommandLine, tmp_path: Path) -> None:
     hvfuse.add_vm("vm")
     assert hvfuse("mount", "vm") == 0
-    from hvfuse.control.config import load
+    from hvfuse.control.config_file import load
 
     with only_supervisor(load(str(hvfuse.root)).home(str(hvfuse.root))):
         assert hvfuse("umount", "vm") == 6

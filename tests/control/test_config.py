@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hvfuse.control import config
-from hvfuse.control.config import TEMPLATE, Config, parse
+from hvfuse.control.config import TEMPLATE, Config
+from hvfuse.control.config_file import load, write_template
+from hvfuse.control.config_text import parse
+from hvfuse.control.guest_settings import GuestSettings
 from hvfuse.errors import UsageError
 from hvfuse.shipper.window import ALWAYS, Initial, Resync, Window
 from hvfuse.target.retention import RetentionPolicy
@@ -19,10 +21,16 @@ def test_the_template_means_all_defaults() -> None:
 
 
 def test_the_template_with_every_comment_taken_off_is_valid_and_means_the_defaults() -> None:
-    lines = [line.removeprefix("# ") if " = " in line or "[vm." in line else line for line in TEMPLATE.splitlines()]
+    lines = [
+        line.removeprefix("# ") if " = " in line or line.startswith(("# [vm.", "# [policy.")) else line
+        for line in TEMPLATE.splitlines()
+    ]
     parsed = parse("hvfuse.toml", "\n".join(lines))
     assert parsed.default == Config().default
-    assert parsed.policy("web01").frequency == 300.0
+    assert (parsed.policies["gold"].frequency, parsed.policies["gold"].retention.keep_all_seconds) == (5.0, 86400)
+    web = parsed.policy("web01")
+    assert (web.frequency, web.retention.keep_all_seconds, web.app_consistent) == (10.0, 86400, 3600.0)
+    assert web.guest == GuestSettings(agent="/run/web01/qga.sock", freeze=(), thaw=(), freeze_timeout=10.0)
     assert parsed.policy("web01").exclude == {"swap.vhd"}
     assert parsed.policy("other") == Config().default
     assert parsed.home("/x") == Config().home("/x")
@@ -159,14 +167,14 @@ def test_a_fault_is_refused_by_file_line_and_name(case: str) -> None:
 def test_bytes_that_are_not_utf8_are_refused_by_line(tmp_path: Path) -> None:
     (tmp_path / "hvfuse.toml").write_bytes(b"# fine\n# \xff\n")
     with pytest.raises(UsageError, match=r"hvfuse\.toml:2: this is not UTF-8"):
-        config.load(str(tmp_path))
+        load(str(tmp_path))
 
 
 def test_a_home_without_a_file_has_the_defaults_and_gets_the_template_once(tmp_path: Path) -> None:
-    assert config.load(str(tmp_path)) == Config()
-    config.write_template(str(tmp_path))
+    assert load(str(tmp_path)) == Config()
+    write_template(str(tmp_path))
     path = tmp_path / "hvfuse.toml"
     assert path.read_text() == TEMPLATE
     path.write_text("# mine\n")
-    config.write_template(str(tmp_path))
+    write_template(str(tmp_path))
     assert path.read_text() == "# mine\n"

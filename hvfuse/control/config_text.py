@@ -1,0 +1,272 @@
+"""From the text of `hvfuse.toml` to a `Config`, and back to where a setting comes from. Pure.
+
+A key or table that is not known, or a value that does not fit, is refused by line and name, so that a misspelt policy
+cannot be taken for the default one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hvfuse.control import config_values as keys
+from hvfuse.control.config import Config, Monitoring, VmPolicy
+from hvfuse.control.config_values import BadValueError, Key
+from hvfuse.control.guest_settings import GuestSettings
+from hvfuse.control.home import name_fault
+from hvfuse.errors import UsageError
+
+Path = tuple[str, ...]
+"""Where a value stands in the file: ("vm", "web01", "frequency")."""
+
+Layer = tuple[Path, Mapping[str, Any]]
+"""A table and its values. Of several, a later one says more of a VM than an earlier one."""
+
+_TABLES: Mapping[str, Mapping[str, Key]] = {
+    "paths": keys.PATHS,
+    "replication": keys.REPLICATION,
+    "retention": keys.RETENTION,
+    "monitoring": keys.MONITORING,
+}
+_GUEST_HINT = "agent, or freeze and thaw"
+
+
+def parse(path: str, text: str) -> Config:
+    """The configuration in `text`; `path` is what errors name. Raises UsageError "FILE:LINE: [table] key: fault"."""
+    return _Reader(path, text).read()
+
+
+class _Reader:
+    """Reads one file's text."""
+
+    def __init__(self, path: str, text: str) -> None:
+        self._path = path
+        self._text = text
+
+    def read(self) -> Config:
+        try:
+            document = tomllib.loads(self._text)
+        except tomllib.TOMLDecodeError as error:
+            raise self._syntax_error(str(error)) from None
+        self._refuse_unknown((), document, (*_TABLES, "policy", "vm"))
+        values = {name: self._table((name,), document.get(name, {}), known) for name, known in _TABLES.items()}
+        general: list[Layer] = [((name,), values[name]) for name in ("replication", "retention")]
+        if values["replication"].get("app_consistent"):
+            raise self._error(
+                ("replication", "app_consistent"),
+                "this cannot be said of every VM: say it in a [policy.NAME] or [vm.NAME], and how the guest is asked "
+                "to hold still in [vm.NAME.guest]",
+            )
+        named: dict[str, Layer] = {}
+        for name, table in self._named("policy", document):
+            named[name] = (("policy", name), self._table(("policy", name), table, keys.POLICY))
+        return Config(
+            paths=values["paths"],
+            default=self._policy(general),
+            policies={name: self._policy([*general, layer]) for name, layer in named.items()},
+            vms={name: self._vm(name, table, general, named) for name, table in self._named("vm", document)},
+            monitoring=Monitoring(**values["monitoring"]),
+        )
+
+    def _named(self, kind: str, document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        for name, table in self._as_table((kind,), document.get(kind, {})).items():
+            fault = name_fault(name)
+            if fault is not None:
+                whose = "a VM's" if kind == "vm" else "a policy's"
+                raise self._error((kind, name), f"this cannot be {whose} name: it {fault}")
+            yield name, table
+
+    # Policies ------------------------------------------------------------------------------------------------
+
+    def _vm(self, vm: str, table: Any, general: Sequence[Layer], named: Mapping[str, Layer]) -> VmPolicy:
+        path = ("vm", vm)
+        self._refuse_unknown(path, self._as_table(path, table), (*keys.VM, "policy", "guest"))
+        values = self._values(path, {key: value for key, value in table.items() if key in keys.VM}, keys.VM)
+        layers = [*general, (path, values)]
+        if "policy" in table:
+            name = self._values(path, {"policy": table["policy"]}, {"policy": keys.VM_POLICY})["policy"]
+            if name not in named:
+                raise self._error((*path, "policy"), f"there is no table [policy.{name}]; {_guess(name, named)}")
+            layers.insert(-1, named[name])
+        guest = self._guest((*path, "guest"), table["guest"]) if "guest" in table else None
+        policy = self._policy(layers)
+        if policy.app_consistent and guest is None:
+            own = "app_consistent" in values
+            raise self._error(
+                (*path, "app_consistent" if own else "policy"),
+                f"{'this needs' if own else 'its app_consistent needs'} a table [vm.{vm}.guest] that says how the "
+                f"guest is asked to hold still: {_GUEST_HINT}",
+            )
+        return replace(policy, guest=guest)
+
+    def _policy(self, layers: Sequence[Layer]) -> VmPolicy:
+        merged = {key: value for _, values in layers for key, value in values.items()}
+        policy = _built(merged)
+        if policy.soft_limit > policy.hard_limit:
+            path, values = next(layer for layer in reversed(layers) if {"soft_limit", "hard_limit"} & layer[1].keys())
+            if "soft_limit" in values:
+                fault = f"{policy.soft_limit} is more than hard_limit, which is {policy.hard_limit}"
+                raise self._error((*path, "soft_limit"), fault)
+            fault = f"{policy.hard_limit} is less than soft_limit, which is {policy.soft_limit}"
+            raise self._error((*path, "hard_limit"), fault)
+        return policy
+
+    def _guest(self, path: Path, table: Any) -> GuestSettings:
+        values = self._table(path, table, keys.GUEST)
+        commands = [key for key in ("freeze", "thaw") if key in values]
+        if "agent" in values and commands:
+            raise self._error((*path, commands[0]), f"not together with agent: say {_GUEST_HINT}")
+        if len(commands) == 1:
+            other = "thaw" if commands == ["freeze"] else "freeze"
+            raise self._error((*path, commands[0]), f"{other} is missing: one is of no use without the other")
+        if "agent" not in values and not commands:
+            raise self._error(path, f"this says nothing: say {_GUEST_HINT}")
+        nothing = {"agent": None, "freeze": (), "thaw": ()}
+        return GuestSettings(**{**nothing, **values})
+
+    # Tables --------------------------------------------------------------------------------------------------
+
+    def _table(self, path: Path, table: Any, known: Mapping[str, Key]) -> dict[str, Any]:
+        self._refuse_unknown(path, self._as_table(path, table), known)
+        return self._values(path, table, known)
+
+    def _values(self, path: Path, table: Mapping[str, Any], known: Mapping[str, Key]) -> dict[str, Any]:
+        values = {}
+        for key, value in table.items():
+            try:
+                values[key] = known[key].parse(value)
+            except BadValueError as error:
+                raise self._error((*path, key), f"{shown(value)} is not {error}") from None
+        return values
+
+    def _as_table(self, path: Path, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self._error(path, f"this is a table: write [{'.'.join(path)}] on a line of its own")
+        return value
+
+    def _refuse_unknown(self, path: Path, table: Mapping[str, Any], known: Iterable[str]) -> None:
+        for key, value in table.items():
+            if key not in known:
+                kind = "table" if isinstance(value, dict) else "key"
+                raise self._error((*path, key), f"unknown {kind}; {_guess(key, known)}")
+
+    # Faults --------------------------------------------------------------------------------------------------
+
+    def _error(self, path: Path, what: str) -> UsageError:
+        table = f"[{'.'.join(path[:-1])}] " if len(path) > 1 else ""
+        line = lines(self._text).get(path, len(self._text.splitlines()))
+        return UsageError(f"{self._path}:{line}: {table}{path[-1]}: {what}")
+
+    def _syntax_error(self, message: str) -> UsageError:
+        match = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
+        line = match[1] if match and match[1] else len(self._text.splitlines()) or 1
+        return UsageError(f"{self._path}:{line}: {message[: match.start()] if match else message}")
+
+
+def _built(values: Mapping[str, Any]) -> VmPolicy:
+    """The policy of values that were read; what is not among them is the default."""
+    default = VmPolicy()
+    kept = {key: values[key] for key in keys.RETENTION if key in values}
+    if "keep_all" in kept:
+        kept["keep_all_seconds"] = int(kept.pop("keep_all"))
+    resync = default.resync
+    if "resync" in values:
+        resync = replace(resync, automatic=values["resync"] == "auto")
+    if "resync_window" in values:
+        resync = replace(resync, window=values["resync_window"])
+    own = {key: value for key, value in values.items() if key not in (*keys.RETENTION, "resync", "resync_window")}
+    return replace(default, retention=replace(default.retention, **kept), resync=resync, **own)
+
+
+def _guess(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(names) or 'none'}"
+
+
+def shown(value: Any) -> str:
+    """A value as the file's author would know it again."""
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(shown(one) for one in value)}]"
+    return "a table" if isinstance(value, dict) else repr(value)
+
+
+def lines(text: str) -> dict[Path, int]:
+    """For each table and key, the first line after which the text so far holds it: of a value of several lines, the
+    last. Exact and slow: for a person only."""
+    found: dict[Path, int] = {}
+    split = text.splitlines()
+    for count in range(1, len(split) + 1):
+        try:
+            document = tomllib.loads("\n".join(split[:count]))
+        except tomllib.TOMLDecodeError:  # within a value of several lines
+            continue
+        for path in _paths((), document):
+            found.setdefault(path, count)
+    return found
+
+
+def _paths(path: Path, table: Mapping[str, Any]) -> Iterator[Path]:
+    for key, value in table.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from _paths((*path, key), value)
+
+
+# Where a setting comes from -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effective:
+    """A setting that applies. `value`: as the file says it, or would say the default; None for none. `table`: where
+    it is said, such as "policy.gold", None for the default; `line`: in the file."""
+
+    key: str
+    value: Any
+    table: str | None = None
+    line: int | None = None
+
+    @property
+    def source(self) -> str:
+        """ "default", or "[policy.gold], line 20"."""
+        return "default" if self.table is None else f"[{self.table}], line {self.line}"
+
+
+class Origins:
+    """Where the settings of VMs come from, in a text that was found without fault."""
+
+    def __init__(self, text: str) -> None:
+        self._document = tomllib.loads(text)
+        self._lines = lines(text)
+
+    def of(self, vm: str | None) -> list[Effective]:
+        """Every setting that applies to a VM, its guest's too; None: to one that has no table of its own."""
+        own = self._document.get("vm", {}).get(vm, {}) if vm is not None else {}
+        tables: list[Layer] = [((name,), self._document.get(name, {})) for name in ("replication", "retention")]
+        if "policy" in own:
+            name = own["policy"]
+            tables.append((("policy", name), self._document["policy"][name]))
+        if vm is not None:
+            tables.append((("vm", vm), own))
+        known = keys.VM if vm is not None else keys.POLICY
+        found = [self._effective(key, known[key].default, tables) for key in known]
+        if "guest" in own:
+            assert vm is not None
+            guest: list[Layer] = [(("vm", vm, "guest"), own["guest"])]
+            settings = [self._effective(key, keys.GUEST[key].default, guest) for key in keys.GUEST]
+            found += [replace(each, key=f"guest.{each.key}") for each in settings if each.value is not None]
+        return found
+
+    def _effective(self, key: str, default: Any, tables: Sequence[Layer]) -> Effective:
+        for path, values in reversed(tables):
+            if key in values:
+                return Effective(key=key, value=values[key], table=".".join(path), line=self._lines[(*path, key)])
+        return Effective(key=key, value=default)
