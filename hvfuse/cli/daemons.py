@@ -58,7 +58,7 @@ def shipper(session: Session, vm: str) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
-    with Records(home.records) as records, wiring.shipper(home, session.config.policy(vm), vm, records) as here:
+    with Records(home.records) as records, wiring.shipper(home, session.config_file, vm, records) as here:
         listener = here.listen(home.shipper_socket(vm))
         try:
             here.run(stop)

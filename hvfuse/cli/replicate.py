@@ -81,5 +81,5 @@ def make_cycle(session: Session, home: Home, vm: str, records: Records, *, appli
     from hvfuse.cli.wiring import shipper
 
     home.make_vm(vm)
-    with shipper(home, session.config.policy(vm), vm, records) as here:
+    with shipper(home, session.config_file, vm, records) as here:
         return here.cycle_now(application=application).as_json()

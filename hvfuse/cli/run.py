@@ -105,7 +105,9 @@ def run(session: Session) -> None:
     home = session.prepare()
     interrupts = Interrupts()
     with only_supervisor(home), interrupts.caught(), Records(home.records) as records:
-        supervisor = Supervisor(home, records, clock=SystemClock())
+        supervisor = Supervisor(
+            home, records, clock=SystemClock(), protects=lambda vm: session.config.policy(vm).protect == "auto"
+        )
         monitor = Monitor(records, clock=SystemClock())
         with _display() as display, Watch(lambda: statuses(session, records)) as watch:
             sample = supervisor.prepare()

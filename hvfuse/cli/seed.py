@@ -109,7 +109,7 @@ def _export(session: Session, home: Home, vm: str, records: Records, path: str) 
     from hvfuse.cli.wiring import shipper
 
     home.make_vm(vm)
-    with shipper(home, session.config.policy(vm), vm, records) as here:
+    with shipper(home, session.config_file, vm, records) as here:
         return here.export(path).as_json()
 
 

@@ -134,7 +134,7 @@ def _asking(session: Session, vm: str) -> Iterator[tuple[Ask, Records]]:
         from hvfuse.cli.wiring import shipper
 
         home.make_vm(vm)
-        with shipper(home, session.config.policy(vm), vm, records) as here:
+        with shipper(home, session.config_file, vm, records) as here:
             yield lambda **fields: here.verify(fields), records
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from hvfuse import system
 from hvfuse.control.config import VmPolicy
+from hvfuse.control.config_file import ConfigFile
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records
 from hvfuse.errors import BusyError, NotFoundError, StateError
@@ -16,19 +19,71 @@ from hvfuse.states import Event, ReplicationState
 if TYPE_CHECKING:
     from hvfuse.control.facts import TargetFacts
     from hvfuse.position import Position
+    from hvfuse.shipper.policy import ShippingPolicy
     from hvfuse.shipper.service import Shipper
     from hvfuse.target.store import Store
 
+_log = logging.getLogger(__name__)
+
+
+class FollowedPolicy:
+    """The policy of a VM that is being shipped, as the configuration says it at any time. For the shipper's thread."""
+
+    def __init__(self, file: ConfigFile, vm: str) -> None:
+        self._file = file
+        self._vm = vm
+        self.policy = file.current().policy(vm)
+        self._shipping = shipping_policy(self.policy)
+
+    def shipping(self) -> ShippingPolicy:
+        """What of it the shipper is told; the same object as long as nothing changes."""
+        policy = self._file.current().policy(self._vm)
+        if policy is not self.policy:
+            before, self.policy = self.policy, policy
+            if policy != before:
+                self._shipping = shipping_policy(policy)
+                self.on_policy_change(policy, before)
+        return self._shipping
+
+    def on_policy_change(self, policy: VmPolicy, before: VmPolicy) -> None:
+        """The one place that learns of a change: here whatever else holds values of the policy is told, such as the
+        tracker (`exclude`, `hard_limit`, `soft_limit`). Maybe between two frames of a copy: it must not raise."""
+        _log.info("%s: the policy has changed: %s", self._vm, changes_text(policy, before))
+
+
+def changes_text(policy: VmPolicy, before: VmPolicy) -> str:
+    """What differs between two policies: "frequency (30.0, now 5.0)"."""
+    names = [field.name for field in dataclasses.fields(VmPolicy)]
+    changed = [name for name in names if getattr(policy, name) != getattr(before, name)]
+    return ", ".join(f"{name} ({getattr(before, name)}, now {getattr(policy, name)})" for name in changed)
+
+
+def shipping_policy(policy: VmPolicy) -> ShippingPolicy:
+    """What of a VM's policy the shipper is told."""
+    from hvfuse.formats.digests import Algorithm
+    from hvfuse.shipper.policy import ShippingPolicy
+
+    return ShippingPolicy(
+        frequency_seconds=policy.frequency,
+        level=policy.compression,
+        soft_limit=policy.soft_limit / 100,
+        algorithm=Algorithm(policy.digest),
+        resync=policy.resync,
+        initial=policy.initial,
+        throttle=policy.throttle,
+        app_consistent=policy.app_consistent,
+    )
+
 
 @contextmanager
-def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator[Shipper]:
-    """The shipper of a VM, into the home's own store; nobody else ships the VM meanwhile.
+def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator[Shipper]:
+    """The shipper of a VM, into the home's own store; nobody else ships the VM meanwhile. It follows what the
+    configuration says of the VM.
 
     Raises BusyError when another process does.
     """
     from hvfuse.control.guest import GuardedGuest
-    from hvfuse.formats.digests import Algorithm
-    from hvfuse.shipper.replication import ShippingPolicy
+    from hvfuse.shipper.policy import CurrentPolicy
     from hvfuse.shipper.service import Shipper
     from hvfuse.shipper.source import TrackerSource
     from hvfuse.target.local import LocalReplica
@@ -36,13 +91,14 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
 
     clock = system.SystemClock()
     begin_protection(records, vm)
+    followed = FollowedPolicy(file, vm)
     with system.exclusive_lock(home.shipper_lock(vm)) as had:
         if not had:
             raise BusyError(f"{vm}: another process is replicating it just now", hint="try again in a moment")
         with Store(home.store) as store, closing(LocalReplica(store, vm)) as replica:
 
             def keep_house() -> None:
-                replica.housekeep(policy.retention, clock.now_ns())
+                replica.housekeep(followed.policy.retention, clock.now_ns())
 
             here = Shipper(
                 vm=vm,
@@ -50,19 +106,11 @@ def shipper(home: Home, policy: VmPolicy, vm: str, records: Records) -> Iterator
                 source=TrackerSource(home.tracker_socket(vm), home.folder(vm)),
                 replica=replica,
                 records=records.of(vm),
-                policy=ShippingPolicy(
-                    frequency_seconds=policy.frequency,
-                    level=policy.compression,
-                    soft_limit=policy.soft_limit / 100,
-                    algorithm=Algorithm(policy.digest),
-                    resync=policy.resync,
-                    initial=policy.initial,
-                    app_consistent=policy.app_consistent,
-                ),
+                policy=CurrentPolicy(followed.shipping(), look=followed.shipping),
                 clock=clock,
                 housekeep=keep_house,
                 proofs_path=home.proofs(vm),
-                guest=GuardedGuest(vm, lambda: policy.guest, home.guest(vm)),
+                guest=GuardedGuest(vm, lambda: followed.policy.guest, home.guest(vm)),
             )
             here.thaw_leftover()
             yield here

@@ -70,28 +70,24 @@ class _Compacted:
 
 
 class Compactor:
-    """Compacts one VM's logs when they hold more than `soft_limit`, a fraction of the disks' size.
+    """Compacts one VM's logs when they hold too much. `between` is called now and then and may raise to end it."""
 
-    `between` is called now and then and may raise to end it.
-    """
-
-    def __init__(self, *, soft_limit: float, between: Callable[[], None] = lambda: None) -> None:
-        self._soft_limit = soft_limit
+    def __init__(self, *, between: Callable[[], None] = lambda: None) -> None:
         self._between = between
         self._futile = 0  # what the logs held when a compaction was last of no use
 
-    def relieve(self, cycles: Sequence[SealedCycle]) -> Compaction | None:
+    def relieve(self, cycles: Sequence[SealedCycle], *, soft_limit: float) -> Compaction | None:
         """Compact the newest generation's whole cycles if they hold too much, and if that is worth while.
 
-        `cycles`: all that are sealed, oldest first. Raises DamagedLogError naming the log, NoSpaceError,
-        HvfuseError, OSError: shipping goes on then as if nothing had happened. What was of no use is tried
-        again once the logs have grown by a part `GROWTH`.
+        `cycles`: all that are sealed, oldest first. `soft_limit`: a fraction of the disks' size. Raises DamagedLogError
+        naming the log, NoSpaceError, HvfuseError, OSError: shipping goes on then as if nothing had happened. What was
+        of no use is tried again once the logs have grown by a part `GROWTH`.
         """
         run = _compactable(_drop_superseded(cycles))
         stored = _stored(run)
         if stored < self._futile:
             self._futile = 0
-        limit = self._soft_limit * sum(log.header.end_size for log in run[-1].logs) if run else 0
+        limit = soft_limit * sum(log.header.end_size for log in run[-1].logs) if run else 0
         if len(run) < 2 or stored <= max(limit, self._futile * (1 + GROWTH)):
             return None
         self._futile = stored

@@ -20,7 +20,7 @@ from hvfuse.shipper.copy import CopyReport, Over, copy
 from hvfuse.shipper.doing import Doing
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.permission import Cause, Need, Wait, permission
-from hvfuse.shipper.policy import Records, ShippingPolicy
+from hvfuse.shipper.policy import CurrentPolicy, Records
 from hvfuse.shipper.progress import CopyKind, CopyProgress, Meter
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.source import ResyncScope, Source, SourceStatus
@@ -60,7 +60,7 @@ class Copies:
         source: Source,
         replica: Replica,
         records: Records,
-        policy: ShippingPolicy,
+        policy: CurrentPolicy,
         clock: Clock,
         between: Callable[[], None],
         full_begun: Callable[[bytes], None],
@@ -178,8 +178,8 @@ class Copies:
         return permission(
             need,
             orders,
-            resync=self._policy.resync,
-            initial=self._policy.initial,
+            resync=self._policy.now.resync,
+            initial=self._policy.now.initial,
             now_ns=self._clock.now_ns(),
             asked=asked,
         )
@@ -292,10 +292,10 @@ class Copies:
                 folder=self._folder,
                 generation=status.generation,
                 replica=self._replica,
-                level=self._policy.level,
+                level=self._policy.now.level,
                 clock=self._clock,
                 over=over,
-                algorithm=self._policy.algorithm,
+                algorithm=self._policy.now.algorithm,
                 progress=lambda *figures: self._obey(need, scope, kept=meter.tell(*figures)),
                 before_commit=meter.complete,
             )

@@ -31,7 +31,7 @@ from hvfuse.shipper.coalesce import DamagedLogError
 from hvfuse.shipper.copy import CopyReport, copy
 from hvfuse.shipper.decide import Action, decide
 from hvfuse.shipper.orders import Orders
-from hvfuse.shipper.policy import Records
+from hvfuse.shipper.policy import CurrentPolicy, Records
 from hvfuse.shipper.progress import CopyKind, CopyProgress, Meter
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.retry import refusal
@@ -154,7 +154,7 @@ class Exporter:
     source: Source
     replica: Replica
     records: Records
-    level: int
+    policy: CurrentPolicy
     clock: Clock
     between: Callable[[], None] = lambda: None
 
@@ -203,7 +203,7 @@ class Exporter:
                     folder=self.folder,
                     generation=generation,
                     replica=target,
-                    level=max(1, self.level),
+                    level=max(1, self.policy.now.level),
                     clock=self.clock,
                     progress=tell,
                 )
@@ -293,7 +293,7 @@ class Exporter:
 
     def _demand_room(self, disks: Sequence[SourceDisk], directory: str) -> None:
         """Raises NoSpaceError where the disks will hardly fit, as far as samples tell."""
-        needed, free = estimate(disks, self.folder, level=self.level), _free_bytes(directory)
+        needed, free = estimate(disks, self.folder, level=self.policy.now.level), _free_bytes(directory)
         if free < DOUBT * needed:
             raise NoSpaceError(
                 f"{directory}: {bytes_text(free)} are free; {self.vm} will take about {bytes_text(needed)}",

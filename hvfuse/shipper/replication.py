@@ -18,14 +18,14 @@ from hvfuse.shipper.doing import Doing
 from hvfuse.shipper.freezing import Freezing
 from hvfuse.shipper.guest import Guest
 from hvfuse.shipper.orders import Orders
-from hvfuse.shipper.policy import Records, ShippingPolicy
+from hvfuse.shipper.policy import CurrentPolicy, Records, ShippingPolicy
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.source import ResyncScope, Source, SourceStatus
 from hvfuse.spool import SealedCycle
 from hvfuse.states import Event
 from hvfuse.system import Clock
 
-__all__ = ["RESYNC_ERRORS", "Records", "Replication", "ShippingPolicy"]
+__all__ = ["RESYNC_ERRORS", "CurrentPolicy", "Records", "Replication", "ShippingPolicy"]
 
 RESTING_SECONDS = 900.0
 """At least so far apart are the rotations while a copy waits: their logs travel as one."""
@@ -54,7 +54,7 @@ class Replication:
         source: Source,
         replica: Replica,
         records: Records,
-        policy: ShippingPolicy,
+        policy: CurrentPolicy,
         clock: Clock,
         housekeep: Callable[[], None],
         between: Callable[[], None] = lambda: None,
@@ -92,10 +92,10 @@ class Replication:
         self.is_joined: bool | None = None
         """Whether logs could continue the replica when that was last looked at; None: not yet."""
         self.freezing = Freezing(
-            vm=vm, guest=guest, every=lambda: policy.app_consistent, source=source, records=records, clock=clock
+            vm=vm, guest=guest, every=lambda: policy.now.app_consistent, source=source, records=records, clock=clock
         )
         """What makes points application-consistent."""
-        self._compactor = Compactor(soft_limit=policy.soft_limit, between=between)
+        self._compactor = Compactor(between=between)
 
     @property
     def copies(self) -> Copies:
@@ -227,13 +227,13 @@ class Replication:
         Raises HvfuseError, OSError; nothing depends on it.
         """
         now = self._clock.monotonic()
-        if now - self._rotated_at < self._policy.frequency_seconds:
+        if now - self._rotated_at < self._policy.now.frequency_seconds:
             return
         self._rotated_at = now
         status = self._source.status()
         if status.cycle > 1 and not status.resync_required and not status.resyncing:
             self.freezing.rotate()
-        done = self._compactor.relieve(self._source.cycles())
+        done = self._compactor.relieve(self._source.cycles(), soft_limit=self._policy.now.soft_limit)
         if done is not None:
             _log.info("%s: %s", self._vm, done.text)
             self._source.release(done.generation, 0)  # has the tracker count again what waits
@@ -242,7 +242,7 @@ class Replication:
         """While a copy waits, to be called again and again: seal a cycle now and then if writes are logged, so that
         a crash finds few regions hot. Raises HvfuseError; nothing depends on it."""
         now = self._clock.monotonic()
-        if now - self._rotated_at < max(self._policy.frequency_seconds, RESTING_SECONDS):
+        if now - self._rotated_at < max(self._policy.now.frequency_seconds, RESTING_SECONDS):
             return
         self._rotated_at = now
         status = self._source.status()
@@ -282,7 +282,7 @@ class Replication:
             vm=self._vm,
             formats=self._formats,
             replica=self._replica,
-            level=self._policy.level,
+            level=self._policy.now.level,
             clock=self._clock,
             between=self._between,
             doing=self._doing.begin,

@@ -26,13 +26,14 @@ from hvfuse.shipper.export import Exporter, ExportReport, without_seed
 from hvfuse.shipper.guest import Guest
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.permission import Cause
-from hvfuse.shipper.policy import Records, ShippingPolicy
+from hvfuse.shipper.policy import CurrentPolicy, Records
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.replication import RESYNC_ERRORS, Replication
 from hvfuse.shipper.retry import refusal
 from hvfuse.shipper.schedule import Schedule
 from hvfuse.shipper.shown import ShownRecords
 from hvfuse.shipper.source import Source
+from hvfuse.shipper.throttle import ThrottledReplica
 from hvfuse.shipper.verifier import Verifier
 from hvfuse.states import Event
 from hvfuse.system import Clock
@@ -67,7 +68,7 @@ class Shipper:
         source: Source,
         replica: Replica,
         records: Records,
-        policy: ShippingPolicy,
+        policy: CurrentPolicy,
         clock: Clock,
         housekeep: Callable[[], None] = lambda: None,
         proofs_path: str | None = None,
@@ -77,6 +78,7 @@ class Shipper:
         self._source = source
         self._shown = ShownRecords(records)
         self._doing = Doing(clock)
+        replica = ThrottledReplica(replica, policy=policy, clock=clock, between=self.check_stop)
         self._replication = Replication(
             vm=vm,
             folder=folder,
@@ -98,7 +100,7 @@ class Shipper:
             source=source,
             replica=replica,
             records=self._shown,
-            level=policy.level,
+            policy=policy,
             clock=clock,
             between=self.check_stop,
         )
@@ -113,10 +115,13 @@ class Shipper:
                 clock=clock,
                 ship=partial(self._attempt, asked=False),
                 allow_copy=self._allow_repair,
-                algorithm=policy.algorithm,
+                policy=policy,
             )
+        self._policy = policy
+        self._followed = policy.now
         self._clock = clock
-        self._schedule = Schedule(policy.frequency_seconds, due=clock.monotonic())
+        self._begun = clock.monotonic()  # the last attempt
+        self._schedule = Schedule(policy.now.frequency_seconds, due=self._begun)
         self._holds_out = False  # the target is away, but will be back; or replication is suspended
         self._waits = False  # a copy does
         self._complaint = ""
@@ -175,6 +180,7 @@ class Shipper:
 
     def turn(self) -> float:
         """Do what is due or asked for. Returns the seconds until something is due again (may be inf)."""
+        self._follow_policy()
         self._serve_requests()
         if self._schedule.wait(self._clock.monotonic()) == 0 or self._until_copy() == 0:
             with contextlib.suppress(HvfuseError):  # told, and shown
@@ -192,6 +198,23 @@ class Shipper:
         if missed:
             self.missed += missed
             self._shown.missed(missed)
+
+    def _follow_policy(self) -> None:
+        """Take over what has changed of the policy.
+
+        With a shorter frequency the next cycle is due one new interval after the last began; a longer one applies from
+        the next cycle on. A copy that waits looks at once whether it still has to.
+        """
+        self._policy.refresh()
+        policy, before = self._policy.now, self._followed
+        if policy is before:
+            return
+        self._followed, now = policy, self._clock.monotonic()
+        if policy.frequency_seconds != before.frequency_seconds:
+            self._count(self._schedule.missed(now))
+            self._schedule.change_frequency(policy.frequency_seconds, now, begun=self._begun)
+        if self._waits:
+            self._schedule.due = now
 
     def _until_copy(self) -> float:
         """Seconds until a copy that waits may start by itself; inf if none does, or attempts fail anyway."""
@@ -235,6 +258,7 @@ class Shipper:
 
     def _attempt(self, *, asked: bool, application: bool = False) -> CycleReport:
         started, copies = self._clock.monotonic(), self._replication.copies.committed
+        self._begun = started
         self._holds_out = self._waits = False
         try:
             report = self._cycle(asked=asked, application=application)

@@ -24,9 +24,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from hvfuse.errors import BusyError, CorruptError, HvfuseError, NotFoundError, UnsupportedError, UsageError
 from hvfuse.extent import Extent
-from hvfuse.formats.digests import Algorithm
 from hvfuse.reconcile import plan
 from hvfuse.shipper import proofs as proofs_file
+from hvfuse.shipper.policy import CurrentPolicy
 from hvfuse.shipper.proofs import Mismatch, Proofs
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.retry import refusal
@@ -71,7 +71,7 @@ class Verifier:
         clock: Clock,
         ship: Callable[[], object],
         allow_copy: Callable[[], object],
-        algorithm: Algorithm = Algorithm.XXH3,
+        policy: CurrentPolicy,
     ) -> None:
         self._vm = vm
         self._folder = folder
@@ -81,7 +81,7 @@ class Verifier:
         self._clock = clock
         self._ship = ship
         self._allow_copy = allow_copy
-        self._algorithm = algorithm
+        self._policy = policy
         self._workers = ThreadPoolExecutor(WORKERS, "hvfuse-verify")
         self._kept: Proofs | None = None
         self._run: Run | None = None
@@ -149,7 +149,7 @@ class Verifier:
             seed=seed,
             clock=self._clock,
             workers=self._workers,
-            algorithm=self._algorithm,
+            algorithm=self._policy.now.algorithm,
         )
 
     def _step(self, message: Message) -> Mapping[str, object]:

@@ -22,7 +22,7 @@ from hvfuse import system, wire
 from hvfuse.errors import UnreachableError
 from hvfuse.formats import vhd
 from hvfuse.formats.tracking import IndexHead
-from hvfuse.shipper.replication import Replication, ShippingPolicy
+from hvfuse.shipper.replication import CurrentPolicy, Replication, ShippingPolicy
 from hvfuse.shipper.source import TrackerSource
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.retention import RetentionPolicy
@@ -293,7 +293,7 @@ class Host:
             source=TrackerSource("tracker.sock", self.folder),
             replica=self.replica,
             records=NoRecords(),
-            policy=ShippingPolicy(),
+            policy=CurrentPolicy(ShippingPolicy()),
             clock=self._clock,
             housekeep=self._keep_house,
         )

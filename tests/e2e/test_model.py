@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 from hvfuse import wire
-from hvfuse.shipper.replication import Replication, ShippingPolicy
+from hvfuse.shipper.replication import CurrentPolicy, Replication, ShippingPolicy
 from hvfuse.shipper.source import TrackerSource
 from hvfuse.system import SystemClock
 from hvfuse.target.journal import PointReader
@@ -106,7 +106,7 @@ class Machine(RuleBasedStateMachine):
             source=InProcess(self),
             replica=self.replica,
             records=NoRecords(),
-            policy=ShippingPolicy(),
+            policy=CurrentPolicy(ShippingPolicy()),
             clock=self.clock,
             housekeep=lambda: None,
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hvfuse import wire
 from hvfuse.control.home import Home
-from hvfuse.shipper.replication import Replication, ShippingPolicy
+from hvfuse.shipper.replication import CurrentPolicy, Replication, ShippingPolicy
 from hvfuse.shipper.source import TrackerSource
 from hvfuse.system import SystemClock
 from hvfuse.target.journal import PointReader
@@ -82,7 +82,7 @@ def _ship_and_look(store: Store, home: Home, names: list[str]) -> list[int]:
         source=TrackerSource(socket, home.folder("vm1")),
         replica=replica,
         records=NoRecords(),
-        policy=ShippingPolicy(),
+        policy=CurrentPolicy(ShippingPolicy()),
         clock=SystemClock(),
         housekeep=lambda: None,
     )

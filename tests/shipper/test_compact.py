@@ -97,7 +97,7 @@ def assert_right(source: Tracked, replica: MemoryReplica) -> None:
 
 
 def relieved(source: Tracked, *, soft_limit: float = 0, **options) -> Compaction | None:
-    return Compactor(soft_limit=soft_limit, **options).relieve(source.cycles())
+    return Compactor(**options).relieve(source.cycles(), soft_limit=soft_limit)
 
 
 @pytest.fixture(autouse=True)
@@ -447,19 +447,19 @@ def test_what_was_of_no_use_is_not_looked_at_again_before_the_logs_have_grown(tm
     source = tracked(str(tmp_path), [SIZE])
     looks: list[int] = []
     monkeypatch.setattr(compact, "plan", lambda logs: looks.append(len(logs)) or plan(logs))
-    compactor = Compactor(soft_limit=0.1)
+    compactor = Compactor()
     lengths = [4096, 4096, 100, 4096, 100]
     for number, length in enumerate(lengths):
         source.disks[0].do(write(number * 4096, random_bytes(number, length)))
         source.rotate()
-        assert compactor.relieve(source.cycles()) is None
+        assert compactor.relieve(source.cycles(), soft_limit=0.1) is None
     assert looks == [2, 4]
     ship_all(source, copied_empty(source), most=2)
-    assert compactor.relieve(source.cycles()) is None
+    assert compactor.relieve(source.cycles(), soft_limit=0.1) is None
     assert looks == [2, 4], "below the limit"
     source.disks[0].do(write(0, random_bytes(1, 4096)))
     source.rotate()
-    assert compactor.relieve(source.cycles()) is None
+    assert compactor.relieve(source.cycles(), soft_limit=0.1) is None
     assert looks == [2, 4, 4]
 
 
@@ -471,4 +471,4 @@ def test_a_cycle_that_is_being_sealed_and_those_before_a_gap_are_left_alone(tmp_
     done = relieved(source)
     assert (done.first, done.last) == (3, 5)
     assert [(c.cycle, c.is_whole) for c in source.cycles()] == [(1, True), (2, False), (5, True), (6, False)]
-    assert Compactor(soft_limit=0).relieve([]) is None
+    assert Compactor().relieve([], soft_limit=0) is None

@@ -41,7 +41,7 @@ def write_and_rotate(host: StoredHost, seed: int) -> None:
 
 
 def compacted(host: StoredHost) -> bool:
-    return Compactor(soft_limit=0).relieve(spool.list_cycles(host.folder)) is not None
+    return Compactor().relieve(spool.list_cycles(host.folder), soft_limit=0) is not None
 
 
 def assert_ships(host: StoredHost) -> None:

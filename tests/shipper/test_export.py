@@ -14,6 +14,7 @@ from hvfuse.position import NO_DIGEST, Position
 from hvfuse.shipper import slots
 from hvfuse.shipper.export import Exporter, SeedReplica, estimate, without_seed
 from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.policy import CurrentPolicy, ShippingPolicy
 from hvfuse.states import Event, ReplicationState
 from hvfuse.system import SystemClock
 
@@ -52,7 +53,7 @@ def make_site(folder) -> Site:
 def exporter(site: Site, **options) -> Exporter:
     made = {
         "vm": "vm1", "folder": site.source.folder, "source": site.source, "replica": site.replica,
-        "records": site.records, "level": 1, "clock": site.clock,
+        "records": site.records, "policy": CurrentPolicy(ShippingPolicy()), "clock": site.clock,
     }  # fmt: skip
     return Exporter(**made | options)
 

@@ -14,7 +14,7 @@ from hvfuse.position import NO_DIGEST, Position
 from hvfuse.shipper import permission
 from hvfuse.shipper.copies import WaitingError
 from hvfuse.shipper.orders import Orders
-from hvfuse.shipper.replication import ShippingPolicy
+from hvfuse.shipper.replication import CurrentPolicy, ShippingPolicy
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import ResyncScope
 from hvfuse.shipper.window import ALWAYS, NIGHT, Initial, Resync
@@ -49,7 +49,7 @@ class Ordered(Site):
     def shipper(self) -> Shipper:
         return Shipper(
             vm="vm1", folder=self.source.folder, source=self.source, replica=self.replica, records=self.records,
-            policy=self.policy, clock=self.clock, housekeep=self.keep_house,
+            policy=CurrentPolicy(self.policy), clock=self.clock, housekeep=self.keep_house,
         )  # fmt: skip
 
     @property

@@ -11,7 +11,7 @@ from hvfuse.errors import HvfuseError, UsageError
 from hvfuse.formats.digests import BLOCK
 from hvfuse.shipper import proofs
 from hvfuse.shipper.orders import Orders
-from hvfuse.shipper.replication import ShippingPolicy
+from hvfuse.shipper.replication import CurrentPolicy, ShippingPolicy
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import TrackerSource
 from hvfuse.states import ReplicationState
@@ -44,7 +44,8 @@ class Damaged(StoredHost):
         """A new shipper, as after a restart."""
         self.ship = Shipper(
             vm="vm1", folder=self.folder, source=TrackerSource(self.socket, self.folder),
-            replica=LocalReplica(self.store, "vm1"), records=self.records, policy=ShippingPolicy(), clock=self.clock,
+            replica=LocalReplica(self.store, "vm1"), records=self.records, policy=CurrentPolicy(ShippingPolicy()),
+            clock=self.clock,
             proofs_path=self.path,
         )  # fmt: skip
         # The test's thread is the loop's.

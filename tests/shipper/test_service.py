@@ -19,7 +19,7 @@ from hvfuse.errors import (
 from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.orders import Orders
-from hvfuse.shipper.replication import ShippingPolicy
+from hvfuse.shipper.replication import CurrentPolicy, ShippingPolicy
 from hvfuse.shipper.service import Shipper, StoppedError
 from hvfuse.states import Event, ReplicationState, next_state
 
@@ -115,7 +115,7 @@ class Site:
         """A new one, as after a restart."""
         return Shipper(
             vm="vm1", folder=self.source.folder, source=self.source, replica=self.replica,
-            records=self.records, policy=ShippingPolicy(frequency_seconds=30), clock=self.clock,
+            records=self.records, policy=CurrentPolicy(ShippingPolicy(frequency_seconds=30)), clock=self.clock,
             housekeep=self.keep_house,
         )  # fmt: skip
 

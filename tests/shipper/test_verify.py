@@ -20,6 +20,7 @@ from hvfuse.extent import Extent
 from hvfuse.formats.digests import BLOCK
 from hvfuse.position import Position
 from hvfuse.shipper import proofs, slots, verify, written
+from hvfuse.shipper.policy import CurrentPolicy, ShippingPolicy
 from hvfuse.shipper.proofs import Proofs
 from hvfuse.shipper.source import Touched, TrackerSource
 from hvfuse.shipper.verifier import PAUSE, RESTED, Verifier
@@ -90,6 +91,7 @@ class Verified(StoredHost):
         made = Verifier(
             vm="vm1", folder=self.folder, path=self.path, source=self.source, replica=LocalReplica(self.store, "vm1"),
             clock=self.clock, ship=self.ship.cycle_now, allow_copy=self.allow_copy,
+            policy=CurrentPolicy(ShippingPolicy()),
         )  # fmt: skip
         made._workers.shutdown()
         made._workers = Inline()
@@ -441,6 +443,7 @@ def test_without_a_copy_there_is_nothing_to_verify(tmp_path) -> None:
     verifier = Verifier(
         vm="vm1", folder=bare.folder, path=str(tmp_path / "proofs"), source=TrackerSource(bare.socket, bare.folder),
         replica=LocalReplica(host.store, "vm1"), clock=Clock(), ship=lambda: None, allow_copy=lambda: None,
+        policy=CurrentPolicy(ShippingPolicy()),
     )  # fmt: skip
     with pytest.raises(ResyncRequiredError, match="was not copied yet"):
         verifier.handle({"do": "begin"})

@@ -13,7 +13,7 @@ from hvfuse.frames import FrameHeader, unpack_header
 from hvfuse.reconcile import plan
 from hvfuse.shipper import slots
 from hvfuse.shipper.copies import WaitingError
-from hvfuse.shipper.replication import ShippingPolicy
+from hvfuse.shipper.replication import CurrentPolicy, ShippingPolicy
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import TrackerSource
 from hvfuse.target.check import check
@@ -45,7 +45,7 @@ class StoredHost(Host):
         self.replica = Counted(self)
         return Shipper(
             vm="vm1", folder=self.folder, source=TrackerSource(self.socket, self.folder),
-            replica=self.replica, records=self.records, policy=ShippingPolicy(), clock=Clock(),
+            replica=self.replica, records=self.records, policy=CurrentPolicy(ShippingPolicy()), clock=Clock(),
         )  # fmt: skip
 
     def lose_logs(self) -> None:

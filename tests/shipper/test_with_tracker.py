@@ -14,7 +14,7 @@ from hvfuse.tracker.service import TrackerControl
 from hvfuse.tracker.vm import TrackedVm
 
 from .logs import MemoryReplica, random_bytes
-from .test_service import Clock, Kept, Shipper, ShippingPolicy
+from .test_service import Clock, CurrentPolicy, Kept, Shipper, ShippingPolicy
 
 MIB = 1 << 20
 SIZES = {"a.raw": 3 * MIB, "b.raw": MIB + 512}
@@ -47,7 +47,7 @@ class Host:
     def shipper(self) -> Shipper:
         return Shipper(
             vm="vm1", folder=self.folder, source=TrackerSource(self.socket, self.folder),
-            replica=self.replica, records=self.records, policy=ShippingPolicy(), clock=Clock(),
+            replica=self.replica, records=self.records, policy=CurrentPolicy(ShippingPolicy()), clock=Clock(),
         )  # fmt: skip
 
     def images(self) -> dict[str, bytes]:
