@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from hvfuse.control.config import TEMPLATE, Config
+from hvfuse.control.config import TEMPLATE, Config, Monitoring, VmPolicy
 from hvfuse.control.config_file import load, write_template
-from hvfuse.control.config_text import parse
+from hvfuse.control.config_text import Origins, parse, shown
+from hvfuse.control.config_values import MONITORING, VM
 from hvfuse.control.guest_settings import GuestSettings
 from hvfuse.errors import UsageError
+from hvfuse.shipper.throttle import Limit, Throttle
 from hvfuse.shipper.window import ALWAYS, Initial, Resync, Window
 from hvfuse.target.retention import RetentionPolicy
 
@@ -83,7 +85,231 @@ def test_a_first_copy_can_have_a_time_and_one_that_is_over_is_no_fault(text: str
     assert parse("hvfuse.toml", f'[replication]\ninitial = "{text}"\n').default.initial == Initial(at_ns=at)
 
 
+GUEST = '[vm.a.guest]\nagent = "/q"\n'
+MINUTES = 60
+VALUES: dict[str, tuple[str, object]] = {
+    'protect = "manual"': ("protect", "manual"),
+    'frequency = "1s"': ("frequency", 1.0),
+    'frequency = "1h"': ("frequency", 3600.0),
+    "compression = 0": ("compression", 0),
+    "compression = 22": ("compression", 22),
+    "soft_limit = 50": ("soft_limit", 50),
+    "hard_limit = 25": ("hard_limit", 25),
+    "hard_limit = 100000": ("hard_limit", 100_000),
+    'initial = "seed"': ("initial", Initial(how="seed")),
+    'resync = "manual"': ("resync", Resync(automatic=False)),
+    'resync_window = "always"': ("resync", Resync(window=ALWAYS)),
+    'digest = "blake3"': ("digest", "blake3"),
+    'app_consistent = "off"': ("app_consistent", 0.0),
+    'app_consistent = "1h"': ("app_consistent", 3600.0),
+    'app_consistent = "12h"': ("app_consistent", 43200.0),
+    'keep_all = "0s"': ("retention", RetentionPolicy(keep_all_seconds=0)),
+    "hourly = 0": ("retention", RetentionPolicy(hourly=0)),
+    "daily = 3660": ("retention", RetentionPolicy(daily=3660)),
+    "exclude = []": ("exclude", frozenset()),
+    'exclude = ["b.raw", "a.vhd"]': ("exclude", frozenset({"a.vhd", "b.raw"})),
+    'throttle = "none"': ("throttle", Throttle()),
+    "throttle = []": ("throttle", Throttle()),
+    'throttle = "10MB/s"': ("throttle", Throttle((Limit(10e6),))),
+    'throttle = "1.5 MiB/s"': ("throttle", None),
+    'throttle = "1.5MiB/s"': ("throttle", Throttle((Limit(1.5 * 2**20),))),
+    'throttle = "100KB/s"': ("throttle", Throttle((Limit(1e5),))),
+    'throttle = "100GB/s"': ("throttle", Throttle((Limit(1e11),))),
+    'throttle = "99KB/s"': ("throttle", None),
+    'throttle = "101GB/s"': ("throttle", None),
+    'throttle = "0B/s"': ("throttle", None),
+    'throttle = "10MB"': ("throttle", None),
+    'throttle = "fast"': ("throttle", None),
+    "throttle = 10": ("throttle", None),
+    'throttle = ["mon-fri 08:00-18:00 10MB/s", "sat,sun none", "50MB/s"]': (
+        "throttle",
+        Throttle(
+            (
+                Limit(10e6, frozenset(range(5)), Window(8 * MINUTES, 18 * MINUTES)),
+                Limit(None, frozenset({5, 6})),
+                Limit(50e6),
+            )
+        ),
+    ),
+    'throttle = ["22:00-06:00 1GB/s", "Fri-Mon 1MB/s"]': (
+        "throttle",
+        Throttle((Limit(1e9, window=Window(22 * MINUTES, 6 * MINUTES)), Limit(1e6, frozenset({4, 5, 6, 0})))),
+    ),
+    'throttle = ["monday 1MB/s"]': ("throttle", None),
+    'throttle = ["08:00-18:00 mon 1MB/s"]': ("throttle", None),
+    'throttle = ["mon 08:00-08:00 1MB/s"]': ("throttle", None),
+    'throttle = ["mon 08:00-25:00 1MB/s"]': ("throttle", None),
+    'throttle = ["mon tue 1MB/s"]': ("throttle", None),
+    'throttle = ["mon-fri 08:00-18:00"]': ("throttle", None),
+    'throttle = ["mon-fri-sun 1MB/s"]': ("throttle", None),
+    'throttle = ["mon, tue 1MB/s"]': ("throttle", None),
+    'throttle = [""]': ("throttle", None),
+    "throttle = [5]": ("throttle", None),
+    'throttle = ["1MB/s", ["2MB/s"]]': ("throttle", None),
+    'protect = "yes"': ("protect", None),
+    "protect = true": ("protect", None),
+    'app_consistent = "0s"': ("app_consistent", None),
+    'app_consistent = "59m"': ("app_consistent", None),
+    'app_consistent = "13h"': ("app_consistent", None),
+    "app_consistent = 0": ("app_consistent", None),
+    "app_consistent = false": ("app_consistent", None),
+    'frequency = "\u0663s"': ("frequency", None),
+    'frequency = "1000000000s"': ("frequency", None),
+}
+"""What a line means in [vm.a], which has a guest; None: it is refused."""
+
+
+@pytest.mark.parametrize("line", VALUES)
+def test_each_key_takes_what_fits_and_refuses_what_does_not(line: str) -> None:
+    key, value = VALUES[line]
+    text = f"[vm.a]\n{line}\n{GUEST}"
+    if value is None:
+        with pytest.raises(UsageError, match=rf"^hvfuse\.toml:2: \[vm\.a\] {key}: .* is not "):
+            parse("hvfuse.toml", text)
+        return
+    assert getattr(parse("hvfuse.toml", text).policy("a"), key) == value
+
+
+@pytest.mark.parametrize("line", VALUES)
+def test_a_policy_takes_what_a_vm_does_except_what_is_of_one_vm_alone(line: str) -> None:
+    key, value = VALUES[line]
+    text = f'[policy.p]\n{line}\n[vm.a]\npolicy = "p"\n{GUEST}'
+    if value is None or key == "exclude":
+        with pytest.raises(UsageError, match=rf"^hvfuse\.toml:2: \[policy\.p\] {key}: "):
+            parse("hvfuse.toml", text)
+        return
+    parsed = parse("hvfuse.toml", text)
+    assert getattr(parsed.policy("a"), key) == getattr(parsed.policies["p"], key) == value
+    assert parsed.policy("b") == parsed.default == Config().default
+
+
+def test_a_vm_says_more_than_its_policy_and_that_more_than_the_general_tables() -> None:
+    parsed = parse(
+        "hvfuse.toml",
+        '[vm.web]\npolicy = "gold"\nfrequency = "7s"\nresync = "auto"\n'
+        '[policy.gold]\nfrequency = "5s"\ncompression = 9\nresync = "manual"\ndaily = 7\n[policy.tin]\n'
+        '[replication]\nfrequency = "2m"\ncompression = 3\nhard_limit = 90\nresync_window = "always"\n'
+        "[retention]\nhourly = 5\n[vm.plain]\n",
+    )
+    web, gold = parsed.policy("web"), parsed.policies["gold"]
+    assert (web.frequency, web.compression, web.hard_limit, web.resync) == (7.0, 9, 90, Resync(window=ALWAYS))
+    assert web.retention == RetentionPolicy(hourly=5, daily=7)
+    assert (gold.frequency, gold.resync) == (5.0, Resync(automatic=False, window=ALWAYS))
+    assert parsed.policies["tin"] == parsed.policy("plain") == parsed.policy("other") == parsed.default
+
+
+def test_the_defaults_that_are_shown_are_those_that_apply() -> None:
+    said = {key: known.default for key, known in VM.items()}
+    text = "".join(f"{key} = {shown(value)}\n" for key, value in said.items())
+    assert parse("hvfuse.toml", "[vm.a]\n" + text).policy("a") == VmPolicy()
+    said = {key: known.default for key, known in MONITORING.items()}
+    text = "".join(f"{key} = {shown(value)}\n" for key, value in said.items())
+    assert parse("hvfuse.toml", "[monitoring]\n" + text).monitoring == Monitoring()
+
+
+def test_a_guest_is_asked_by_its_agent_or_by_commands() -> None:
+    parsed = parse(
+        "hvfuse.toml",
+        '[vm.a.guest]\nagent = "/run/a.sock"\nfreeze_timeout = "1m"\n'
+        '[vm.b.guest]\nfreeze = ["ssh", "b", "fsfreeze"]\nthaw = ["/bin/thaw"]\n[vm.c]\n',
+    )
+    assert parsed.policy("a").guest == GuestSettings("/run/a.sock", (), (), 60.0)
+    assert parsed.policy("b").guest == GuestSettings(None, ("ssh", "b", "fsfreeze"), ("/bin/thaw",))
+    assert parsed.policy("c").guest is None
+
+
+def test_what_is_watched_and_who_is_told() -> None:
+    text = '[monitoring]\ninterval = "7d"\nnotify = ["/bin/tell", ""]\nkeep_events = "366d"\n'
+    assert parse("hvfuse.toml", text).monitoring == Monitoring(
+        interval=7 * 86400.0, notify=("/bin/tell", ""), keep_events=366 * 86400.0
+    )
+
+
 FAULTS = {
+    "policy that is not there": (
+        '[policy.gold]\n[vm.a]\n\npolicy = "golf"\n',
+        4,
+        "[vm.a] policy: there is no table [policy.golf]; did you mean gold?",
+    ),
+    "policy where there is none": ('[vm.a]\npolicy = "x"\n', 2, "there is no table [policy.x]; known here: none"),
+    "policy without a name": ('[vm.a]\npolicy = ""\n', 2, '[vm.a] policy: "" is not the name of a policy'),
+    "policy as a list": ('[vm.a]\npolicy = ["x"]\n', 2, '[vm.a] policy: ["x"] is not the name of a policy'),
+    "policy of a policy": ('[policy.a]\npolicy = "b"\n', 2, "[policy.a] policy: unknown key"),
+    "bad name of a policy": ('[policy."a/b"]\n', 1, "a/b: this cannot be a policy's name: it holds a slash"),
+    "policies as a value": ("policy = 1\n", 1, "policy: this is a table: write [policy] on a line"),
+    "one policy as a value": ("[policy]\ngold = 1\n", 2, "[policy] gold: this is a table: write [policy.gold]"),
+    "exclude in a policy": ('[policy.a]\nexclude = ["x.vhd"]\n', 2, "[policy.a] exclude: unknown key"),
+    "exclude of all": ('[replication]\nexclude = ["x.vhd"]\n', 2, "[replication] exclude: unknown key"),
+    "retention among replication": ("[replication]\nhourly = 1\n", 2, "[replication] hourly: unknown key"),
+    "soft over hard": (
+        "[replication]\nhard_limit = 20\n\nsoft_limit = 30\n",
+        4,
+        "[replication] soft_limit: 30 is more than hard_limit, which is 20",
+    ),
+    "soft over the default hard": ("[replication]\nsoft_limit = 51\n", 2, "51 is more than hard_limit, which is 50"),
+    "hard of a policy under the default soft": (
+        "[policy.p]\nhard_limit = 24\n",
+        2,
+        "[policy.p] hard_limit: 24 is less than soft_limit, which is 25",
+    ),
+    "soft of a vm over its policy's hard": (
+        '[vm.a]\npolicy = "p"\nsoft_limit = 41\n[policy.p]\nhard_limit = 40\n',
+        3,
+        "[vm.a] soft_limit: 41 is more than hard_limit, which is 40",
+    ),
+    "applications at rest, of all": (
+        '[replication]\napp_consistent = "1h"\n',
+        2,
+        "[replication] app_consistent: this cannot be said of every VM: say it in a [policy.NAME] or [vm.NAME]",
+    ),
+    "applications at rest without a guest": (
+        '[vm.a]\nfrequency = "1s"\napp_consistent = "1h"\n',
+        3,
+        "[vm.a] app_consistent: this needs a table [vm.a.guest] that says how the guest is asked to hold still: "
+        "agent, or freeze and thaw",
+    ),
+    "applications at rest by the policy, without a guest": (
+        '[policy.p]\napp_consistent = "1h"\n[vm.a]\nfrequency = "1s"\npolicy = "p"\n',
+        5,
+        "[vm.a] policy: its app_consistent needs a table [vm.a.guest]",
+    ),
+    "guest as a value": ("[vm.a]\nguest = 1\n", 2, "[vm.a] guest: this is a table: write [vm.a.guest]"),
+    "guest in a policy": ('[policy.p.guest]\nagent = "/q"\n', 1, "[policy.p] guest: unknown table"),
+    "guest that says nothing": ("[vm.a.guest]\n", 1, "[vm.a] guest: this says nothing: say agent, or freeze and thaw"),
+    "guest with a time alone": ('[vm.a.guest]\nfreeze_timeout = "5s"\n', 1, "[vm.a] guest: this says nothing"),
+    "agent and a command": (
+        '[vm.a.guest]\nagent = "/q"\nthaw = ["x"]\n',
+        3,
+        "[vm.a.guest] thaw: not together with agent: say agent, or freeze and thaw",
+    ),
+    "freeze alone": ('[vm.a.guest]\nfreeze = ["x"]\n', 2, "[vm.a.guest] freeze: thaw is missing"),
+    "thaw alone": ('[vm.a.guest]\n\nthaw = ["x"]\n', 3, "[vm.a.guest] thaw: freeze is missing"),
+    "agent by a relative path": ('[vm.a.guest]\nagent = "q"\n', 2, '[vm.a.guest] agent: "q" is not the absolute path'),
+    "command as a text": (
+        '[vm.a.guest]\nfreeze = "x y"\n',
+        2,
+        '[vm.a.guest] freeze: "x y" is not a command and its arguments, such as [',
+    ),
+    "command of nothing": ("[vm.a.guest]\nfreeze = []\n", 2, "[vm.a.guest] freeze: [] is not a command"),
+    "command of no name": ('[vm.a.guest]\nthaw = ["", "x"]\n', 2, '[vm.a.guest] thaw: ["", "x"] is not a command'),
+    "command by a relative path": ('[vm.a.guest]\nfreeze = ["bin/x"]\n', 2, "is not a command"),
+    "command with a number": ('[vm.a.guest]\nfreeze = ["x", 1]\n', 2, '["x", 1] is not a command'),
+    "freezes too long": ('[vm.a.guest]\nfreeze_timeout = "61s"\n', 2, '"61s" is not a duration from "1s" to "60s"'),
+    "unknown key of a guest": (
+        '[vm.a.guest]\nagnet = "/q"\n',
+        2,
+        "[vm.a.guest] agnet: unknown key; did you mean agent?",
+    ),
+    "interval too short": ('[monitoring]\ninterval = "59m"\n', 2, '[monitoring] interval: "59m" is not a duration'),
+    "interval too long": ('[monitoring]\ninterval = "8d"\n', 2, 'from "1h" to "7d"'),
+    "events kept too short": ('[monitoring]\nkeep_events = "23h"\n', 2, 'keep_events: "23h" is not'),
+    "events kept too long": ('[monitoring]\nkeep_events = "367d"\n', 2, 'from "1d" to "366d"'),
+    "nobody to tell by a text": ('[monitoring]\nnotify = "mail"\n', 2, '[monitoring] notify: "mail" is not a command'),
+    "key of monitoring": (
+        "[monitoring]\nnotified = []\n",
+        2,
+        "[monitoring] notified: unknown key; did you mean notify?",
+    ),
     "unknown key": (
         '[replication]\n\nfreqency = "1s"\n',
         3,
@@ -178,3 +404,26 @@ def test_a_home_without_a_file_has_the_defaults_and_gets_the_template_once(tmp_p
     path.write_text("# mine\n")
     write_template(str(tmp_path))
     assert path.read_text() == "# mine\n"
+
+
+def test_each_setting_says_where_it_comes_from() -> None:
+    text = (
+        '[replication]\nfrequency = "1m"\ncompression = 2\n\n[policy.gold]\ncompression = 9\ndaily = 7\n'
+        '[vm.web]\npolicy = "gold"\ndaily = 3\nthrottle = [\n  "1MB/s",\n]\n[vm.web.guest]\nagent = "/q"\n'
+    )
+    parse("hvfuse.toml", text)
+    origins = Origins(text)
+    found = {each.key: (each.value, each.source) for each in origins.of("web")}
+    assert found == {
+        **{key: (known.default, "default") for key, known in VM.items()},
+        "frequency": ("1m", "[replication], line 2"),
+        "compression": (9, "[policy.gold], line 6"),
+        "daily": (3, "[vm.web], line 10"),
+        "throttle": (["1MB/s"], "[vm.web], line 13"),
+        "guest.agent": ("/q", "[vm.web.guest], line 15"),
+        "guest.freeze_timeout": ("10s", "default"),
+    }
+    general = {each.key: (each.value, each.source) for each in origins.of(None)}
+    assert "exclude" not in general
+    assert general["compression"] == (2, "[replication], line 3")
+    assert origins.of("other")[0].source == "default"
