@@ -68,8 +68,9 @@ def make(home: Home, records: Records, clock: HandClock) -> Iterator[Callable[[]
 
         return of
 
-    def factory() -> Supervisor:
-        made.append(Supervisor(home, records, clock=clock, tracker=daemon("tracker"), shipper=daemon("shipper")))
+    def factory(**options: Callable[[str], bool]) -> Supervisor:
+        daemons = {"tracker": daemon("tracker"), "shipper": daemon("shipper")}
+        made.append(Supervisor(home, records, clock=clock, **daemons, **options))
         return made[-1]
 
     yield factory
@@ -116,6 +117,33 @@ def test_a_sample_that_was_cut_short_is_made_anew(home: Home) -> None:
     make_sample(home.disks)
     assert find_vms(home) == ["sample"]
     assert os.listdir(folder) == ["sample.vhd"]
+
+
+def test_a_new_vm_is_left_to_an_administrator_if_the_policy_says_so(
+    home: Home, records: Records, clock: HandClock, make: Callable[..., Supervisor]
+) -> None:
+    manual = {"a"}
+    supervisor = make(protects=lambda vm: vm not in manual)
+    add_vm(home, "a")
+    add_vm(home, "b")
+    until(lambda: all_ready(supervisor, "b"))
+    for _ in range(3):
+        clock.at += SCAN_SECONDS + STILL_SECONDS
+        supervisor.tick()
+    assert set(supervisor.vms) == {"b"}
+    assert records.read("a").state is ReplicationState.DISABLED
+    records.update("a", state=ReplicationState.READY_FOR_INITIAL_REPLICATION)
+    clock.at += SCAN_SECONDS
+    until(lambda: all_ready(supervisor, "a"))
+
+
+def test_a_vm_that_was_taken_up_once_is_whatever_the_policy_says_by_now(
+    home: Home, clock: HandClock, make: Callable[..., Supervisor]
+) -> None:
+    add_vm(home, "a")
+    until(lambda: all_ready(make(), "a"))
+    supervisor = make(protects=lambda vm: False)
+    until(lambda: all_ready(supervisor, "a"))
 
 
 def test_a_second_supervisor_of_the_same_home_is_refused_by_pid(home: Home) -> None:
