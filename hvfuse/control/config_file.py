@@ -94,8 +94,6 @@ class ConfigFile:
                 self._first_paths = self._told_paths = dict(self._config.paths)
             elif seen != self._read and self._is_settled(seen):
                 self._config = self._read_again(self._config, seen)
-            elif seen == self._read:
-                self._seen = seen
             return self._config
 
     def _look(self) -> _Seen:

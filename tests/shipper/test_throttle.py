@@ -106,9 +106,9 @@ def test_rates_that_change_let_through_no_more_than_each_allows_and_stop_nothing
             if rate is None:
                 break
             if last > first:
-                passed = sent[last][1] - sent[last - 1][1]
+                asked, at, _ = sent[last]
                 # Until the frame was asked for, the rate before it applied; from then on its own.
-                saved += passed * max(rate, frames[last - 1][2] or 0)
+                saved += (asked - sent[last - 1][1]) * (frames[last - 1][2] or 0) + (at - asked) * rate
             rates.append(rate)
             through += sent[last][2]
             most = max(*(r or 0 for r in rates), *(size for *_, size in sent[first : last + 1]))

@@ -1,6 +1,8 @@
 """Which recovery points stay."""
 
-from hypothesis import given
+from dataclasses import replace
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvfuse.target.retention import RetentionPolicy, retain
@@ -137,6 +139,47 @@ def test_points_made_by_hand_once_a_week_do_not_pile_up():
 def test_days_apart_by_more_than_24_hours_are_still_days():
     points = [(day, NOW + day * DAY + day * SECOND) for day in range(10)]
     assert retain(points, RetentionPolicy(daily=5), points[-1][1]) == {4, 5, 6, 7, 8, 9}
+
+
+JUMPS = st.one_of(st.just(0), st.integers(-3 * DAY, 3 * DAY), st.integers(-9 * YEAR, 9 * YEAR))
+SHORT = st.builds(
+    RetentionPolicy,
+    keep_all_seconds=st.sampled_from([0, 600, 3600]),
+    hourly=st.integers(0, 6),
+    daily=st.integers(0, 2),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    phases=st.lists(st.tuples(st.integers(1, 300), JUMPS), min_size=1, max_size=5),
+    policy=SHORT,
+    period=st.sampled_from([120 * SECOND, 600 * SECOND]),
+)
+def test_whatever_the_clock_does_the_newest_stays_and_nothing_does_for_ever(phases, policy, period):
+    """Cycles go on while the clock jumps; then it is right for as long as the policy looks back."""
+    window = policy.keep_all_seconds * SECOND
+    looks_back = max(window, (policy.hourly + 1) * HOUR, (policy.daily + 1) * DAY if policy.daily else 0)
+    calm = looks_back // period + 2
+    most = 2 * (window // period + policy.hourly + policy.daily + 3) + policy.keep_all_seconds // 60
+    now, points, before_calm = NOW, [], 0
+    for cycles, jump in [*phases, (calm, 0)]:
+        now, before_calm = now + jump, len(points) and points[-1][0]
+        for _ in range(cycles):
+            now += period
+            points.append((points[-1][0] + 1 if points else 1, now))
+            kept = retain(points, policy, now)
+            assert points[-1][0] in kept
+            points = [point for point in points if point[0] in kept]
+            assert len(points) <= most
+    assert points[0][0] > before_calm
+
+
+@given(times=TIMES, policy=POLICIES, hourly=st.integers(0, 3), window=st.integers(0, 60))
+def test_more_hours_and_a_longer_window_keep_no_less_whatever_the_clock_did(times, policy, hourly, window):
+    points = list(enumerate(times, 1))
+    more = replace(policy, hourly=policy.hourly + hourly, keep_all_seconds=policy.keep_all_seconds + window)
+    assert retain(points, policy, NOW) <= retain(points, more, NOW)
 
 
 @given(gaps=GAPS, policy=POLICIES, ahead=st.integers(1, 99 * YEAR))
