@@ -84,8 +84,8 @@ class Schedule:
         self.due = math.inf if lasting else self.failing_since + next_attempt(now - self.failing_since)
 
     def change_frequency(self, frequency: float, now: float, *, begun: float) -> None:
-        """From now on, cycles are due so often: the next one no later than one new interval after `begun`, when the last
-        one began. What was missed until now has been asked for (`missed`)."""
+        """From now on, cycles are due so often: the next one no later than one new interval after `begun`, when the
+        last one began. What was missed until now has been asked for (`missed`)."""
         self.frequency = frequency
         if self.failing_since is None:
             self.due = min(self.due, max(begun + frequency, now))

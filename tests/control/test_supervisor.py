@@ -21,7 +21,7 @@ from hvfuse.control.sample import make_sample
 from hvfuse.control.supervisor import SCAN_SECONDS, Supervisor, find_vms, only_supervisor, require_no_supervisor
 from hvfuse.errors import BusyError
 from hvfuse.formats.image import ImageFormat, probe
-from hvfuse.states import Event
+from hvfuse.states import Event, ReplicationState
 from hvfuse.system import Clock
 from tests.control.children import REFUSER, HandClock, server, until
 
@@ -132,7 +132,7 @@ def test_a_new_vm_is_left_to_an_administrator_if_the_policy_says_so(
         supervisor.tick()
     assert set(supervisor.vms) == {"b"}
     assert records.read("a").state is ReplicationState.DISABLED
-    records.update("a", state=ReplicationState.READY_FOR_INITIAL_REPLICATION)
+    records.apply("a", Event.ENABLE)
     clock.at += SCAN_SECONDS
     until(lambda: all_ready(supervisor, "a"))
 

@@ -10,12 +10,12 @@ import pytest
 
 from hvfuse.errors import UnreachableError
 from hvfuse.formats.digests import Algorithm
-from hvfuse.manifest import ReplicationState
 from hvfuse.shipper import copies, cycle, export
 from hvfuse.shipper.policy import CurrentPolicy, ShippingPolicy
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.throttle import Limit, Throttle
 from hvfuse.shipper.window import ALWAYS, Initial, Resync
+from hvfuse.states import ReplicationState
 
 from .logs import tracked
 from .test_service import MIB, Site, random_bytes

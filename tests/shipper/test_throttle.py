@@ -99,7 +99,7 @@ def test_rates_that_change_let_through_no_more_than_each_allows_and_stop_nothing
 ) -> None:
     sent = paced(Bucket(7.0), 7.0, frames)
     for first in range(len(frames)):
-        saved, rates = 0.0, [frames[first][2]]
+        saved, rates = 0.0, [0.0]
         through = 0
         for last in range(first, len(frames)):
             rate = frames[last][2]
@@ -111,7 +111,8 @@ def test_rates_that_change_let_through_no_more_than_each_allows_and_stop_nothing
                 saved += (asked - sent[last - 1][1]) * (frames[last - 1][2] or 0) + (at - asked) * rate
             rates.append(rate)
             through += sent[last][2]
-            most = max(*(r or 0 for r in rates), *(size for *_, size in sent[first : last + 1]))
+            # What was saved at the fastest rate, and what the largest frame goes beyond a burst of its own.
+            most = max(rates) + max(0.0, *(size - its for _, size, its in frames[first : last + 1]))
             assert through <= saved * (1 + 1e-9) + most + 1
     for (asked, at, size), (_, _, rate) in zip(sent, frames, strict=True):
         if rate is None:
