@@ -10,7 +10,7 @@ import pytest
 from hvfuse.control.config import TEMPLATE, Config, Monitoring, VmPolicy
 from hvfuse.control.config_file import load, write_template
 from hvfuse.control.config_text import Origins, parse, shown
-from hvfuse.control.config_values import MONITORING, VM
+from hvfuse.control.config_values import GUEST, MONITORING, PATHS, VM
 from hvfuse.control.guest_settings import GuestSettings
 from hvfuse.errors import UsageError
 from hvfuse.shipper.throttle import Limit, Throttle
@@ -85,7 +85,7 @@ def test_a_first_copy_can_have_a_time_and_one_that_is_over_is_no_fault(text: str
     assert parse("hvfuse.toml", f'[replication]\ninitial = "{text}"\n').default.initial == Initial(at_ns=at)
 
 
-GUEST = '[vm.a.guest]\nagent = "/q"\n'
+ASKED = '[vm.a.guest]\nagent = "/q"\n'
 MINUTES = 60
 VALUES: dict[str, tuple[str, object]] = {
     'protect = "manual"': ("protect", "manual"),
@@ -162,7 +162,7 @@ VALUES: dict[str, tuple[str, object]] = {
 @pytest.mark.parametrize("line", VALUES)
 def test_each_key_takes_what_fits_and_refuses_what_does_not(line: str) -> None:
     key, value = VALUES[line]
-    text = f"[vm.a]\n{line}\n{GUEST}"
+    text = f"[vm.a]\n{line}\n{ASKED}"
     if value is None:
         with pytest.raises(UsageError, match=rf"^hvfuse\.toml:2: \[vm\.a\] {key}: .* is not "):
             parse("hvfuse.toml", text)
@@ -173,7 +173,7 @@ def test_each_key_takes_what_fits_and_refuses_what_does_not(line: str) -> None:
 @pytest.mark.parametrize("line", VALUES)
 def test_a_policy_takes_what_a_vm_does_except_what_is_of_one_vm_alone(line: str) -> None:
     key, value = VALUES[line]
-    text = f'[policy.p]\n{line}\n[vm.a]\npolicy = "p"\n{GUEST}'
+    text = f'[policy.p]\n{line}\n[vm.a]\npolicy = "p"\n{ASKED}'
     if value is None or key == "exclude":
         with pytest.raises(UsageError, match=rf"^hvfuse\.toml:2: \[policy\.p\] {key}: "):
             parse("hvfuse.toml", text)
@@ -427,3 +427,20 @@ def test_each_setting_says_where_it_comes_from() -> None:
     assert "exclude" not in general
     assert general["compression"] == (2, "[replication], line 3")
     assert origins.of("other")[0].source == "default"
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+
+
+def test_the_page_for_users_tells_of_each_key() -> None:
+    for key in (*PATHS, *VM, "policy", *GUEST, *MONITORING):
+        assert f"`{key}`" in PAGE, key
+
+
+def test_the_example_of_the_page_for_users_is_sound() -> None:
+    example = PAGE.split("## An example")[1].split("\n`db01`")[0]
+    text = "\n".join(line.removeprefix("    ") for line in example.splitlines()[1:])
+    parsed = parse("docs/policy.md", text)
+    assert set(parsed.policies) == {"gold", "bulk"}
+    assert parsed.policy("db01").frequency == 5.0
+    assert parsed.policy("files").exclude == {"swap.vhd"}
