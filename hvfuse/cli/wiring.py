@@ -39,23 +39,24 @@ class FollowedPolicy:
         """What of it the shipper is told; the same object as long as nothing changes."""
         policy = self._file.current().policy(self._vm)
         if policy is not self.policy:
-            before, self.policy = self.policy, policy
-            if policy != before:
+            if policy != self.policy:
                 self._shipping = shipping_policy(policy)
-                self.on_policy_change(policy, before)
+                self.on_policy_change(policy)
+            self.policy = policy
         return self._shipping
 
-    def on_policy_change(self, policy: VmPolicy, before: VmPolicy) -> None:
-        """The one place that learns of a change: here whatever else holds values of the policy is told, such as the
-        tracker (`exclude`, `hard_limit`, `soft_limit`). Maybe between two frames of a copy: it must not raise."""
-        _log.info("%s: the policy has changed: %s", self._vm, changes_text(policy, before))
+    def on_policy_change(self, policy: VmPolicy) -> None:
+        """The one place that learns of a change, from `self.policy` to `policy`: here whatever else holds values of it
+        is to be told, such as the tracker (`exclude`, `hard_limit`, `soft_limit`). Called between two turns, and maybe
+        between two frames of a copy: it must not raise. Not at the start: a tracker may have begun with an older text.
+        """
+        _log.info("%s: the policy has changed: %s", self._vm, changes_text(policy, self.policy))
 
 
 def changes_text(policy: VmPolicy, before: VmPolicy) -> str:
-    """What differs between two policies: "frequency (30.0, now 5.0)"."""
-    names = [field.name for field in dataclasses.fields(VmPolicy)]
-    changed = [name for name in names if getattr(policy, name) != getattr(before, name)]
-    return ", ".join(f"{name} ({getattr(before, name)}, now {getattr(policy, name)})" for name in changed)
+    """In what two policies differ: "frequency, retention"."""
+    names = (field.name for field in dataclasses.fields(VmPolicy))
+    return ", ".join(name for name in names if getattr(policy, name) != getattr(before, name))
 
 
 def shipping_policy(policy: VmPolicy) -> ShippingPolicy:

@@ -90,7 +90,9 @@ class _Reader:
         if "policy" in table:
             name = self._values(path, {"policy": table["policy"]}, {"policy": keys.VM_POLICY})["policy"]
             if name not in named:
-                raise self._error((*path, "policy"), f"there is no table [policy.{name}]; {_guess(name, named)}")
+                raise self._error(
+                    (*path, "policy"), f"there is no table [{dotted(('policy', name))}]; {_guess(name, named)}"
+                )
             layers.insert(-1, named[name])
         guest = self._guest((*path, "guest"), table["guest"]) if "guest" in table else None
         policy = self._policy(layers)
@@ -98,8 +100,8 @@ class _Reader:
             own = "app_consistent" in values
             raise self._error(
                 (*path, "app_consistent" if own else "policy"),
-                f"{'this needs' if own else 'its app_consistent needs'} a table [vm.{vm}.guest] that says how the "
-                f"guest is asked to hold still: {_GUEST_HINT}",
+                f"{'this needs' if own else 'its app_consistent needs'} a table [{dotted((*path, 'guest'))}] that says "
+                f"how the guest is asked to hold still: {_GUEST_HINT}",
             )
         return replace(policy, guest=guest)
 
@@ -145,7 +147,7 @@ class _Reader:
 
     def _as_table(self, path: Path, value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise self._error(path, f"this is a table: write [{'.'.join(path)}] on a line of its own")
+            raise self._error(path, f"this is a table: write [{dotted(path)}] on a line of its own")
         return value
 
     def _refuse_unknown(self, path: Path, table: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -157,7 +159,7 @@ class _Reader:
     # Faults --------------------------------------------------------------------------------------------------
 
     def _error(self, path: Path, what: str) -> UsageError:
-        table = f"[{'.'.join(path[:-1])}] " if len(path) > 1 else ""
+        table = f"[{dotted(path[:-1])}] " if len(path) > 1 else ""
         line = lines(self._text).get(path, len(self._text.splitlines()))
         return UsageError(f"{self._path}:{line}: {table}{path[-1]}: {what}")
 
@@ -197,6 +199,11 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(shown(one) for one in value)}]"
     return "a table" if isinstance(value, dict) else repr(value)
+
+
+def dotted(path: Path) -> str:
+    """A table's name as the file says it: `vm."web.example"`."""
+    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"' for part in path)
 
 
 def lines(text: str) -> dict[Path, int]:
@@ -268,5 +275,5 @@ class Origins:
     def _effective(self, key: str, default: Any, tables: Sequence[Layer]) -> Effective:
         for path, values in reversed(tables):
             if key in values:
-                return Effective(key=key, value=values[key], table=".".join(path), line=self._lines[(*path, key)])
+                return Effective(key=key, value=values[key], table=dotted(path), line=self._lines[(*path, key)])
         return Effective(key=key, value=default)

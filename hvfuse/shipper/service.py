@@ -78,7 +78,7 @@ class Shipper:
         self._source = source
         self._shown = ShownRecords(records)
         self._doing = Doing(clock)
-        replica = ThrottledReplica(replica, policy=policy, clock=clock, between=self.check_stop)
+        replica = ThrottledReplica(replica, policy=policy, clock=clock, between=self._hold_back)
         self._replication = Replication(
             vm=vm,
             folder=folder,
@@ -307,6 +307,11 @@ class Shipper:
         """Raises StoppedError once the shipper was told to stop."""
         if self._stop.is_set():
             raise StoppedError(f"{self._vm}: the shipper was told to stop")
+
+    def _hold_back(self) -> None:
+        """A frame waits, as the throttle says: the shipper does not hang. Raises StoppedError."""
+        self.check_stop()
+        self._doing.begin("holds a frame back, as the throttle says")
 
     def _end(self) -> None:
         with self._guard:

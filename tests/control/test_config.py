@@ -273,6 +273,11 @@ FAULTS = {
         5,
         "[vm.a] policy: its app_consistent needs a table [vm.a.guest]",
     ),
+    "a name with a dot": (
+        '[vm."web.example"]\n\napp_consistent = "1h"\n',
+        3,
+        '[vm."web.example"] app_consistent: this needs a table [vm."web.example".guest] that says',
+    ),
     "guest as a value": ("[vm.a]\nguest = 1\n", 2, "[vm.a] guest: this is a table: write [vm.a.guest]"),
     "guest in a policy": ('[policy.p.guest]\nagent = "/q"\n', 1, "[policy.p] guest: unknown table"),
     "guest that says nothing": ("[vm.a.guest]\n", 1, "[vm.a] guest: this says nothing: say agent, or freeze and thaw"),

@@ -13,7 +13,7 @@ from hvfuse.formats.digests import Algorithm
 from hvfuse.shipper import copies, cycle, export
 from hvfuse.shipper.policy import CurrentPolicy, ShippingPolicy
 from hvfuse.shipper.service import Shipper
-from hvfuse.shipper.throttle import Limit, Throttle
+from hvfuse.shipper.throttle import LOOK_SECONDS, Limit, Throttle
 from hvfuse.shipper.window import ALWAYS, Initial, Resync
 from hvfuse.states import ReplicationState
 
@@ -205,9 +205,11 @@ def test_a_stop_ends_a_throttled_cycle_that_resumes_with_the_next_start(site: Ch
     stop = threading.Event()
     asleep = site.clock.sleep
     end = site.clock.seconds + 50
+    doing: list[tuple[object, object]] = []
 
     def sleep(seconds: float) -> None:
         asleep(seconds)
+        doing.append((shipper._status()["doing"], shipper._status()["doing_seconds"]))
         if site.clock.seconds > end:
             stop.set()
 
@@ -215,6 +217,8 @@ def test_a_stop_ends_a_throttled_cycle_that_resumes_with_the_next_start(site: Ch
     site.clock.seconds += 30
     shipper.run(stop)
     assert site.clock.seconds < end + 1
+    assert {what for what, _ in doing} == {"holds a frame back, as the throttle says"}
+    assert max(seconds for _, seconds in doing) <= LOOK_SECONDS + 1e-6, "it does not pass for one that hangs"
     assert len(site.records.reports) == 1
     site.change(throttle=Throttle())
     site.clock.sleep = asleep  # type: ignore[method-assign]
