@@ -14,7 +14,7 @@ from hvfuse.cli.main import Session
 from hvfuse.cli.output import emit_json, is_terminal, json_option, one_line, time_text
 from hvfuse.cli.screen import detail, reason_lines, summary, table
 from hvfuse.cli.wiring import store_facts
-from hvfuse.control.config import VmPolicy
+from hvfuse.control.config import Config
 from hvfuse.control.facts import Past
 from hvfuse.control.forecast import LOOK_BACK, Forecast
 from hvfuse.control.records import Records, VmRecord, absence
@@ -34,8 +34,6 @@ _COPY_FIELDS = (
     "kind", "generation", "pass", "bytes_total", "bytes_done", "bytes_sent", "bytes_saved", "seconds",
     "bytes_per_second", "seconds_left",
 )  # fmt: skip
-MONITORING_SECONDS = 43200.0
-"""Over which health looks back."""
 
 
 @click.command()
@@ -93,7 +91,7 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
                     record=known.get(vm, VmRecord()),
                     policy=session.config.policy(vm),
                     target=facts.facts,
-                    past=_past(records, vm, known.get(vm, VmRecord()), session.config.policy(vm), now_ns=now_ns),
+                    past=_past(records, vm, known.get(vm, VmRecord()), session.config, now_ns=now_ns),
                     now_ns=now_ns,
                 )
                 for vm in sorted({*protected, *find_vms(home)})
@@ -102,16 +100,16 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
         yield ask
 
 
-def _past(records: Records | None, vm: str, record: VmRecord, policy: VmPolicy, *, now_ns: int) -> Past:
+def _past(records: Records | None, vm: str, record: VmRecord, config: Config, *, now_ns: int) -> Past:
     """What the monitoring interval tells of a VM."""
     if records is None:
         return Past()
-    now = now_ns // 10**9
-    begin = max(now - int(MONITORING_SECONDS), (record.measured_since_ns or 0) // 10**9)
+    now, interval = now_ns // 10**9, config.monitoring.interval
+    begin = max(now - int(interval), (record.measured_since_ns or 0) // 10**9)
     sums = records.statistics.over(vm, first=begin, last=now)
     return Past(
-        interval=MONITORING_SECONDS,
-        sums=sums.plus(absence(record, policy.frequency, now_ns=now_ns)),
+        interval=interval,
+        sums=sums.plus(absence(record, config.policy(vm).frequency, now_ns=now_ns)),
         cycles=records.statistics.cycles(vm, newest=LOOK_BACK),
     )
 

@@ -19,7 +19,7 @@ from hvfuse.control.facts import Past, TargetFacts
 from hvfuse.control.records import Records
 from hvfuse.control.status import Health, VmStatus, vm_status
 from hvfuse.errors import UnreachableError
-from hvfuse.shipper.policy import ShippingPolicy
+from hvfuse.shipper.policy import CurrentPolicy, ShippingPolicy
 from hvfuse.shipper.retry import LADDER, LAST_STEP
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import TrackerSource
@@ -100,7 +100,7 @@ class Site:
             source=TrackerSource(self.home.tracker_socket("vm"), self.folder),
             replica=self.way,  # type: ignore[arg-type]
             records=records.of("vm"),
-            policy=ShippingPolicy(frequency_seconds=FREQUENCY),
+            policy=CurrentPolicy(ShippingPolicy(frequency_seconds=FREQUENCY)),
             clock=clock,
             housekeep=lambda: self.replica.housekeep(RetentionPolicy(), clock.now_ns()) and None,
         )
