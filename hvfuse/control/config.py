@@ -67,7 +67,7 @@ TEMPLATE = """\
 # exclude = ["swap.vhd"]      # disks that are not replicated
 
 # [vm.web01.guest]            # how its guest is asked to hold still
-# agent = "/run/web01/qga.sock" # the QEMU guest agent; or commands instead: freeze = ["/path/to/freeze", "web01"]
+# agent = "/run/qemu/web01.agent" # the QEMU guest agent; or commands instead: freeze = ["/path/to/freeze", "web01"]
                               # and thaw = ["/path/to/thaw", "web01"]
 # freeze_timeout = "10s"      # "1s" to "60s"
 """

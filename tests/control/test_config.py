@@ -32,7 +32,7 @@ def test_the_template_with_every_comment_taken_off_is_valid_and_means_the_defaul
     assert (parsed.policies["gold"].frequency, parsed.policies["gold"].retention.keep_all_seconds) == (5.0, 86400)
     web = parsed.policy("web01")
     assert (web.frequency, web.retention.keep_all_seconds, web.app_consistent) == (10.0, 86400, 3600.0)
-    assert web.guest == GuestSettings(agent="/run/web01/qga.sock", freeze=(), thaw=(), freeze_timeout=10.0)
+    assert web.guest == GuestSettings(agent="/run/qemu/web01.agent", freeze=(), thaw=(), freeze_timeout=10.0)
     assert parsed.policy("web01").exclude == {"swap.vhd"}
     assert parsed.policy("other") == Config().default
     assert parsed.home("/x") == Config().home("/x")

@@ -11,7 +11,7 @@ from hvfuse.errors import HvfuseError, UnreachableError
 from hvfuse.shipper.compact import Compactor
 from hvfuse.shipper.freezing import PAUSE, is_due
 from hvfuse.shipper.guest import FreezeError, Stillness
-from hvfuse.shipper.replication import ShippingPolicy
+from hvfuse.shipper.replication import CurrentPolicy, ShippingPolicy
 from hvfuse.shipper.service import Shipper
 
 from .logs import Killed, Tracked, random_bytes, tracked, write
@@ -106,7 +106,7 @@ class Frozen(Site):
     def shipper(self) -> Shipper:
         return Shipper(
             vm="vm1", folder=self.source.folder, source=self.source, replica=self.replica, records=self.records,
-            policy=ShippingPolicy(frequency_seconds=30, app_consistent=self.every), clock=self.clock,
+            policy=CurrentPolicy(ShippingPolicy(frequency_seconds=30, app_consistent=self.every)), clock=self.clock,
             housekeep=self.keep_house, guest=self.guest,
         )  # fmt: skip
 
@@ -274,7 +274,7 @@ def test_a_compaction_keeps_what_its_last_cycle_promises(tmp_path):
             for disk in source.disks:
                 disk.do(write(0, random_bytes(1, 900_000)))
             source.rotate(consistency)
-        assert Compactor(soft_limit=0.1).relieve(source.cycles()) is not None
+        assert Compactor().relieve(source.cycles(), soft_limit=0.1) is not None
         (cycle,) = source.cycles()
         assert cycle.first_cycle == 1
         assert cycle.consistency is last
