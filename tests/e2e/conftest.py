@@ -64,6 +64,12 @@ class Installation:
                 self.command("run"), cwd="/", env=self.environment(), stdout=out, stderr=out, start_new_session=True
             )
 
+    @property
+    def running_pid(self) -> int:
+        """Of `hvfuse run`."""
+        assert self._running is not None
+        return self._running.pid
+
     def stop(self) -> int:
         """Ctrl-C to `hvfuse run`; its exit code."""
         assert self._running is not None
