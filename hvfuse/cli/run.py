@@ -19,6 +19,7 @@ from hvfuse.cli.screen import plain_line, reason_lines, table
 from hvfuse.cli.status import statuses
 from hvfuse.control.copying import percent
 from hvfuse.control.monitor import Monitor
+from hvfuse.control.notify import Notifier
 from hvfuse.control.records import Records
 from hvfuse.control.status import VmStatus
 from hvfuse.control.supervisor import TICK_SECONDS, Supervisor, collected, only_supervisor, require_mountable
@@ -108,8 +109,9 @@ def run(session: Session) -> None:
         supervisor = Supervisor(
             home, records, clock=SystemClock(), protects=lambda vm: session.config.policy(vm).protect == "auto"
         )
-        monitor = Monitor(records, clock=SystemClock())
-        with _display() as display, Watch(lambda: statuses(session, records)) as watch:
+        monitor = Monitor(records, clock=SystemClock(), keep_events=lambda: session.config.monitoring.keep_events)
+        notifier = Notifier(records, lambda: session.config.monitoring.notify, clock=SystemClock())
+        with _display() as display, notifier, Watch(lambda: statuses(session, records)) as watch:
             sample = supervisor.prepare()
             if sample is not None:
                 display.say(f"there was no VM yet: made {home.folder(sample)}")

@@ -93,6 +93,7 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
                     target=facts.facts,
                     past=_past(records, vm, known.get(vm, VmRecord()), session.config, now_ns=now_ns),
                     now_ns=now_ns,
+                    config_fault=session.config_file.fault,
                 )
                 for vm in sorted({*protected, *find_vms(home)})
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from hvfuse.control.config import VmPolicy
 from hvfuse.control.config_file import ConfigFile
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records
-from hvfuse.errors import BusyError, NotFoundError, StateError
+from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError
 from hvfuse.states import Event, ReplicationState
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ _log = logging.getLogger(__name__)
 class FollowedPolicy:
     """The policy of a VM that is being shipped, as the configuration says it at any time. For the shipper's thread."""
 
-    def __init__(self, file: ConfigFile, vm: str) -> None:
+    def __init__(self, file: ConfigFile, vm: str, records: Records) -> None:
         self._file = file
+        self._records = records
         self._vm = vm
         self.policy = file.current().policy(vm)
         self._shipping = shipping_policy(self.policy)
@@ -50,7 +52,10 @@ class FollowedPolicy:
         is to be told, such as the tracker (`exclude`, `hard_limit`, `soft_limit`). Called between two turns, and maybe
         between two frames of a copy: it must not raise. Not at the start: a tracker may have begun with an older text.
         """
-        _log.info("%s: the policy has changed: %s", self._vm, changes_text(policy, self.policy))
+        text = f"the policy has changed: {changes_text(policy, self.policy)}"
+        _log.info("%s: %s", self._vm, text)
+        with suppress(HvfuseError):
+            self._records.events.add(kind="policy", vm=self._vm, text=text, now_ns=time.time_ns())
 
 
 def changes_text(policy: VmPolicy, before: VmPolicy) -> str:
@@ -92,7 +97,7 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
 
     clock = system.SystemClock()
     begin_protection(records, vm)
-    followed = FollowedPolicy(file, vm)
+    followed = FollowedPolicy(file, vm, records)
     with system.exclusive_lock(home.shipper_lock(vm)) as had:
         if not had:
             raise BusyError(f"{vm}: another process is replicating it just now", hint="try again in a moment")

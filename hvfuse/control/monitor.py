@@ -6,7 +6,7 @@ whoever watches, and also if it came while nobody did.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from hvfuse.control.events import Severity
 from hvfuse.control.records import Records
@@ -15,21 +15,31 @@ from hvfuse.system import Clock
 
 HOLD_SECONDS = 5.0
 """So long a health has to stay before it is told: processes that start, and one answer that is late, are no news."""
+PRUNE_SECONDS = 3600.0
+KEEP_EVENTS = 30 * 86400.0
 
 _SEVERITY = {Health.NORMAL: Severity.INFO, Health.WARNING: Severity.WARNING, Health.CRITICAL: Severity.ERROR}
 
 
 class Monitor:
-    """For one thread. To be called every second or so with the statuses of all VMs."""
+    """For one thread. To be called every second or so with the statuses of all VMs. `keep_events`: how many seconds
+    events are kept."""
 
-    def __init__(self, records: Records, *, clock: Clock) -> None:
+    def __init__(
+        self, records: Records, *, clock: Clock, keep_events: Callable[[], float] = lambda: KEEP_EVENTS
+    ) -> None:
         self._records = records
         self._clock = clock
+        self._keep_events = keep_events
+        self._prune_due = clock.monotonic()
         self._seen: dict[str, tuple[Health, float]] = {}
 
     def look(self, found: Iterable[VmStatus]) -> None:
         """Tell of the healths that have changed."""
         now = self._clock.monotonic()
+        if now >= self._prune_due:
+            self._prune_due = now + PRUNE_SECONDS
+            self._records.events.prune(before_ns=self._clock.now_ns() - int(self._keep_events() * 1e9))
         for status in found:
             if not status.is_protected:
                 self._seen.pop(status.name, None)

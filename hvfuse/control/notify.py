@@ -8,16 +8,22 @@ tried again, and given up with an event of its own, which is not told.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
 
 from hvfuse.control.events import EventRecord, Severity
 from hvfuse.control.job import JobState
 from hvfuse.control.records import Records
+from hvfuse.errors import HvfuseError
 from hvfuse.system import Clock
+
+_log = logging.getLogger(__name__)
 
 CURSOR = "notified"
 LIMIT_SECONDS = 30.0
@@ -35,7 +41,7 @@ def is_told(event: EventRecord) -> bool:
 
 
 class Notifier:
-    """Runs `command()`, if that is any, for each event that is to be told; in a thread of its own (`start`)."""
+    """Runs `command()`, if that is any, for each event that is to be told; in a thread of its own within `with`."""
 
     def __init__(self, records: Records, command: Callable[[], Sequence[str]], *, clock: Clock) -> None:
         self._records = records
@@ -44,18 +50,23 @@ class Notifier:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="notify", daemon=True)
 
-    def start(self) -> None:
-        """Begin."""
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
 
-    def stop(self) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """End, once a command under way has."""
         self._ended.set()
         self._thread.join()
 
     def _run(self) -> None:
         while not self._ended.wait(LOOK_SECONDS):
-            self.turn()
+            try:
+                self.turn()
+            except HvfuseError as error:  # the records are full or damaged: `run` tells that of them, too
+                _log.warning("nobody could be told of events: %s", error)
 
     def turn(self) -> None:
         """Tell what has happened since the last turn."""

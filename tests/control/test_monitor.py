@@ -87,6 +87,15 @@ def test_a_change_that_came_while_nobody_watched_is_told_and_nothing_twice(recor
     assert told(records) == ["unknown → Normal", "Normal → Warning: it is old"]
 
 
+def test_events_that_are_older_than_they_are_kept_go(records: Records) -> None:
+    clock = HandClock()
+    clock.at = 1e9
+    records.events.add(kind="state", vm="vm", text="old", now_ns=int(clock.at * 1e9) - 101 * 10**9)
+    records.events.add(kind="state", vm="vm", text="young", now_ns=int(clock.at * 1e9) - 90 * 10**9)
+    Monitor(records, clock=clock, keep_events=lambda: 100.0).look([])
+    assert [event.text for event in records.events.after(0)] == ["young"]
+
+
 def test_of_a_vm_that_is_not_replicated_nothing_is_told(records: Records) -> None:
     clock = HandClock()
     monitor = Monitor(records, clock=clock)
@@ -205,11 +214,10 @@ def test_the_thread_tells_while_others_work_and_ends_when_asked(
 ) -> None:
     monkeypatch.setattr(notify, "LOOK_SECONDS", 0.01)
     notifier = Notifier(records, command, clock=SystemClock())
-    notifier.start()
-    until(lambda: records.events.cursor(notify.CURSOR) is not None)
-    add_health(records, "one")
-    until(lambda: heard(tmp_path))
-    notifier.stop()
+    with notifier:
+        until(lambda: records.events.cursor(notify.CURSOR) is not None)
+        add_health(records, "one")
+        until(lambda: heard(tmp_path))
     add_health(records, "two")
     threading.Event().wait(0.1)
     assert [event["text"] for event in heard(tmp_path)] == ["one"]
