@@ -70,6 +70,12 @@ class Installation:
         assert self._running is not None
         return self._running.pid
 
+    def buried(self) -> None:
+        """`hvfuse run` was killed."""
+        assert self._running is not None
+        self._running.wait(PATIENCE)
+        self._running = None
+
     def stop(self) -> int:
         """Ctrl-C to `hvfuse run`; its exit code."""
         assert self._running is not None
