@@ -174,7 +174,8 @@ class Records:
         return self._database.write(act)
 
     def add_cycle(self, vm: str, cycle: CycleRecord) -> None:
-        """Keep a cycle's statistics: until now, no cycle is missed that was not told of. Durable."""
+        """Keep the statistics of a cycle that the target has just got: until now, none is missed that was not told
+        of. Durable."""
         now_ns = self._clock.now_ns()
 
         def act(txn: Transaction) -> None:
