@@ -111,32 +111,36 @@ def test_a_failure_does_not_hide_what_is_missed_meanwhile() -> None:
 class TestAChangeOfFrequency:
     def test_brings_the_next_one_forward_and_never_puts_it_off(self) -> None:
         planned = schedule()
-        planned.change_frequency(5.0, 80.0)
+        planned.change_frequency(5.0, 82.0, begun=80.0)
         assert planned.due == 85.0
-        planned.change_frequency(3600.0, 82.0)
+        planned.change_frequency(3600.0, 82.0, begun=80.0)
         assert planned.due == 85.0
         assert planned.succeeded(85.0, 86.0) == 0
         assert planned.due == 3685.0
 
+    def test_that_shortens_what_has_passed_already_has_the_next_one_begin_at_once(self) -> None:
+        planned = schedule()
+        planned.change_frequency(5.0, 90.0, begun=70.0)
+        assert planned.wait(90.0) == 0.0
+
     def test_tells_nothing_again_that_was_told(self) -> None:
         planned = schedule()
         assert planned.missed(200.0) == 3
-        planned.change_frequency(10.0, 200.0)
+        planned.change_frequency(10.0, 200.0, begun=70.0)
         assert planned.missed(201.0) == 0
         assert planned.missed(221.0) == 2
 
     def test_leaves_the_ladder_alone(self) -> None:
         planned = schedule()
         planned.failed(100.0, 100.0, lasting=False)
-        planned.change_frequency(1.0, 110.0)
+        planned.change_frequency(1.0, 110.0, begun=70.0)
         assert planned.due == 100.0 + LADDER[0]
         assert planned.missed(115.0) == 5
 
 
+QUARTERS = st.integers(0, 1600).map(lambda number: number / 4)  # exact, however they are added up
 STEPS = st.lists(
-    st.tuples(
-        st.sampled_from(["look", "succeed", "ask", "fail", "last", "busy"]), st.floats(0.0, 400.0), st.floats(0, 200)
-    ),
+    st.tuples(st.sampled_from(["look", "succeed", "ask", "fail", "last", "busy"]), QUARTERS, QUARTERS),
     max_size=30,
 )
 
