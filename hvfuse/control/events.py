@@ -18,7 +18,7 @@ from typing import Any
 from hvfuse.control.database import Database, Transaction, numbered
 
 EVENTS_KEPT = 20_000
-KINDS = ("state", "health", "job", "failure", "process", "policy")
+KINDS = ("state", "health", "job", "failure", "process", "policy", "notification")
 _PRUNED_AT_ONCE = 8
 _PREFIX = b"event/"
 _CURSOR = b"cursor/"

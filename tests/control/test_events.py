@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from hvfuse.control import events as events_module
 from hvfuse.control.database import Database
-from hvfuse.control.events import EventRecord, Events, Severity
+from hvfuse.control.events import KINDS, EventRecord, Events, Severity
 
 
 @pytest.fixture
@@ -85,13 +86,11 @@ def test_what_a_later_version_added_is_left_out(events: Events, tmp_path: Path) 
 
 
 def test_all_kinds_that_are_told_of_can_be_asked_for() -> None:
-    source = Path(events_module.__file__).parent
+    package = Path(events_module.__file__).parents[1]
     told = {
-        part.split('"')[1]
-        for file in source.glob("*.py")
-        for part in file.read_text().split("add_event(")[1:]
-        for part in part.split("kind=")[1:2]
-        if part.startswith('"')
+        kind
+        for file in package.rglob("*.py")
+        for kind in re.findall(r'(?:add_event|events\.add)\([^)]*?\bkind="(\w+)"', file.read_text())
     }
-    assert {"state", "failure", "job"} <= told
-    assert told <= set(events_module.KINDS)
+    assert {"state", "failure", "job", "health"} <= told
+    assert told <= set(KINDS)
