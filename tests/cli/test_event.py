@@ -46,8 +46,10 @@ def following(hvfuse: CommandLine, *words: str) -> Iterator[subprocess.Popen[str
     with subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_home_without_records_has_no_events_and_gets_none(hvfuse: CommandLine) -> None:
