@@ -10,7 +10,7 @@ cell wherever it can be found: a replica may be lost, or turn out to differ, in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 from hvfuse.errors import StateError
@@ -155,15 +155,52 @@ _NUMBERS: Mapping[ReplicationState, str] = {
 }  # fmt: skip
 
 
+_ALIKE: Mapping[Event, frozenset[ReplicationState]] = {
+    Event.DISABLE: frozenset(),
+    Event.NEED_FIRST_COPY: frozenset(),
+    Event.AWAIT_FIRST_COPY: frozenset({_S.DISABLED, _READY}),
+    Event.NEED_RESYNC: frozenset({_S.REPLICATING}),
+    Event.START: frozenset({_READY, _AWAITING, _S.SUSPENDED, _NEEDED}),
+    Event.SUSPEND: frozenset({_INITIAL, _S.REPLICATING, _RESYNCING}),
+    Event.CANCEL: frozenset(COPYING),
+    Event.COMMIT_POINT: frozenset({*COPYING, _S.ERROR}),
+    Event.FAIL: frozenset({_S.REPLICATING}),
+    Event.FAIL_OVER: frozenset({_S.REPLICATING}),
+}
+"""Events that mean the same in many states, and from which of these the diagram draws them; `rules` tells the rest."""
+
+
 def diagram() -> str:
-    """The table as a Mermaid state diagram: an edge for each pair of states, labelled with its events. Events that
-    leave a state as it is are not drawn, and what holds of many states alike stands in the table of `cells`."""
+    """The main flow as a Mermaid state diagram: an edge for each pair of states, labelled with its events. Events that
+    leave a state as it is are not drawn."""
     edges: dict[tuple[str, str], list[str]] = {}
     for (state, event), after in TABLE.items():
-        if state is not after and event not in (Event.DISABLE, Event.FAIL):
+        if state is not after and state in _ALIKE.get(event, {state}):
             edges.setdefault((state.value, after.value), []).append(event.value)
     lines = [f"    {before} --> {after}: {', '.join(events)}" for (before, after), events in edges.items()]
     return "\n".join(["stateDiagram-v2", f"    [*] --> {_S.DISABLED.value}", *lines])
+
+
+def rules() -> str:
+    """What the diagram does not draw, in Markdown: a line for each event that means the same in many states."""
+    lines = [
+        f"- *{event}* leads to {after.value} from {_named(froms)}."
+        for event in _ALIKE
+        for after in dict.fromkeys(_BY_EVENT[event].values())
+        if len(froms := [state for state in _S if TABLE.get((state, event)) is after and state is not after]) > 1
+    ]
+    named = ", ".join(state.value for state in _SHIPPING)
+    return "\n".join([f"The states of replication are {named}.", "", *lines])
+
+
+def _named(states: Sequence[ReplicationState]) -> str:
+    shipping = [state for state in _SHIPPING if state in states]
+    others = [state.value for state in states if state not in _SHIPPING]
+    if len(states) == len(_S) - 1:
+        return "every other state"
+    if len(shipping) >= len(_SHIPPING) - 1:
+        return " and ".join([*others, "every other state of replication"])
+    return ", ".join(state.value for state in states)
 
 
 def cells() -> str:

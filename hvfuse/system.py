@@ -16,6 +16,7 @@ import fcntl
 import functools
 import mmap
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -316,6 +317,24 @@ def is_running(identity: Mapping[str, Any]) -> bool:
         return False
     started = process_start(int(identity["pid"]))
     return started is not None and started == identity.get("process_start")
+
+
+def signal_process(identity: Mapping[str, Any], number: int) -> bool:
+    """Send a signal to exactly the process of that `process_identity`; False, and none is sent, if it is gone."""
+    try:
+        handle = os.pidfd_open(int(identity["pid"]))
+    except ProcessLookupError:
+        return False
+    try:
+        # The descriptor stays with the process that it was opened for, so what is compared now is what gets it.
+        if not is_running(identity):
+            return False
+        signal.pidfd_send_signal(handle, number)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 class Clock(Protocol):

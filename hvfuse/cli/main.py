@@ -41,6 +41,11 @@ _SECTIONS: Mapping[str, Mapping[str, str]] = {
         "mount": "Mount and track one VM without `run`.",
         "umount": "End the mount of one VM.",
     },
+    "Look back": {
+        "job": "Show what was done or is under way, end it, go on with it.",
+        "event": "Show what happened, and follow it.",
+        "measure": "Tell how replication did over the last hours.",
+    },
     "Recover": {
         "point": "List recovery points.",
         "failover": "Try out a recovery point on writable disks.",

@@ -24,11 +24,19 @@ Copy = Mapping[str, Any]
 
 
 @contextmanager
-def showing_copy(records: Records, vm: str) -> Iterator[None]:
-    """Show on stderr how far the copy of `vm` is, as its record tells, until the block ends."""
+def showing_copy(records: Records, vm: str, *, tell: Callable[[int], None] = lambda _: None) -> Iterator[None]:
+    """Show on stderr how far the copy of `vm` is, as its record tells, until the block ends. `tell` is told the
+    percentage, in a thread of its own."""
     done = threading.Event()
     watch = _bar if sys.stderr.isatty() else _lines
-    thread = threading.Thread(target=watch, args=(lambda: records.read(vm).copy, vm, done), daemon=True)
+
+    def look() -> Copy | None:
+        copy = records.read(vm).copy
+        if copy is not None:
+            tell(percent(copy))
+        return copy
+
+    thread = threading.Thread(target=watch, args=(look, vm, done), daemon=True)
     thread.start()
     try:
         yield

@@ -28,7 +28,7 @@ from hvfuse.control.instants import FORMS, instant_text, parse_instant
 from hvfuse.control.records import Records, VmRecord
 from hvfuse.errors import HvfuseError, UnreachableError, UsageError
 from hvfuse.shipper.orders import Orders
-from hvfuse.states import ReplicationState
+from hvfuse.states import TABLE, Event, ReplicationState
 
 ANSWER_SECONDS = 60.0
 
@@ -69,6 +69,13 @@ def resync(session: Session, /, vm: str, *, at: str | None, as_json: bool, **opt
         click.echo(f"{vm}: {line}")
 
 
+def carry_out(session: Session, records: Records, vm: str, verb: str) -> Outcome:
+    """Do what `hvfuse resync VM --VERB` does, for another command: "now", "suspend", "resume", "cancel". Raises
+    HvfuseError."""
+    wish = _wish(None, {verb: True, "full": False, "wait": None})
+    return _ACTIONS[wish.action](_Target(session, session.home_with(vm), vm, records), wish)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Wish:
     """What was typed. `at_ns`: when to start, None at once; `insists`: --now was written out."""
@@ -81,7 +88,7 @@ class _Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
+class Outcome:
     """What there is to say: lines for a person, fields for a program."""
 
     lines: tuple[str, ...]
@@ -184,7 +191,7 @@ def _fields(target: _Target, orders: Orders, **more: object) -> dict[str, object
     return {"orders": orders_fields(orders), "shipper": target.has_shipper, **more}
 
 
-def _start(target: _Target, wish: _Wish) -> _Outcome:
+def _start(target: _Target, wish: _Wish) -> Outcome:
     before = Orders.from_json(target.read().orders)
     has_arrived = target.has_seed_arrived(before)
     if not wish.insists:
@@ -208,7 +215,7 @@ def _start(target: _Target, wish: _Wish) -> _Outcome:
     when = "now" if wish.at_ns is None else f"at {instant_text(wish.at_ns, now_ns=now_ns)}"
     lines = (f"a resynchronisation was ordered: {when}", *target.beginning())
     due = None if wish.at_ns is None else time_text(wish.at_ns)
-    return _Outcome(lines, _fields(target, orders, due=due))
+    return Outcome(lines, _fields(target, orders, due=due))
 
 
 def _refuse_what_is_held_up(target: _Target, orders: Orders, *, has_arrived: bool) -> None:
@@ -241,7 +248,7 @@ def _taken_back(before: Orders, *, has_arrived: bool) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _completed(target: _Target, order: Callable[[], Orders]) -> _Outcome:
+def _completed(target: _Target, order: Callable[[], Orders]) -> Outcome:
     """Order a copy, and wait until it is complete. Raises UnreachableError if the VM is not mounted."""
     before = target.read()
     with _told_on_interrupt(target):
@@ -259,10 +266,10 @@ def _completed(target: _Target, order: Callable[[], Orders]) -> _Outcome:
         return _nothing(target, orders, point=report["point"])
     if record.last_copy == before.last_copy:  # the generation's copy came on a medium
         lines = (f"recovery point {report['point']}", "replication goes on from the seed")
-        return _Outcome(lines, _fields(target, orders, copied=False, last_copy=None, point=report["point"]))
+        return Outcome(lines, _fields(target, orders, copied=False, last_copy=None, point=report["point"]))
     text = str((record.last_copy or {}).get("text", "copied"))
     lines = (text, f"recovery point {report['point']}")
-    return _Outcome(lines, _fields(target, orders, copied=True, last_copy=record.last_copy, point=report["point"]))
+    return Outcome(lines, _fields(target, orders, copied=True, last_copy=record.last_copy, point=report["point"]))
 
 
 @contextmanager
@@ -279,12 +286,12 @@ def _told_on_interrupt(target: _Target) -> Iterator[None]:
         raise
 
 
-def _nothing(target: _Target, orders: Orders, **more: object) -> _Outcome:
+def _nothing(target: _Target, orders: Orders, **more: object) -> Outcome:
     lines = (
         "nothing is in doubt: the logs continue the replica",
         f"to compare everything all the same: hvfuse resync {target.vm} --full",
     )
-    return _Outcome(lines, _fields(target, orders, copied=False, last_copy=None, **more))
+    return Outcome(lines, _fields(target, orders, copied=False, last_copy=None, **more))
 
 
 def _how_far(copy: Mapping[str, Any]) -> str:
@@ -296,7 +303,7 @@ def _is_export(copy: Mapping[str, Any] | None) -> bool:
     return copy is not None and copy["kind"] == "export"
 
 
-def _suspend(target: _Target, _: _Wish) -> _Outcome:
+def _suspend(target: _Target, _: _Wish) -> Outcome:
     copy = target.read().copy
     orders = target.order("suspend", Orders.suspend)
     to_go_on = f"hvfuse resync {target.vm} --resume"
@@ -304,33 +311,34 @@ def _suspend(target: _Target, _: _Wish) -> _Outcome:
     if copy is not None and _is_export(copy):
         what = f"the export was suspended {_how_far(copy)}; what is in its directory DIR stays"
         to_go_on = f"hvfuse seed export {target.vm} DIR"
-    return _Outcome((f"{what}; to go on: {to_go_on}",), _fields(target, orders))
+    return Outcome((f"{what}; to go on: {to_go_on}",), _fields(target, orders))
 
 
-def _resume(target: _Target, wish: _Wish) -> _Outcome:
+def _resume(target: _Target, wish: _Wish) -> Outcome:
     record = target.read()
     before = Orders.from_json(record.orders)
     if not before.suspended:
         target.show_resumed()
-        return _Outcome(("copies are not suspended",), _fields(target, before))
+        return Outcome(("copies are not suspended",), _fields(target, before))
     if wish.wait:
         return _completed(target, lambda: target.order("resume", Orders.resume))
     orders = target.order("resume", Orders.resume)
     target.show_resumed()
     line = "copies are not suspended any more"
     if orders.seed is not None and _is_export(record.copy):
-        return _Outcome((f"{line}; to go on: hvfuse seed export {target.vm} DIR",), _fields(target, orders))
-    return _Outcome((line, *target.beginning()), _fields(target, orders))
+        return Outcome((f"{line}; to go on: hvfuse seed export {target.vm} DIR",), _fields(target, orders))
+    return Outcome((line, *target.beginning()), _fields(target, orders))
 
 
-def _cancel(target: _Target, _: _Wish) -> _Outcome:
+def _cancel(target: _Target, _: _Wish) -> Outcome:
     record, vm = target.read(), target.vm
     orders = target.order("cancel", Orders.cancel if target.needs_copy() else Orders.withdraw)
     if not orders.cancelled:
-        return _Outcome(("the order was taken back; replication goes on",), _fields(target, orders, dropped=None))
+        return Outcome(("the order was taken back; replication goes on",), _fields(target, orders, dropped=None))
     if not target.has_shipper:
         drop_staged(target.home, vm)
-        target.records.update(vm, copy=None, progress=None)
+        cancelled = (Event.CANCEL,) if (record.state, Event.CANCEL) in TABLE else ()
+        target.records.apply(vm, *cancelled, copy=None, progress=None)
     dropped = None if _is_export(record.copy) else record.copy
     if _is_export(record.copy):
         line = f"the export was cancelled; what is in its directory DIR stays; to go on: hvfuse seed export {vm} DIR"
@@ -339,10 +347,10 @@ def _cancel(target: _Target, _: _Wish) -> _Outcome:
     else:
         line = "cancelled; nothing was staged of it"
     lines = (line, f"no recovery points are made before: hvfuse resync {vm} --now")
-    return _Outcome(lines, _fields(target, orders, dropped=copy_fields(dropped)))
+    return Outcome(lines, _fields(target, orders, dropped=copy_fields(dropped)))
 
 
-_ACTIONS: Mapping[str, Callable[[_Target, _Wish], _Outcome]] = {
+_ACTIONS: Mapping[str, Callable[[_Target, _Wish], Outcome]] = {
     "start": _start,
     "suspend": _suspend,
     "resume": _resume,

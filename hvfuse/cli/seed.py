@@ -18,6 +18,7 @@ from hvfuse.cli.output import counted, emit_json, json_option, note
 from hvfuse.cli.progress import showing_copy
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home, check_vm_name
+from hvfuse.control.job import JobKind
 from hvfuse.control.records import Records
 from hvfuse.errors import BusyError, HvfuseError, UnreachableError, UsageError
 from hvfuse.shipper.orders import Orders
@@ -25,12 +26,16 @@ from hvfuse.states import Event, ReplicationState
 from hvfuse.words import bytes_text, duration_text
 
 if TYPE_CHECKING:
+    from hvfuse.control.jobs import Running
     from hvfuse.medium import SeedReader
     from hvfuse.target.local import LocalReplica
 
 PATIENCE = 30 * 86400.0
 """Seconds: large disks on a slow medium."""
 ANSWER_SECONDS = 60.0
+
+_WRITE, _VERIFY, _IMPORT, _COPY = "write the medium", "verify the medium", "import", "copy the disks"
+"""Steps of the jobs."""
 
 
 @click.group()
@@ -58,9 +63,14 @@ def export_command(session: Session, vm: str, directory: str, as_json: bool) -> 
         raise UnreachableError(f"{vm} is not mounted, so nothing tracks its writes", hint=f"hvfuse mount {vm}")
     session.prepare()
     path = os.path.abspath(directory)
-    with Records(home.records) as records:
+    words = ("seed", "export", vm, path)
+    with (
+        Records(home.records) as records,
+        records.jobs.run(JobKind.EXPORT, vm, steps=(_WRITE,), command=words) as job,
+    ):
         _refuse_while_copying(home, vm, records)
-        with _told_on_interrupt(home, vm, directory), showing_copy(records, vm):
+        job.step(_WRITE, path)
+        with _told_on_interrupt(home, vm, directory), showing_copy(records, vm, tell=job.progress):
             report = _export(session, home, vm, records, path)
     if as_json:
         emit_json(report)
@@ -164,7 +174,8 @@ def import_command(session: Session, directory: str, name: str | None, existing:
     """
     if existing is not None and name is not None:
         raise UsageError("--name and --existing do not go together", hint="hvfuse seed import --help")
-    report = _adopt(session, directory, existing) if existing is not None else _import(session, directory, name)
+    path = os.path.abspath(directory)
+    report = _adopt(session, path, existing) if existing is not None else _import(session, path, name)
     _wake_shipper(session.home, report["vm"], report["generation"])
     if as_json:
         emit_json(report)
@@ -207,19 +218,25 @@ def _import(session: Session, directory: str, name: str | None) -> dict[str, Any
     from hvfuse.target.store import Store
 
     started = time.monotonic()
-    reader = SeedReader(os.path.abspath(directory))
+    reader = SeedReader(directory)
     cycle = reader.manifest.cycle
     vm = check_vm_name(cycle.vm if name is None else name)
     home = session.prepare()
-    with Store(home.store) as store, closing(LocalReplica(store, vm)) as replica:
+    words = ("seed", "import", directory, *(() if name is None else ("--name", name)))
+    with (
+        Records(home.records) as records,
+        records.jobs.run(JobKind.IMPORT, vm, steps=(_VERIFY, _IMPORT), command=words) as job,
+        Store(home.store) as store,
+        closing(LocalReplica(store, vm)) as replica,
+    ):
         already = _is_imported(replica, vm, cycle.generation)
         counts = {"frames_put": 0, "frames_held": 0, "bytes_read": 0}
         if not already:
             with _told_to_repeat(vm, "goes on"):
-                counts = _read_in(reader, replica, vm)
+                counts = _read_in(reader, replica, vm, job)
     return {
         "vm": vm,
-        "directory": os.path.abspath(directory),
+        "directory": directory,
         "generation": cycle.generation.hex(),
         "disks": [disk.name for disk in cycle.disks],
         "bytes_total": sum(disk.size for disk in cycle.disks),
@@ -244,19 +261,27 @@ def _is_imported(replica: LocalReplica, vm: str, generation: bytes) -> bool:
     return False
 
 
-def _read_in(reader: SeedReader, replica: LocalReplica, vm: str) -> dict[str, int]:
+def _read_in(reader: SeedReader, replica: LocalReplica, vm: str, job: Running) -> dict[str, int]:
     """Verify the medium, then put it into the replica. Returns what that took."""
     manifest = reader.manifest
+    job.step(_VERIFY)
     with _bar(vm, "verifying the medium", manifest.frame_bytes) as bar:
-        numbers = reader.verify(bar.update)
+
+        def passed(count: int) -> None:
+            bar.update(count)
+            job.progress(_share(bar, 50))
+
+        numbers = reader.verify(passed)
     cycle = replace(manifest.cycle, vm=vm)
     held = replica.begin(cycle)
     put = read = 0
+    job.step(_IMPORT)
     with _bar(vm, "importing", manifest.frame_bytes) as bar:
         for _, frame in reader.frames(but=held):
             replica.put(frame)
             put, read = put + 1, read + len(frame)
             bar.update(len(frame))
+            job.progress(50 + _share(bar, 50))
     replica.commit(cycle, len(held | numbers))
     return {"frames_put": put, "frames_held": len(held), "bytes_read": read}
 
@@ -267,18 +292,26 @@ def _adopt(session: Session, directory: str, existing: str) -> dict[str, Any]:
 
     started = time.monotonic()
     vm = check_vm_name(existing)
-    folder = os.path.abspath(directory)
     home = session.prepare()
-    with _told_to_repeat(vm, "begins again"), Store(home.store) as store, _bar(vm, "copying", 0) as bar:
+    words = ("seed", "import", directory, "--existing", vm)
+    with (
+        Records(home.records) as records,
+        records.jobs.run(JobKind.IMPORT, vm, steps=(_COPY,), command=words) as job,
+        _told_to_repeat(vm, "begins again"),
+        Store(home.store) as store,
+        _bar(vm, "copying", 0) as bar,
+    ):
 
         def tell(done: int, total: int) -> None:
             bar.length = total
             bar.update(done - bar.pos)
+            job.progress(_share(bar, 100))
 
-        report = adopt(store, vm, folder, progress=tell)
+        job.step(_COPY)
+        report = adopt(store, vm, directory, progress=tell)
     return {
         "vm": vm,
-        "directory": folder,
+        "directory": directory,
         "generation": report.position.generation.hex(),
         "disks": list(report.disks),
         "bytes_total": report.bytes_total,
@@ -287,6 +320,11 @@ def _adopt(session: Session, directory: str, existing: str) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "already": False,
     }
+
+
+def _share(bar: Any, of: int) -> int:
+    """How much of it the bar has passed, as a part of `of`."""
+    return int(of * bar.pos // bar.length) if bar.length else 0
 
 
 class _Lines:

@@ -14,10 +14,11 @@ from hvfuse.cli.main import Session
 from hvfuse.cli.output import emit_json, is_terminal, json_option, one_line, time_text
 from hvfuse.cli.screen import detail, reason_lines, summary, table
 from hvfuse.cli.wiring import store_facts
+from hvfuse.control import measure
 from hvfuse.control.config import Config
 from hvfuse.control.facts import Past
 from hvfuse.control.forecast import LOOK_BACK, Forecast
-from hvfuse.control.records import Records, VmRecord, absence
+from hvfuse.control.records import Records, VmRecord
 from hvfuse.control.status import Health, VmStatus, is_protected, vm_status
 from hvfuse.control.supervisor import find_vms
 from hvfuse.errors import NotFoundError, UsageError
@@ -105,12 +106,12 @@ def _past(records: Records | None, vm: str, record: VmRecord, config: Config, *,
     """What the monitoring interval tells of a VM."""
     if records is None:
         return Past()
-    now, interval = now_ns // 10**9, config.monitoring.interval
-    begin = max(now - int(interval), (record.measured_since_ns or 0) // 10**9)
-    sums = records.statistics.over(vm, first=begin, last=now)
+    interval, frequency = config.monitoring.interval, config.policy(vm).frequency
+    span = measure.window(record, interval, now_ns)
+    sums = records.statistics.over(vm, first=span.begin, last=span.end)
     return Past(
         interval=interval,
-        sums=sums.plus(absence(record, config.policy(vm).frequency, now_ns=now_ns)),
+        sums=measure.with_absence(sums, record, span, frequency=frequency, now_ns=now_ns),
         cycles=records.statistics.cycles(vm, newest=LOOK_BACK),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from hvfuse.cli.main import Session
 from hvfuse.cli.output import counted, emit_json, json_option, note, one_line, time_text
 from hvfuse.cli.progress import showing_copy
 from hvfuse.control.daemon import serving_pid
+from hvfuse.control.job import JobError, JobKind
 from hvfuse.control.records import Records
 from hvfuse.errors import CorruptError, HvfuseError, UsageError
 from hvfuse.words import bytes_text, duration_text
@@ -33,6 +34,9 @@ END_SECONDS = 2.0
 """For the answer to "end", which nobody needs: a step under way comes first."""
 SAMPLE = "5%"
 BLOCK = 64 << 10
+
+_COMPARE, _REPAIR, _PROVE = "compare", "copy again what differs", "prove it"
+"""Steps of the job."""
 
 Ask = Callable[..., Mapping[str, Any]]
 """Asks the VM's verifier (`hvfuse.shipper.verifier`); the fields of the request by name."""
@@ -82,17 +86,31 @@ def verify(
         raise UsageError("--sample and --all do not go together", hint="hvfuse verify --help")
     share = 1.0 if everything else parse_share(sample or SAMPLE)
     budget = None if continuous is None else parse_budget(continuous)
-    with _asking(session, vm) as (ask, records):
+    home = session.home_with(vm)
+    session.prepare()
+    with Records(home.records) as records:
         if budget is not None:
-            ask(do="budget", budget=budget)
+            with _asking(session, vm, records) as ask:
+                ask(do="budget", budget=budget)
             _tell_budget(vm, budget, as_json=as_json)
             return
-        found = _run(ask, vm, share=share, seed=seed)
-        repaired: list[dict[str, Any]] = []
-        if repair and _recorded(found):
-            with showing_copy(records, vm):
-                repaired = _repair(ask, vm)
-            found = {**found, **_run(ask, vm, share=share, only_mismatches=True)}
+        words = _words(vm, share, seed, repair=repair)
+        steps = (_COMPARE, _REPAIR, _PROVE) if repair else (_COMPARE,)
+        with (
+            records.jobs.run(JobKind.VERIFY, vm, steps=steps, command=words) as job,
+            _asking(session, vm, records) as ask,
+        ):
+            job.step(_COMPARE)
+            found = _run(ask, vm, job.progress, share=share, seed=seed)
+            repaired: list[dict[str, Any]] = []
+            if repair and _recorded(found):
+                job.step(_REPAIR)
+                with showing_copy(records, vm):
+                    repaired = _repair(ask, vm)
+                job.step(_PROVE)
+                found = {**found, **_run(ask, vm, job.progress, share=share, only_mismatches=True)}
+            if _recorded(found):
+                job.fail(_difference(vm, _recorded(found)))
     if as_json:
         emit_json(_fields(vm, found, repaired))
     else:
@@ -121,29 +139,42 @@ def parse_budget(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
-@contextmanager
-def _asking(session: Session, vm: str) -> Iterator[tuple[Ask, Records]]:
-    """What asks the VM's shipper, or one of this process if none runs; and the records."""
-    home = session.home_with(vm)
-    session.prepare()
-    with Records(home.records) as records:
-        socket = home.shipper_socket(vm)
-        if serving_pid(socket) is not None:
-            yield lambda **fields: _ask_shipper(socket, fields), records
-            return
-        from hvfuse.cli.wiring import shipper
+def _words(vm: str, share: float, seed: int | None, *, repair: bool) -> tuple[str, ...]:
+    """What does the same again, after `hvfuse`."""
+    how_much = ("--all",) if share == 1 else ("--sample", f"{100 * share:g}%")
+    chosen = () if seed is None else ("--seed", str(seed))
+    return ("verify", vm, *how_much, *chosen, *(("--repair",) if repair else ()))
 
-        home.make_vm(vm)
-        with shipper(home, session.config_file, vm, records) as here:
-            yield lambda **fields: here.verify(fields), records
+
+def _difference(vm: str, mismatches: Sequence[object]) -> JobError:
+    return JobError(
+        id=CorruptError.__name__,
+        message=f"the replica differs from the disks in {counted(len(mismatches), 'place')}",
+        recommendation=f"hvfuse verify {vm} --repair",
+    )
+
+
+@contextmanager
+def _asking(session: Session, vm: str, records: Records) -> Iterator[Ask]:
+    """What asks the VM's shipper, or one of this process if none runs."""
+    home = session.home
+    socket = home.shipper_socket(vm)
+    if serving_pid(socket) is not None:
+        yield lambda **fields: _ask_shipper(socket, fields)
+        return
+    from hvfuse.cli.wiring import shipper
+
+    home.make_vm(vm)
+    with shipper(home, session.config_file, vm, records) as here:
+        yield lambda **fields: here.verify(fields)
 
 
 def _ask_shipper(socket: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return wire.request(socket, "verify", timeout=END_SECONDS if fields["do"] == "end" else PATIENCE, **fields)
 
 
-def _run(ask: Ask, vm: str, **options: object) -> dict[str, Any]:
-    """One run to its end. Returns its last answer: "report" and "verified"."""
+def _run(ask: Ask, vm: str, tell: Callable[[int], None], **options: object) -> dict[str, Any]:
+    """One run to its end; `tell` is told the percentage. Returns its last answer: "report" and "verified"."""
     token = secrets.token_hex(8)
     try:
         begun = ask(do="begin", token=token, **options)
@@ -152,6 +183,7 @@ def _run(ask: Ask, vm: str, **options: object) -> dict[str, Any]:
             while not answer["report"]["done"] or "verified" not in answer:
                 answer = dict(ask(do="step", run=begun["run"]))
                 show(answer["report"])
+                tell(_percent(answer["report"]))
     except KeyboardInterrupt:
         note(f"{vm}: stopped; what was proved so far is kept, and the same command goes on with the rest")
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -101,6 +102,7 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
     with system.exclusive_lock(home.shipper_lock(vm)) as had:
         if not had:
             raise BusyError(f"{vm}: another process is replicating it just now", hint="try again in a moment")
+        records.of(vm).count_absence(followed.policy.frequency)
         with Store(home.store) as store, closing(LocalReplica(store, vm)) as replica:
 
             def keep_house() -> None:
@@ -131,6 +133,17 @@ def begin_protection(records: Records, vm: str) -> None:
     if record.enabled is False:
         raise StateError(f"{vm}: replication was disabled", hint=f"hvfuse replication enable {vm}")
     records.apply(vm, Event.ENABLE)
+
+
+@contextmanager
+def kept_records(home: Home) -> Iterator[Records | None]:
+    """The home's records, jobs of dead processes buried; None where there are none yet. For those who only look."""
+    if not os.path.isdir(home.records):
+        yield None
+        return
+    with Records(home.records) as records:
+        records.jobs.bury()
+        yield records
 
 
 def drop_staged(home: Home, vm: str) -> None:

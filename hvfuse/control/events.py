@@ -18,6 +18,7 @@ from typing import Any
 from hvfuse.control.database import Database, Transaction, numbered
 
 EVENTS_KEPT = 20_000
+KINDS = ("state", "health", "job", "failure", "process", "policy", "notification")
 _PRUNED_AT_ONCE = 8
 _PREFIX = b"event/"
 _CURSOR = b"cursor/"
@@ -33,8 +34,8 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EventRecord:
-    """One event. `number`: orders them, whatever the clock does. `time_ns`: ns since 1970. `kind`: "state", "health",
-    "job", "failure", "process", "policy". `data`: the same as `text` for programs, JSON values."""
+    """One event. `number`: orders them, whatever the clock does. `time_ns`: ns since 1970. `kind`: one of KINDS.
+    `data`: the same as `text` for programs, JSON values."""
 
     number: int
     time_ns: int
@@ -97,13 +98,18 @@ class Events:
         self._database.write(lambda txn: txn.put(_CURSOR + name.encode(), {"number": number}))
 
     def prune(self, *, before_ns: int) -> int:
-        """Let the events go that lie before that instant, ns since 1970. Returns how many did."""
+        """Let the events go that lie before that instant, ns since 1970. Returns how many did. The newest stays: it
+        is what numbers go on from, and whoever follows them must not meet one twice."""
 
         def act(txn: Transaction) -> int:
-            old = list(itertools.takewhile(lambda found: found[1]["time_ns"] < before_ns, txn.under(_PREFIX)))
-            for number, _ in old:
+            newest = txn.last(_PREFIX)
+            old = [number for number, _ in itertools.takewhile(is_old, txn.under(_PREFIX)) if number != newest]
+            for number in old:
                 txn.delete(numbered(_PREFIX, number))
             return len(old)
+
+        def is_old(found: tuple[int, Mapping[str, Any]]) -> bool:
+            return bool(found[1]["time_ns"] < before_ns)
 
         return self._database.write(act)
 
@@ -126,4 +132,5 @@ class Events:
 
 
 def _record(number: int, value: Mapping[str, Any]) -> EventRecord:
-    return EventRecord(number=number, **{**value, "severity": Severity(value["severity"])})
+    known = {one.name: value[one.name] for one in dataclasses.fields(EventRecord) if one.name in value}
+    return EventRecord(**known | {"number": number, "severity": Severity(value["severity"])})

@@ -85,7 +85,7 @@ def _job_after(job: Job | None, change: Change) -> Job | None:
         case ReplicationState.SUSPENDED | ReplicationState.RESYNCHRONIZE_SUSPENDED:
             after = job.suspend("suspended")
         case ReplicationState.ERROR:
-            after = job.fail(None if job.errors else _error(change.after), now_ns)
+            after = job.attempt_failed(_error(change.after)).fail(None, now_ns)
         case _:
             waits = state in BEFORE_FIRST_COPY | OF_RESYNC and Event.CANCEL not in change.events
             after = job.suspend("it waits") if waits else job.cancel(now_ns)

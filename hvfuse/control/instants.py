@@ -15,7 +15,13 @@ from hvfuse.shipper.orders import MAX_AHEAD_NS
 DAYS_AHEAD = MAX_AHEAD_NS // (86400 * 10**9)
 """How far ahead a copy may be put off."""
 FORMS = '"18:30" (the next time it is that late), "2026-11-22 18:30", or ISO 8601 such as 2026-11-22T18:30:00+01:00'
+PAST_FORMS = (
+    '"2h" (so long ago; s, m, h or d), "18:30" (the last time it was that late), "2026-11-22 18:30", or ISO 8601'
+)
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+"""In each unit that a span of time may be written in."""
 
+_AGO = re.compile(r"(\d{1,9})([smhd])")
 _TIME = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
 
 
@@ -33,6 +39,26 @@ def parse_instant(text: str, *, now_ns: int, zone: tzinfo | None = None) -> int:
         raise UsageError(f"{text!r} lies in the past: it is {now} now", hint="--now starts at once")
     if is_too_far(instant, now_ns=now_ns):
         raise UsageError(f"{text!r} lies more than {DAYS_AHEAD} days ahead: it is {now} now")
+    return instant
+
+
+def parse_past(text: str, *, now_ns: int, zone: tzinfo | None = None) -> int:
+    """The instant that `text` (see PAST_FORMS) names, ns since 1970. Raises UsageError unless it names one."""
+    ago = _AGO.fullmatch(text)
+    if ago:
+        return now_ns - int(ago[1]) * SECONDS[ago[2]] * 10**9
+    match = _TIME.fullmatch(text)
+    if match:
+        day_ns = 86400 * 10**9
+        ahead = next_time(int(match[1]), int(match[2]), now_ns=now_ns - 1, zone=zone)
+        # A day is 23 to 25 hours long: from two of them back, the one before `ahead` comes first or second.
+        past = [ahead] + [
+            next_time(int(match[1]), int(match[2]), now_ns=now_ns - back * day_ns, zone=zone) for back in (1, 2)
+        ]
+        return max(instant for instant in past if instant <= now_ns)
+    instant = parse_date(text, zone=zone)
+    if instant is None:
+        raise UsageError(f"{text!r} is not a time", hint=f"write {PAST_FORMS}")
     return instant
 
 

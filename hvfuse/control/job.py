@@ -12,6 +12,7 @@ will go on with it by itself, failed with its next command where not. Pure: a me
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -132,7 +133,7 @@ class Job:
             return f"hvfuse job resume {self.id}"
         if self.state is JobState.FAILED:
             last = self.errors[-1].recommendation if self.errors else None
-            return last or f"hvfuse job restart {self.id}"
+            return last or (f"hvfuse job restart {self.id}" if self.command else None)
         return None
 
     @property
@@ -164,12 +165,14 @@ class Job:
         return replace(self, state=JobState.IN_PROGRESS, owner=dict(owner), started_ns=started, ended_ns=None)
 
     def step(self, name: str, now_ns: int, text: str | None = None) -> Job:
-        """The step of that name is under way; those before it are done. One that is under way goes on."""
+        """The step of that name is under way; those before it are done, those behind it still to come. One that is
+        under way goes on."""
         if all(step.name != name for step in self.steps):
             return replace(self, steps=(*self._steps_done(now_ns), _begun(Step(name=name), now_ns, text)))
         at = next(number for number, step in enumerate(self.steps) if step.name == name)
         before = tuple(_ended(step, JobState.SUCCEEDED, now_ns) for step in self.steps[:at])
-        return replace(self, steps=(*before, _begun(self.steps[at], now_ns, text), *self.steps[at + 1 :]))
+        behind = tuple(step if step.state in ENDED else Step(name=step.name) for step in self.steps[at + 1 :])
+        return replace(self, steps=(*before, _begun(self.steps[at], now_ns, text), *behind))
 
     def note(self, text: str) -> Job:
         """Say something of the step under way."""
@@ -213,7 +216,7 @@ class Job:
         where = f" at “{at}”" if at is not None else ""
         if self.kind in COPY_KINDS:
             return self.suspend(f"its process ended{where}; the next one goes on with it")
-        command = f"hvfuse {' '.join(self.command)}" if self.command else None
+        command = f"hvfuse {shlex.join(self.command)}" if self.command else None
         error = JobError(id=INTERRUPTED, message=f"its process ended{where}", recommendation=command)
         return self.fail(error, now_ns)
 
@@ -238,16 +241,15 @@ class Job:
     @classmethod
     def from_json(cls, job_id: int, values: Mapping[str, Any]) -> Job:
         """From `as_json`; fields that are missing have their defaults, unknown ones are left out."""
-        known = {one.name: values[one.name] for one in dataclasses.fields(cls) if one.name in values}
         return cls(
-            **known
+            **_known(cls, values)
             | {
                 "id": job_id,
                 "kind": JobKind(values["kind"]),
-                "state": JobState(values["state"]),
-                "steps": tuple(Step(**{**step, "state": JobState(step["state"])}) for step in values["steps"]),
-                "errors": tuple(JobError(**{**error, "causes": tuple(error["causes"])}) for error in values["errors"]),
-                "command": tuple(values["command"]),
+                "state": JobState(values.get("state", JobState.NOT_STARTED)),
+                "steps": tuple(_step(step) for step in values.get("steps", ())),
+                "errors": tuple(_error(error) for error in values.get("errors", ())),
+                "command": tuple(values.get("command", ())),
             }
         )
 
@@ -255,6 +257,18 @@ class Job:
 ERRORS_KEPT = 20
 CANCELLABLE = COPY_KINDS | {JobKind.EXPORT, JobKind.IMPORT, JobKind.VERIFY}
 """What can be given up on the way; anything else is over in a moment."""
+
+
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {one.name: values[one.name] for one in dataclasses.fields(kind) if one.name in values}
+
+
+def _step(values: Mapping[str, Any]) -> Step:
+    return Step(**_known(Step, values) | {"state": JobState(values.get("state", JobState.NOT_STARTED))})
+
+
+def _error(values: Mapping[str, Any]) -> JobError:
+    return JobError(**_known(JobError, values) | {"causes": tuple(values.get("causes", ()))})
 
 
 def _begun(step: Step, now_ns: int, text: str | None) -> Step:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 
 from hvfuse import system
 from hvfuse.control.database import Database, Transaction, numbered
 from hvfuse.control.events import Severity, add_event
 from hvfuse.control.job import Job, JobError, JobKind, JobState
-from hvfuse.errors import NotFoundError
+from hvfuse.errors import HvfuseError, NotFoundError
 from hvfuse.system import Clock
 
 KEPT_SECONDS = 30 * 86400
 JOBS_KEPT = 2000
+PROGRESS_SECONDS = 1.0
+"""Between two times that the percentage of a job is kept: each is a sync of the disk."""
 
 _PREFIX = b"job/"
 _NEXT = b"next/job"
@@ -64,10 +67,11 @@ def _prune(txn: Transaction, now_ns: int) -> None:
         assert job is not None
         is_old = job.ended_ns is not None and now_ns - job.ended_ns > KEPT_SECONDS * 10**9
         is_beyond = place < len(numbers) - JOBS_KEPT
-        if job.has_ended and (is_old or is_beyond):
-            txn.delete(numbered(_PREFIX, number))
-        elif not is_beyond:
+        if not job.has_ended:
+            continue  # one that waits for months must not keep those behind it; few do
+        if not is_old and not is_beyond:
             return  # they began in this order, and end in about the same
+        txn.delete(numbered(_PREFIX, number))
 
 
 class Jobs:
@@ -136,13 +140,19 @@ class Jobs:
         try:
             yield running
         except KeyboardInterrupt:
-            self.change(added.id, lambda now: now.cancel(self._clock.now_ns()))
+            self._end(added.id, lambda now: now.cancel(self._clock.now_ns()))
             raise
         except BaseException as error:
-            failed = JobError.of(error, otherwise=f"hvfuse {' '.join(command)}" if command else None)
-            self.change(added.id, lambda now: now.fail(failed, self._clock.now_ns()))
+            failed = JobError.of(error, otherwise=f"hvfuse {shlex.join(command)}" if command else None)
+            self._end(added.id, lambda now: now.fail(failed, self._clock.now_ns()))
             raise
         self.change(added.id, lambda now: now if now.has_ended else now.succeed(self._clock.now_ns()))
+
+    def _end(self, job_id: int, change: Callable[[Job], Job]) -> None:
+        """End a job for what its block raised. Where not even that can be kept, a full disk, say, what was raised is
+        what matters: `bury` ends the job once this process is gone."""
+        with contextlib.suppress(HvfuseError):
+            self.change(job_id, lambda now: now if now.has_ended else change(now))
 
 
 class Running:
@@ -152,6 +162,7 @@ class Running:
         self.id = job_id
         self._jobs = jobs
         self._clock = clock
+        self._told: tuple[float, int] | None = None  # when progress was kept last, and which
 
     def step(self, name: str, text: str | None = None) -> None:
         """The step of that name begins; those before it are done."""
@@ -166,8 +177,16 @@ class Running:
         self._jobs.change(self.id, lambda job: job.fail_step(name, error, self._clock.now_ns()))
 
     def progress(self, percent: int) -> None:
-        """So much is done, 0 to 100."""
+        """So much is done, 0 to 100. May be told as often as one likes: it is kept once in PROGRESS_SECONDS."""
+        now = self._clock.monotonic()
+        if self._told is not None and (now - self._told[0] < PROGRESS_SECONDS or percent <= self._told[1]):
+            return
+        self._told = (now, percent)
         self._jobs.change(self.id, lambda job: job.advanced(percent))
+
+    def fail(self, error: JobError) -> None:
+        """The job is done, and did not come out as it should, although nothing was raised."""
+        self._jobs.change(self.id, lambda job: job.fail(error, self._clock.now_ns()))
 
 
 def _is_abandoned(job: Job) -> bool:

@@ -163,6 +163,8 @@ class Records:
             for event in events:
                 state = next_state(state, event, what=vm)
             record = replace(before, **changes(before), state=state)
+            if state in COUNTED and before.state not in COUNTED:
+                record = replace(record, counted_ns=now_ns)
             owner = system.process_identity(os.getpid())
             change = following.Change(vm=vm, before=before, after=record, events=events, owner=owner, now_ns=now_ns)
             record = replace(record, copy_job=following.follow(txn, change))
@@ -172,14 +174,13 @@ class Records:
         return self._database.write(act)
 
     def add_cycle(self, vm: str, cycle: CycleRecord) -> None:
-        """Keep a cycle's statistics; durable."""
+        """Keep the statistics of a cycle that the target has just got: until now, none is missed that was not told
+        of. Durable."""
         now_ns = self._clock.now_ns()
 
         def act(txn: Transaction) -> None:
             statistics.add_cycle(txn, vm, cycle, now_ns=now_ns)
-            kept = txn.get(_vm_key(vm))
-            if kept is not None:
-                txn.put(_vm_key(vm), {**kept, "counted_ns": now_ns, "last_applied_time_ns": now_ns})
+            _change_kept(txn, vm, counted_ns=now_ns, last_applied_time_ns=now_ns)
 
         self._database.write(act)
 
@@ -189,9 +190,18 @@ class Records:
         def act(txn: Transaction) -> None:
             for one in sums:
                 statistics.add_sums(txn, vm, one)
-            kept = txn.get(_vm_key(vm))
-            if until_ns is not None and kept is not None:
-                txn.put(_vm_key(vm), {**kept, "counted_ns": until_ns})
+            if until_ns is not None:
+                _change_kept(txn, vm, counted_ns=until_ns)
+
+        self._database.write(act)
+
+    def reset(self, vm: str) -> None:
+        """Begin to measure anew: the sums go, the records of cycles stay. Durable."""
+        now_ns = self._clock.now_ns()
+
+        def act(txn: Transaction) -> None:
+            statistics.drop_sums(txn, vm)
+            _change_kept(txn, vm, counted_ns=now_ns, measured_since_ns=now_ns)
 
         self._database.write(act)
 
@@ -215,16 +225,8 @@ class Records:
         return VmRecord(**known)
 
 
-_COUNTED = frozenset({ReplicationState.REPLICATING, ReplicationState.ERROR})
+COUNTED = frozenset({ReplicationState.REPLICATING, ReplicationState.ERROR})
 """States in which a cycle that is due and does not come is missed."""
-
-
-def absence(record: VmRecord, frequency: float, *, now_ns: int) -> Sums:
-    """The cycles that were missed since somebody last counted them: nobody ran, or what ran stood still."""
-    sums = Sums(begin=statistics.stretch(now_ns))
-    if record.state not in _COUNTED or record.counted_ns is None or record.orders.get("paused"):
-        return sums
-    return replace(sums, missed=max(0, int((now_ns - record.counted_ns) / 1e9 // frequency) - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,12 +306,23 @@ class VmRecords:
     def missed(self, count: int) -> None:
         """Cycles were due and did not come; 0: none until now. Counted where one could be expected."""
         now_ns = self.clock.now_ns()
-        counts = count and self.read().state in _COUNTED
+        counts = count and self.read().state in COUNTED
         sums = [Sums(begin=statistics.stretch(now_ns), missed=count)] if counts else []
         self.records.count(self.vm, *sums, until_ns=now_ns)
 
+    def count_absence(self, frequency: float) -> None:
+        """Count the cycles that were missed while no process was there to count them; before anything is shipped.
+        `frequency`: seconds."""
+        record, now_ns = self.read(), self.clock.now_ns()
+        missed = uncounted(record, now_ns, frequency)
+        if missed:
+            assert record.counted_ns is not None
+            sums = statistics.spread(missed, first=record.counted_ns // 10**9, last=now_ns // 10**9)
+            # The rest of the time counts on: else restarts in a row would hide that nothing is shipped.
+            self.records.count(self.vm, *sums, until_ns=record.counted_ns + round(missed * frequency * 1e9))
+
     def failed(self, error: HvfuseError) -> None:
-        """An attempt at a cycle failed: count it, and tell of it if that is news."""
+        """An attempt at a cycle failed: count it."""
         now_ns = self.clock.now_ns()
         kind = Failure.NETWORK if isinstance(error, UnreachableError) else Failure.REPLICATION
         sums = Sums(begin=statistics.stretch(now_ns))
@@ -317,6 +330,20 @@ class VmRecords:
             self.records.count(self.vm, replace(sums, network_failures=1))
         else:
             self.records.count(self.vm, replace(sums, replication_failures=1))
+
+
+def uncounted(record: VmRecord, now_ns: int, frequency: float) -> int:
+    """Cycles that a VM missed since somebody last counted them: nobody ran, or what ran stood still."""
+    if record.state not in COUNTED or record.orders.get("paused"):
+        return 0
+    return statistics.uncounted(record.counted_ns, now_ns, frequency)
+
+
+def _change_kept(txn: Transaction, vm: str, **fields: Any) -> None:
+    """Change plain fields of a VM's record, if it has one."""
+    kept = txn.get(_vm_key(vm))
+    if kept is not None:
+        txn.put(_vm_key(vm), {**kept, **fields})
 
 
 def _vm_key(vm: str) -> bytes:

@@ -111,6 +111,11 @@ class Sums:
         return self.latency / self.successful if self.successful else 0.0
 
     @property
+    def mean_frozen_seconds(self) -> float:
+        """For which the guest stood still for an app-consistent point."""
+        return self.frozen_seconds / self.app_consistent if self.app_consistent else 0.0
+
+    @property
     def saved_by_overwriting(self) -> int:
         """Bytes that did not travel because they were overwritten within a cycle."""
         return self.bytes_logged - self.bytes_coalesced
@@ -151,14 +156,23 @@ def total(sums: Iterable[Sums], *, begin: int) -> Sums:
 
 def spread(missed: int, *, first: int, last: int) -> list[Sums]:
     """Misses of a time in which nobody counted, from the second `first` to `last`, each in the stretch in which it
-    happened; what lies too far back is left out."""
-    first = max(first, last - KEPT_SECONDS)
+    happened; those that lie too far back are left out."""
+    kept_from = max(first, last - KEPT_SECONDS)
+    if kept_from > first:
+        missed, first = missed * (last - kept_from) // (last - first), kept_from
     stretches = range(stretch(first * 10**9), last + 1, STRETCH)
     if not missed or not stretches:
         return []
     each, more = divmod(missed, len(stretches))
     counts = [each + (place < more) for place in range(len(stretches))]
     return [Sums(begin=begin, missed=count) for begin, count in zip(stretches, counts, strict=True) if count]
+
+
+def uncounted(counted_ns: int | None, now_ns: int, frequency: float) -> int:
+    """Cycles missed since misses were counted last, as nobody did; one that is just due is none yet. `frequency`:
+    seconds."""
+    passed = 0 if counted_ns is None else max(0, now_ns - counted_ns) / 1e9
+    return max(0, int(passed // frequency) - 1)
 
 
 def stretch(now_ns: int) -> int:
@@ -191,6 +205,12 @@ def add_sums(txn: Transaction, vm: str, sums: Sums) -> None:
     values = dataclasses.asdict(sums if kept is None else _sums(sums.begin, kept).plus(sums))
     del values["begin"]
     txn.put(key, values)
+
+
+def drop_sums(txn: Transaction, vm: str) -> None:
+    """Begin to count anew. The records of cycles stay."""
+    for number in txn.numbers(_key(_SUMS, vm)):
+        txn.delete(numbered(_key(_SUMS, vm), number))
 
 
 def _sums(begin: int, values: Mapping[str, Any]) -> Sums:
@@ -226,12 +246,3 @@ class Statistics:
         with self._database.read() as txn:
             found = [_sums(at, values) for at, values in txn.under(_key(_SUMS, vm), first=start) if at <= last]
         return total(found, begin=first)
-
-    def reset(self, vm: str) -> None:
-        """Begin to count anew. The records of cycles stay."""
-
-        def act(txn: Transaction) -> None:
-            for number in txn.numbers(_key(_SUMS, vm)):
-                txn.delete(numbered(_key(_SUMS, vm), number))
-
-        self._database.write(act)

@@ -128,6 +128,13 @@ def clean_up(home: Home, store: Store, pin: Pin, *, force: bool = False) -> None
     Raises BusyError naming who uses the view (never with `force`), UnreachableError if its process
     does not end.
     """
+    unmount(pin, force=force)
+    drop_written(home, pin)
+    store.unpin(pin.id)
+
+
+def unmount(pin: Pin, *, force: bool) -> None:
+    """The first step of `clean_up`; raises as it does."""
     directory = str(pin.owner["mountpoint"])
     if is_alive(pin) and int(pin.owner["pid"]) != os.getpid():
         if force:
@@ -138,10 +145,13 @@ def clean_up(home: Home, store: Store, pin: Pin, *, force: bool = False) -> None
         if not wait_for_end(int(pin.owner["pid"]), END_SECONDS):
             raise UnreachableError(f"the view's process (pid {pin.owner['pid']}) does not end")
     mountpoint.clear_dead_mount(directory)
+
+
+def drop_written(home: Home, pin: Pin) -> None:
+    """The second step of `clean_up`."""
     for path in (overlay_path(home, pin.id), _view_state(home, pin.id)):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path)
-    store.unpin(pin.id)
 
 
 def parse_id(text: str) -> int:

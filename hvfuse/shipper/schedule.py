@@ -56,7 +56,7 @@ class Schedule:
         missed = 0 if copied else self.missed(finished)
         if self.failing_since is not None:
             self.failing_since, self.due = None, started
-        if started >= self.due:
+        if started >= self.due or finished >= self.due + self.frequency:
             self.due, _ = next_interval(self.due, finished, self.frequency)
         self._expect(self.due)
         return missed
@@ -89,7 +89,7 @@ class Schedule:
         self.frequency = frequency
         if self.failing_since is None:
             self.due = min(self.due, max(begun + frequency, now))
-            self._expect(self.due)
+            self._expect(max(self.due, now))
         else:
             self._expect(now)
 

@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from hvfuse.control.instants import instant_text, is_too_far, next_time, parse_date, parse_instant
+from hvfuse.control.instants import instant_text, is_too_far, next_time, parse_date, parse_instant, parse_past
 from hvfuse.errors import UsageError
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -112,3 +112,33 @@ def test_how_far_a_copy_may_be_put_off() -> None:
     assert not is_too_far(utc("2026-11-29 12:00"), now_ns=utc("2026-11-22 12:00"))
     assert is_too_far(utc("2026-11-29 12:00") + 1, now_ns=utc("2026-11-22 12:00"))
     assert parse_date("18:30") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "past"),
+    [
+        ("0s", "2026-11-22 12:00"),
+        ("90s", "2026-11-22 11:58:30"),
+        ("2h", "2026-11-22 10:00"),
+        ("3d", "2026-11-19 12:00"),
+        ("11:59", "2026-11-22 11:59"),
+        ("12:00", "2026-11-22 12:00"),
+        ("12:01", "2026-11-21 12:01"),
+        ("2026-11-22 06:30", "2026-11-22 06:30"),
+    ],
+)
+def test_a_time_in_the_past_is_so_long_ago_or_the_last_one_that_late(text: str, past: str) -> None:
+    now_ns = int(datetime(2026, 11, 22, 12, tzinfo=BERLIN).timestamp()) * 10**9
+    expected = datetime.fromisoformat(past).replace(tzinfo=BERLIN)
+    assert parse_past(text, now_ns=now_ns, zone=BERLIN) == int(expected.timestamp()) * 10**9
+
+
+def test_the_last_time_that_late_is_found_on_days_of_any_length() -> None:
+    for day in (datetime(2026, 3, 29, tzinfo=BERLIN), datetime(2026, 10, 25, tzinfo=BERLIN)):
+        for minutes in range(0, 3 * 1440, 97):
+            now_ns = (int(day.timestamp()) - 86400 + minutes * 60) * 10**9
+            for hour in (0, 4, 12, 23):
+                found = parse_past(f"{hour:02}:30", now_ns=now_ns, zone=BERLIN)
+                assert found <= now_ns < found + 25 * 3600 * 10**9
+                shown = datetime.fromtimestamp(found // 10**9, BERLIN)
+                assert (shown.hour, shown.minute) == (hour, 30)

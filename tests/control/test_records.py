@@ -35,14 +35,15 @@ def test_a_vm_without_a_record_was_never_replicated(tmp_path: Path) -> None:
 
 
 def test_fields_change_one_by_one_and_survive_reopening(tmp_path: Path) -> None:
-    with Records(str(tmp_path)) as records:
+    with Records(str(tmp_path), clock=HandClock()) as records:
         records.of("vm").apply(Event.ENABLE, Event.COMMIT_POINT, cycle=3, point="p-3")
         records.of("vm").update(error="no space", hint="make room")
         records.of("vm2").update(progress=0.25)
     with Records(str(tmp_path)) as records:
         assert records.read("vm") == VmRecord(
-            state=ReplicationState.REPLICATING, cycle=3, point="p-3", error="no space", hint="make room"
-        )
+            state=ReplicationState.REPLICATING, cycle=3, point="p-3", error="no space", hint="make room",
+            counted_ns=HandClock().now_ns(),
+        )  # fmt: skip
         assert records.of("vm2").read().progress == 0.25
         assert records.names() == ["vm", "vm2"]
 

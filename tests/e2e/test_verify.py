@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from hvfuse.cli import wiring
-from hvfuse.control import config
+from hvfuse.cli.main import Session
 from hvfuse.control.records import Records
 from hvfuse.formats.digests import BLOCK
 from hvfuse.shipper import verify, written
@@ -181,10 +181,14 @@ def test_under_the_same_load_a_planted_bug_cries_wolf(
     (installation.root / "hvfuse.toml").write_text("[replication]\nhard_limit = 1000\nsoft_limit = 1000\n")
     installation.hvfuse("mount", "vm1")
     installation.hvfuse("replicate", "vm1")
-    home = config.load(str(installation.root)).home(str(installation.root))
-    policy = config.load(str(installation.root)).policy("vm1")
+    session = Session(str(installation.root))
+    home = session.home
     plant(monkeypatch)
-    with Records(home.records) as records, wiring.shipper(home, policy, "vm1", records) as shipper, load(disk):
+    with (
+        Records(home.records) as records,
+        wiring.shipper(home, session.config_file, "vm1", records) as shipper,
+        load(disk),
+    ):
         assert any(verify_all(shipper)["mismatch_bytes"] for _ in range(30)), "the load test cannot fail"
     installation.hvfuse("umount", "vm1")
 
