@@ -14,8 +14,19 @@ from hvfuse import spool, system
 from hvfuse.errors import BusyError, HvfuseError
 from hvfuse.formats import tracking
 from hvfuse.formats.companion import AddressSpace
-from hvfuse.formats.tracking import MAP_OFFSET, MAP_SIZE, RECORD_SIZE, STATE_SIZE, TrackingRecord
+from hvfuse.formats.tracking import MAP_OFFSET, MAP_SIZE, RECORD_SIZE, STATE_SIZE, Scope, TrackingRecord
 from hvfuse.tracker.regions import RegionMap
+
+_NO_HISTORY: dict[str, Any] = {
+    "generation": tracking.NOT_TRACKED,
+    "base_generation": tracking.NOT_TRACKED,
+    "base_cycle": 0,
+    "scope": Scope.NONE,
+    "resyncing": False,
+    "resync_reason": None,
+    "disks_changed": False,
+    "detached_cleanly": False,
+}
 
 
 class TrackingState:
@@ -86,6 +97,11 @@ class TrackingState:
             system.pwrite("state:write", self._fd, record.pack(), record.write_number % 2 * RECORD_SIZE)
             system.fdatasync("state:sync", self._fd)
             self.record = record
+
+    def forget(self) -> None:
+        """Take the disk out of the VM's history, durably: what is written to it from now on is in no log and no mark.
+        Raises OSError."""
+        self.update(**_NO_HISTORY)
 
     def give_up(self) -> None:
         """The record cannot be written: without a file the disk is a new one, here as at the next attach."""

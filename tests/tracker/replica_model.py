@@ -448,7 +448,7 @@ class Site:
         """The copy taken as done at this moment: what may differ then is in the logs, or left to the next pass."""
         dirty = {}
         if status["resync_required"]:
-            for each, _ in self.tracker._tracked():
+            for each, _ in self.tracker.tracked():
                 dirty[each.name] = resync.regions_of(each).extents(DIRTY, each.size())
         coming = sum(extent.length for extents in dirty.values() for extent in extents)
         if coming != status["dirty_bytes"]:
@@ -480,7 +480,7 @@ class Site:
         return found
 
     def _marked(self, answer: dict[str, Any]) -> dict[str, list[Extent]]:
-        names = {state.record.disk_id.hex(): disk.name for disk, state in self.tracker._tracked()}
+        names = {state.record.disk_id.hex(): disk.name for disk, state in self.tracker.tracked()}
         return {names[disk["disk_id"]]: blocks(disk["extents"]) for disk in answer["disks"]}
 
     def _logged(self, name: str, generation: bytes, after: int) -> list[Extent]:
