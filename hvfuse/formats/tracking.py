@@ -175,12 +175,11 @@ class TrackingRecord:
 
 def _unpack_record(data: bytes) -> TrackingRecord | None:
     """One copy; None when it is not a record or torn. Raises UnsupportedError."""
-    body, digest = data[: _RECORD.size], data[_RECORD.size : _RECORD.size + 16]
-    if not body.startswith(_RECORD_MAGIC) or xxhash.xxh3_128_digest(body) != digest:
+    if not is_record(data):
         return None
     (_, version, flags, write_number, disk_id, generation, cycle, acknowledged, serial, next_seq, log_digest,
      unique_id, disk_count, space, scope, base_generation, base_cycle, region_size, boot_id,
-     image_size, mtime, inode, reason) = _RECORD.unpack(body)  # fmt: skip
+     image_size, mtime, inode, reason) = _RECORD.unpack(data[: _RECORD.size])  # fmt: skip
     if not 1 <= version <= VERSION:
         raise UnsupportedError(f"tracking state of version {version}; this hvfuse reads versions 1 to {VERSION}")
     return TrackingRecord(
@@ -193,6 +192,12 @@ def _unpack_record(data: bytes) -> TrackingRecord | None:
         resync_reason=reason.rstrip(b"\0").decode(errors="replace") if flags & _RESYNC else None,
         write_number=write_number, version=version,
     )  # fmt: skip
+
+
+def is_record(data: bytes) -> bool:
+    """Whether one copy of the record, 4,096 bytes, is whole, of whatever version."""
+    body, digest = data[: _RECORD.size], data[_RECORD.size : _RECORD.size + 16]
+    return body.startswith(_RECORD_MAGIC) and xxhash.xxh3_128_digest(body) == digest
 
 
 def unpack_state(data: Buffer) -> TrackingRecord:

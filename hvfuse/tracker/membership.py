@@ -82,10 +82,11 @@ class Membership:
             with contextlib.suppress(ResyncRequiredError):  # then logging has ended, and that is noted
                 if vm.is_logging:
                     vm.rotate()
-            with vm.names:
-                newcomers = self._open([name for name in coming if name not in waiting], waiting)
+            with vm.names, contextlib.ExitStack() as undo:
+                newcomers = self._open([name for name in coming if name not in waiting], waiting, undo)
                 with vm.gate:
                     self._change(going, newcomers)
+                undo.pop_all()
             return Settled([disk.name for disk in newcomers], going, waiting)
         return Settled([], [], waiting)
 
@@ -113,9 +114,9 @@ class Membership:
         touched_ns = max(status.st_mtime_ns, status.st_ctime_ns)
         return now - since >= STILL_SECONDS or clock.now_ns() - touched_ns >= STILL_SECONDS * 1e9
 
-    def _open(self, names: list[str], waiting: dict[str, str]) -> list[TrackedDisk]:
+    def _open(self, names: list[str], waiting: dict[str, str], undo: contextlib.ExitStack) -> list[TrackedDisk]:
         """Look again, now that nobody can open them through the mount, and open those that may be taken in; the others
-        are added to `waiting`. Caller holds `names`."""
+        are added to `waiting`. Caller holds `names`, and closes them by `undo` should nothing come of it."""
         opened = []
         for name in names:
             try:
@@ -124,7 +125,9 @@ class Membership:
                     raise BusyError(f"{name} has just changed")
                 if not stat.S_ISREG(status.st_mode):
                     raise BusyError(f"{name} is no file any more")
-                opened.append(self._vm.open_disk(name))
+                disk = self._vm.open_disk(name)
+                undo.callback(disk.close)
+                opened.append(disk)
             except (HvfuseError, OSError) as error:
                 waiting[name] = str(error)
         return opened

@@ -43,7 +43,7 @@ class TrackingState:
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             self._lock()
-            if is_new or os.fstat(self._fd).st_size < STATE_SIZE:
+            if is_new or not self._was_created():
                 self._create(folder, address_space, region_size)
             else:
                 self.record = self._upgraded(self._read())
@@ -60,8 +60,15 @@ class TrackingState:
                 hint="hvfuse status shows which VMs are mounted",
             ) from None
 
+    def _was_created(self) -> bool:
+        """Whether the file ever held a state. The second copy of the record is the first to be written; while the other
+        one is all zeroes, it may be torn, and nothing was tracked yet."""
+        first, second = (system.pread(self._fd, RECORD_SIZE, at) for at in (0, RECORD_SIZE))
+        if os.fstat(self._fd).st_size < STATE_SIZE:
+            return False
+        return any(first) or tracking.is_record(second)
+
     def _create(self, folder: str, address_space: AddressSpace, region_size: int) -> None:
-        """A file shorter than a state is one whose creation was cut off: nothing was tracked yet."""
         system.allocate("state:allocate", self._fd, 0, STATE_SIZE)
         self.record = TrackingRecord(disk_id=uuid.uuid4().bytes, address_space=address_space, region_size=region_size)
         self.update()

@@ -39,7 +39,8 @@ def listening(tmp_path, source: Tracked, asked: list | None = None) -> wire.List
         return {
             "vm": source.vm, "generation": source.generation and source.generation.hex(),
             "cycle": source.cycle, "resync_required": source.resync_required, "mountpoint": "/mnt", "pid": 1,
-            "untracked": [], "unsettled": [], "resync_cause": None, "resync_scope": source.scope, "resyncing": source.resyncing,
+            "untracked": [], "unsettled": [], "resync_cause": None, "resync_scope": source.scope,
+            "resyncing": source.resyncing,
             "acknowledged": source.acknowledged,
             "dirty_bytes": source.status().dirty_bytes,
             "resync_bases": [[generation.hex(), cycle] for generation, cycle in source.bases],
