@@ -191,9 +191,12 @@ class Replication:
         return status, decide(status, self._replica.position(), self._source.cycles())
 
     def _settled(self, status: SourceStatus) -> SourceStatus:
-        """The source's status once it has taken in the disks that came, as far as it can now."""
-        if not status.unsettled:
+        """The source's status once it has taken in the disks that came, as far as it can now. From then on nothing is
+        logged until a copy begins, so that has to be possible. Raises UnreachableError."""
+        orders = self._records.orders()
+        if not status.unsettled or orders.suspended or orders.paused:
             return status
+        self._replica.position()
         try:
             self._source.take_in()
         except UnreachableError:

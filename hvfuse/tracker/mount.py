@@ -159,7 +159,11 @@ class VmFolder(Folder):
             if disk is None:
                 super().truncate(path, size)
                 return
-        disk.truncate(size)
+            disk.opened()  # so that it is not closed meanwhile, should it be tracked no more
+        try:
+            disk.truncate(size)
+        finally:
+            disk.closed()
 
     def link(self, existing: str, path: str) -> None:
         with self._vm.names:

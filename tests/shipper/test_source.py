@@ -108,6 +108,20 @@ def test_the_trackers_errors_arrive_as_they_are(tmp_path, ours):
         listener.close()
 
 
+def test_a_policy_and_the_wish_that_disks_be_taken_in_arrive_whole(tmp_path, ours):
+    asked = []
+    listener = wire.Listener(str(tmp_path / "tracker.sock"), lambda message: asked.append(message) or {}, name="t")
+    try:
+        ours.take_in()
+        ours.configure(exclude=frozenset({"b.raw", "a.raw"}), hard_limit=0.5, soft_limit=0.1)
+    finally:
+        listener.close()
+    assert asked == [
+        {"op": "take_in"},
+        {"op": "configure", "exclude": ["a.raw", "b.raw"], "hard_limit": 0.5, "soft_limit": 0.1},
+    ]
+
+
 def test_an_answer_that_makes_no_sense_is_no_answer(tmp_path, ours):
     listener = wire.Listener(str(tmp_path / "tracker.sock"), lambda message: {"vm": "vm1"}, name="tracker")
     try:
