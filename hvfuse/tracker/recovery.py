@@ -10,9 +10,9 @@
   in that prefix, so doing it again cannot take it back. A copy under way goes on; they are left to the next.
 - An image changed behind our back, or was replaced: that disk is compared as a whole. One that came is, too; one
   that went has nothing to be compared. What is known of the others stays as it was (`hvfuse.tracker.history`).
-- The same while a copy is under way, disks of which no history has the greater part, or logs that contradict
-  themselves: everything is compared. (A copy goes by the set of disks with which it began, and what it has compared
-  of an image is void once that was changed.)
+- The same while a copy is under way: it is given up, as it goes by the set of disks with which it began; another one
+  compares what it was for. That is everything if it was a copy of everything.
+- Disks of which no history has the greater part, or logs that contradict themselves: everything is compared.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _MIB = 1 << 20
 class Finding:
     """`reason`: why a resynchronisation is required, None if it is not; `scope`: of what; `report`: what
     was recovered, in words, None if there was nothing to recover. For scope REGIONS: `joining` are disks that are to
-    join the others, `changed` those that have to be marked as a whole. `disks_changed`: disks that came or went are
+    join the others, `changed` those that have to be marked as a whole; `abandons`: the copy under way has to be given
+    up before that. `disks_changed`: disks that came or went are
     all that made it necessary."""
 
     reason: str | None = None
@@ -50,6 +51,7 @@ class Finding:
     report: str | None = None
     joining: list[Tracked] = field(default_factory=list)
     changed: list[TrackedDisk] = field(default_factory=list)
+    abandons: bool = False
     disks_changed: bool = False
 
 
@@ -70,11 +72,12 @@ def recover(disks: list[Tracked], *, folder: str, now_ns: int) -> Finding:
     gone = [name for name, record in absent if found.has(record)]
     came_or_went = _came_or_went(found, gone)
     changed = _changed_offline(found.members)
-    if resync.is_resyncing(found.members) and (came_or_went or changed):
+    is_resyncing = resync.is_resyncing(found.members)
+    if is_resyncing and resync.scope(found.members) is Scope.FULL and (came_or_went or changed):
         during = "; ".join([*came_or_went, *changed.values()])
-        return Finding(reason=f"{during} while a copy was under way", scope=Scope.FULL)
+        return Finding(reason=f"{during} while everything was being copied", scope=Scope.FULL)
     kept = _recover_members(found.members, disk_count=found.disk_count, now_ns=now_ns)
-    return _with_changes(kept, found, came_or_went, changed)
+    return _with_changes(kept, found, came_or_went, changed, abandons=is_resyncing)
 
 
 def _came_or_went(found: history.Split, gone: Sequence[str]) -> list[str]:
@@ -88,7 +91,12 @@ def _came_or_went(found: history.Split, gone: Sequence[str]) -> list[str]:
 
 
 def _with_changes(
-    kept: Finding, found: history.Split, came_or_went: list[str], changed: dict[TrackedDisk, str]
+    kept: Finding,
+    found: history.Split,
+    came_or_went: list[str],
+    changed: dict[TrackedDisk, str],
+    *,
+    abandons: bool,
 ) -> Finding:
     """`kept`: what is to be done if nothing but the members were there, as they were left."""
     if not came_or_went and not changed:
@@ -100,6 +108,7 @@ def _with_changes(
         scope=max(kept.scope, Scope.REGIONS),
         joining=found.strangers,
         changed=list(changed),
+        abandons=abandons,
         disks_changed=is_known_for_disks and not changed and kept.scope is not Scope.FULL,
     )
 

@@ -268,6 +268,13 @@ def open_generation(disks: list[Tracked], generation: bytes, found: Scope) -> No
         )
 
 
+def abandon(disks: list[Tracked], reason: str) -> None:
+    """Give a copy of regions up that is under way. What it compares is compared by the one that is required from now
+    on, with what the logs of its generation hold: they are marked when the next one begins. Raises OSError."""
+    for _, state in disks:
+        state.update(resyncing=False, resync_reason=reason, scope=Scope.REGIONS)
+
+
 def start_comparing(disks: list[Tracked], found: Scope) -> None:
     """Tell what the copy is to compare from what gets dirty from now on: the logs take over at this instant.
     Caller holds the gate. Raises OSError."""

@@ -168,9 +168,11 @@ class TrackedVm:
     def _take_up_changes(self, found: recovery.Finding, disks: list[Tracked]) -> None:
         """Mark the disks that changed or came, durably, before the others' state is the new one. Raises OSError."""
         assert found.reason is not None
+        members = [(disk, state) for disk, state in disks if (disk, state) not in found.joining]
+        if found.abandons:
+            resync.abandon(members, found.reason)
         for disk in found.changed:
             disk.doubt_all()
-        members = [(disk, state) for disk, state in disks if (disk, state) not in found.joining]
         for each in found.joining:
             history.join(each, members, reason=found.reason, disks_changed=found.disks_changed, disk_count=len(disks))
 

@@ -440,18 +440,27 @@ def test_of_disks_that_are_as_they_were_left_nothing_is_compared_as_another_chan
     vm.detach()
 
 
+@pytest.mark.parametrize("ends", ["cleanly", "killed"])
 @pytest.mark.parametrize("scope", [Scope.REGIONS, Scope.FULL])
 @pytest.mark.parametrize("change", ["came", "went"])
-def test_a_set_of_disks_that_changed_at_rest_during_a_copy_has_everything_compared(
-    tmp_path: Path, change: str, scope: Scope
+def test_a_set_of_disks_that_changed_at_rest_during_a_copy_has_compared_what_the_copy_was_for(
+    tmp_path: Path, change: str, scope: Scope, ends: str
 ) -> None:
     vm = joined(tmp_path, a=64 * MIB, b=MIB)
     vm.begin(NEXT, scope)
-    vm.detach()
+    vm.disks["a.raw"].write(b"during the copy", 7 * MIB)
+    vm.detach() if ends == "cleanly" else kill(vm)
     bring(vm) if change == "came" else os.unlink(os.path.join(vm.folder, "b.raw"))
     vm = attached(vm.folder, begin=False)
-    assert resync_of(vm)[1:] == ("full", None)
-    assert "while a copy was under way" in str(vm.resync_reason)
+    if scope is Scope.FULL:
+        assert resync_of(vm)[1:] == ("full", None)
+        assert "while everything was being copied" in str(vm.resync_reason)
+    else:
+        assert resync_of(vm)[1] == "regions" and not vm.status()["resyncing"]
+        assert vm.status()["resync_bases"] == [[GENERATION.hex(), 1]]
+        vm.begin(uuid.uuid4().bytes, Scope.REGIONS)
+        assert marked(vm, "a.raw") == [[3 * MIB, 65536], [7 * MIB, 65536]]
+        assert change == "went" or marked(vm, "new.raw") == [[0, MIB]]
     vm.detach()
 
 
@@ -527,6 +536,14 @@ def with_untracked(site: Site) -> None:
     site.write_untracked()
 
 
+def copying(site: Site) -> None:
+    """A copy of regions is under way."""
+    settled(site)
+    site.lose_logs()
+    site.tracker.begin(site.dice.randbytes(16), Scope.REGIONS)
+    site.tracker.disks["a.raw"].write(b"z" * 512, BLOCK)
+
+
 def come_back(site: Site) -> None:
     """The tracker dies, and b.raw is no more excluded when it is started again."""
     site.kill()
@@ -551,6 +568,9 @@ CHANGES: dict[str, tuple[Callable[[Site], None], Callable[[Site], None]]] = {
     "come back at rest": (with_untracked, come_back),
     "come at rest": (settled, at_rest(lambda site: site.create("c.raw"))),
     "go at rest": (settled, at_rest(lambda site: site.remove("b.raw"))),
+    "come at rest during a copy": (copying, at_rest(lambda site: site.create("c.raw"))),
+    "go at rest during a copy": (copying, at_rest(lambda site: site.remove("b.raw"))),
+    "replaced at rest during a copy": (copying, at_rest(lambda site: site.create("b.raw"))),
     "replaced at rest": (settled, at_rest(lambda site: site.create("b.raw"))),
 }
 

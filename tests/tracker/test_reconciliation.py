@@ -198,7 +198,8 @@ def test_a_disk_that_was_changed_behind_the_mount_ends_the_copy_under_way(tmp_pa
         file.write(b"x")
     vm = attached(vm.folder, begin=False)
     status = vm.status()
-    assert (status["resyncing"], status["resync_scope"]) == (False, "full")
+    assert (status["resyncing"], status["resync_scope"]) == (False, scope.name.lower())
+    assert marked(vm, "a.raw") == [[0, 64 * MIB]]
     vm.detach()
 
 
