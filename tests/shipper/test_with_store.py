@@ -471,7 +471,7 @@ def test_a_new_disk_does_not_wait_for_the_window_and_its_cause_is_told(tmp_path,
     replica = Counted(host)
     Replication(
         vm="vm1", folder=host.folder, source=TrackerSource(host.socket, host.folder), replica=replica,
-        records=host.records, policy=manual, clock=Clock(), housekeep=lambda: None,
+        records=host.records, policy=CurrentPolicy(manual), clock=Clock(), housekeep=lambda: None,
     ).cycle_now(asked=False)  # fmt: skip
     assert told[0] == ("c.raw was added", "disks") and told[-1] == (None, None)
     assert host.at(replica.points()[-1].id) == disks_of(host)
