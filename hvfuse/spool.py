@@ -40,7 +40,7 @@ SPARE_SIZE = 1 << 30
 """Bytes; what a longer spare is cut to."""
 
 _RESERVED = re.compile(
-    rb"^.+\.(?:\d{10}(?:\.c)?\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)\Z", re.DOTALL
+    rb"^(?P<disk>.+)\.(?:\d{10}(?:\.c)?\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)\Z", re.DOTALL
 )
 _COMPANION = re.compile(r"^(?P<disk>.+)\.(?P<serial>\d{10})\.hrc\Z", re.DOTALL | re.ASCII)
 _COMPACTED = re.compile(r"^.+\.\d{10}\.c\.hrl\Z", re.DOTALL | re.ASCII)
@@ -77,6 +77,12 @@ def state_name(disk: str) -> str:
 def index_name(disk: str, slot: int) -> str:
     """Name of one of the two index maps."""
     return f"{disk}.hvt{slot}"
+
+
+def disk_of(name: str) -> str | None:
+    """The disk to which a reserved name belongs; None for any other name."""
+    match = _RESERVED.match(os.fsencode(name))
+    return os.fsdecode(match["disk"]) if match is not None else None
 
 
 def is_reserved(name: str) -> bool:

@@ -295,7 +295,7 @@ def _surroundings(facts: Facts) -> Iterator[Reason]:
         text = "the newest recovery point lies in the future: the clock was set back, so its age is not known"
         yield warning("clock-set-back", text, "date")
     for name in facts.tracker.answer["untracked"] if facts.tracker.answer else ():
-        text = f"{name} came while the folder was mounted and is not tracked; restart `hvfuse run` when it may be"
+        text = f"{name} is not protected yet: it is taken in when nobody has it open, and no copy is under way"
         yield warning("untracked-disk", text, None, disk=name)
     for name in sorted(facts.policy.exclude - facts.names) if facts.names is not None else ():
         text = f"hvfuse.toml excludes {name}, but there is no such disk in the folder"

@@ -16,10 +16,11 @@ least what the older one did until that was settled.
     Record (the rest of its 4,096 bytes is zero)
     offset size field
          0    8 magic "HVFTRK1\0"
-         8    4 version, 2
+         8    4 version, 3
         12    4 flags: bit 0 detached cleanly, bit 1 resynchronisation required, bit 2 resynchronising:
                   the copy that began the generation is not acknowledged yet. Both: the copy is valid, and
-                  another one has to follow it
+                  another one has to follow it. Bit 3 disks changed: nothing but that disks were added or removed
+                  made that resynchronisation necessary, or the one whose copy is under way
         16    8 write_number, from 1
         24   16 disk_id
         40   16 generation; zeroes: not tracked
@@ -47,6 +48,7 @@ least what the older one did until that was settled.
 
 Version 1 had no mark "comparing": the dirty regions were those of the copy under way and what was lost since,
 together. `upgraded` and `upgraded_marks` say what such a state comes to. Offset 120 had a size that nobody read.
+Version 2 had no flag "disks changed": whatever it requires has other causes.
 
 An index map is a head of 4,096 bytes and entries of 64 bytes as in `hvfuse.formats.companion`, stored
 through a shared map: a process that dies leaves them in the page cache. The entries of the log end
@@ -89,7 +91,7 @@ MAP_SIZE = STATE_SIZE - MAP_OFFSET
 HEAD_SIZE = 4096
 MAX_REASON = 248
 
-VERSION = 2
+VERSION = 3
 HOT = 1
 DIRTY = 2
 COMPARING = 4
@@ -108,6 +110,9 @@ NOT_TRACKED = bytes(16)
 _CLEAN = 1
 _RESYNC = 2
 _RESYNCING = 4
+_DISKS_CHANGED = 8
+_NO_COMPARING = 1
+"""The last version without that mark."""
 
 
 class Scope(IntEnum):
@@ -144,6 +149,7 @@ class TrackingRecord:
     image_inode: int = 0
     resync_reason: str | None = None
     resyncing: bool = False
+    disks_changed: bool = False
     write_number: int = 0
     version: int = VERSION
 
@@ -155,7 +161,7 @@ class TrackingRecord:
     def pack(self) -> bytes:
         """One copy of the record, 4,096 bytes."""
         flags = _CLEAN * self.detached_cleanly | _RESYNCING * self.resyncing
-        flags |= _RESYNC * (self.resync_reason is not None)
+        flags |= _RESYNC * (self.resync_reason is not None) | _DISKS_CHANGED * self.disks_changed
         reason = (self.resync_reason or "").encode(errors="backslashreplace")[:MAX_REASON]
         body = _RECORD.pack(
             _RECORD_MAGIC, VERSION, flags, self.write_number, self.disk_id, self.generation,
@@ -169,12 +175,11 @@ class TrackingRecord:
 
 def _unpack_record(data: bytes) -> TrackingRecord | None:
     """One copy; None when it is not a record or torn. Raises UnsupportedError."""
-    body, digest = data[: _RECORD.size], data[_RECORD.size : _RECORD.size + 16]
-    if not body.startswith(_RECORD_MAGIC) or xxhash.xxh3_128_digest(body) != digest:
+    if not is_record(data):
         return None
     (_, version, flags, write_number, disk_id, generation, cycle, acknowledged, serial, next_seq, log_digest,
      unique_id, disk_count, space, scope, base_generation, base_cycle, region_size, boot_id,
-     image_size, mtime, inode, reason) = _RECORD.unpack(body)  # fmt: skip
+     image_size, mtime, inode, reason) = _RECORD.unpack(data[: _RECORD.size])  # fmt: skip
     if not 1 <= version <= VERSION:
         raise UnsupportedError(f"tracking state of version {version}; this hvfuse reads versions 1 to {VERSION}")
     return TrackingRecord(
@@ -183,10 +188,16 @@ def _unpack_record(data: bytes) -> TrackingRecord | None:
         disk_count=disk_count, address_space=AddressSpace(space), scope=Scope(scope),
         base_generation=base_generation, base_cycle=base_cycle, region_size=region_size, boot_id=boot_id,
         detached_cleanly=bool(flags & _CLEAN), image_size=image_size, image_mtime_ns=mtime,
-        image_inode=inode, resyncing=bool(flags & _RESYNCING),
+        image_inode=inode, resyncing=bool(flags & _RESYNCING), disks_changed=bool(flags & _DISKS_CHANGED),
         resync_reason=reason.rstrip(b"\0").decode(errors="replace") if flags & _RESYNC else None,
         write_number=write_number, version=version,
     )  # fmt: skip
+
+
+def is_record(data: bytes) -> bool:
+    """Whether one copy of the record, 4,096 bytes, is whole, of whatever version."""
+    body, digest = data[: _RECORD.size], data[_RECORD.size : _RECORD.size + 16]
+    return body.startswith(_RECORD_MAGIC) and xxhash.xxh3_128_digest(body) == digest
 
 
 def unpack_state(data: Buffer) -> TrackingRecord:
@@ -205,8 +216,8 @@ def upgraded(record: TrackingRecord) -> TrackingRecord:
     Where version 1 had lost logs during a copy, the copy counted for nothing: it is not under way any more,
     and what is marked adds to its base; or everything has to be compared.
     """
-    if record.version == VERSION:
-        return record
+    if record.version > _NO_COMPARING:
+        return record if record.version == VERSION else replace(record, version=VERSION)
     given_up = record.resyncing and record.resync_reason is not None
     has_base = record.resyncing and record.scope is Scope.REGIONS
     return replace(
@@ -221,7 +232,7 @@ def upgraded(record: TrackingRecord) -> TrackingRecord:
 def upgraded_marks(record: TrackingRecord, marks: bytes) -> bytes:
     """The region map that goes with `upgraded(record)`, `record` being as it was read. Doing it again to the
     result changes nothing."""
-    if record.version == VERSION or upgraded(record).resyncing is False or record.scope is not Scope.REGIONS:
+    if record.version > _NO_COMPARING or upgraded(record).resyncing is False or record.scope is not Scope.REGIONS:
         return marks
     return bytes(mark & ~DIRTY | COMPARING if mark & DIRTY else mark for mark in marks)
 

@@ -122,7 +122,7 @@ class Copies:
         need = self._need(status, scope)
         wait = self._permission(need, orders, asked=asked)
         if wait is not None:
-            self._wait(need, wait, reason)
+            self._wait(need, wait, reason, cause=status.resync_cause)
         if asked and (orders.cancelled or orders.at_ns is not None):
             self._records.change_orders(Orders.ask)
         return ResyncScope.FULL if orders.full else scope
@@ -172,6 +172,7 @@ class Copies:
             part=1.0 if is_whole else status.dirty_bytes / status.bytes_total,
             length=None if is_whole else status.dirty_bytes,
             stands_at=_hex(position),
+            is_for_disks=not is_whole and status.resync_cause == "disks",
         )
 
     def _permission(self, need: Need, orders: Orders, *, asked: bool = False) -> Wait | None:
@@ -184,7 +185,7 @@ class Copies:
             asked=asked,
         )
 
-    def _wait(self, need: Need, wait: Wait, reason: str) -> NoReturn:
+    def _wait(self, need: Need, wait: Wait, reason: str, *, cause: str | None) -> NoReturn:
         """Show that a copy waits, and say so to whoever asked."""
         told = (_waiting_events(need, wait), wait, reason)
         if told != self._told_wait:
@@ -194,6 +195,7 @@ class Copies:
             _log.info("%s: %s", self._vm, _waiting_text(need, wait))
             dropped: dict[str, object] = {"progress": None, "copy": None} if wait.cause is Cause.CANCELLED else {}
             dropped |= {"error": None, "hint": None, "resync_reason": None if need.is_first else reason}
+            dropped["resync_cause"] = None if need.is_first else cause
             self._records.apply(*_waiting_events(need, wait), **dropped)
         self._set_due(wait.until_ns)
         text = f"{self._vm}: {_waiting_text(need, wait)}"
@@ -217,7 +219,7 @@ class Copies:
         need = self._need(status, scope)
         _log.info("%s: %s: %s", self._vm, "copying" if need.is_first else "resynchronising", reason)
         if not need.is_first and not need.is_pass:
-            self._announce(reason)
+            self._announce(reason, status.resync_cause if scope is ResyncScope.REGIONS else None)
         if scope is ResyncScope.FULL:
             self._source.discard_damaged()  # for REGIONS the tracker has yet to mark what is in the logs
         before, status = status, self._source.begin(os.urandom(16), scope)
@@ -225,16 +227,16 @@ class Copies:
             self._full_begun(before.generation)
         self._copy(status, scope)
 
-    def announce(self, reason: str) -> None:
+    def announce(self, reason: str, cause: str | None) -> None:
         """A copy is to start as soon as what was sealed before has gone over. Raises WaitingError if not even that
         is to be sent."""
         if self._records.orders().suspended:
-            self._wait(Need(is_first=not self._replica.points()), Wait(Cause.SUSPENDED), reason)
-        self._announce(reason)
+            self._wait(Need(is_first=not self._replica.points()), Wait(Cause.SUSPENDED), reason, cause=cause)
+        self._announce(reason, cause)
 
-    def _announce(self, reason: str) -> None:
+    def _announce(self, reason: str, cause: str | None) -> None:
         self._note(reason)
-        self._records.apply(Event.NEED_RESYNC, resync_reason=reason)
+        self._records.apply(Event.NEED_RESYNC, resync_reason=reason, resync_cause=cause)
 
     def go_on(self, status: SourceStatus, reason: str, scope: ResyncScope, *, asked: bool) -> None:
         """Go on with the copy that is under way; or begin one of everything, if that was ordered. Raises as `start`."""
@@ -302,7 +304,7 @@ class Copies:
         except HvfuseError as error:
             meter.save()
             if isinstance(error, _HeldUpError):
-                self._wait(need, error.wait, "the copy is not complete")
+                self._wait(need, error.wait, "the copy is not complete", cause=status.resync_cause)
             raise
         finally:
             self.is_copying = False

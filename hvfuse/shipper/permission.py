@@ -9,6 +9,7 @@ The first of these that applies decides:
     cancelled                              waits to be asked for
     under way, or the next pass of a copy  goes
     the first copy                         goes, or waits, as the policy says
+    only disks were added or removed       goes: somebody did that on purpose, and the VM is unprotected meanwhile
     resyncs are not automatic              waits to be asked for
     of marked regions: at most a quarter
     of the disks, or AT_ONCE_BYTES         goes: a crash must not leave a VM unprotected until the evening
@@ -47,7 +48,8 @@ class Need:
     """A copy that is needed. `is_first`: there is no recovery point yet. `is_under_way`: it has begun. `is_pass`: it
     compares what got dirty during a copy that no recovery point followed yet. `part`: of the disks' size, to be
     compared; 1 for everything. `length`: of marked regions, in bytes; None for everything. `stands_at`: generation
-    (hex) at which the replica stands, None if nowhere."""
+    (hex) at which the replica stands, None if nowhere. `is_for_disks`: only marked regions are to be compared, and only
+    since disks came or went."""
 
     is_first: bool
     is_under_way: bool = False
@@ -55,6 +57,7 @@ class Need:
     part: float = 1.0
     length: int | None = None
     stands_at: str | None = None
+    is_for_disks: bool = False
 
     @property
     def is_small(self) -> bool:
@@ -97,7 +100,7 @@ def permission(
         return _until(orders.at_ns, now_ns)
     if orders.cancelled:
         return Wait(Cause.CANCELLED)
-    if need.is_under_way or need.is_pass:
+    if need.is_under_way or need.is_pass or (need.is_for_disks and not need.is_first):
         return None
     return _first(need, initial, now_ns) if need.is_first else _another(need, resync, now_ns, tz)
 

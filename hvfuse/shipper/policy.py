@@ -26,7 +26,7 @@ class Records(Protocol):
 
     def update(self, **fields: object) -> None:
         """Keep new values, durably, of any of: `error`, `hint`,
-        `resync_reason` (text or None); `generation` (hex); `cycle`; `point` (id);
+        `resync_reason`, `resync_cause` (text or None); `generation` (hex); `cycle`; `point` (id);
         `last_replication_time_ns`; `progress` (of a copy, 0 to 1, None when there is none); `copy`
         (`CopyProgress.as_json`, None when there is no copy); `copy_due_ns` (when a copy that waits starts by
         itself, ns since 1970, None when it does not); `orders` (Orders); `last_app_consistent_ns` (instant of the

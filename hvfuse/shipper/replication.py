@@ -169,7 +169,7 @@ class Replication:
             match decision.action:
                 case Action.SHIP_REST:
                     # These are whole points, and what is marked adds to the last of them.
-                    self._copies.announce(decision.reason)
+                    self._copies.announce(decision.reason, status.resync_cause)
                     self._recall_formats()
                     waiting = pending(self._position(), self._source.cycles())
                     reports += [self._ship([cycle], joined=False) for cycle in waiting]
@@ -184,11 +184,27 @@ class Replication:
                     return reports
 
     def _decide(self) -> tuple[SourceStatus, Decision]:
-        status = self._source.status()
+        status = self._settled(self._source.status())
         self._formats = {disk.name: disk.format for disk in status.disks}
         if self._doubt is not None and self._doubt[1] == status.generation:
             return status, Decision(Action.START_COPY, self._doubt[0])
         return status, decide(status, self._replica.position(), self._source.cycles())
+
+    def _settled(self, status: SourceStatus) -> SourceStatus:
+        """The source's status once it has taken in the disks that came, as far as it can now. From then on nothing is
+        logged until a copy begins, so that has to be possible. Raises UnreachableError."""
+        orders = self._records.orders()
+        if not status.unsettled or orders.suspended or orders.paused:
+            return status
+        self._replica.position()
+        try:
+            self._source.take_in()
+        except UnreachableError:
+            raise
+        except HvfuseError as error:
+            _log.warning("%s: %s cannot be taken in: %s", self._vm, ", ".join(status.unsettled), error)
+            return status
+        return self._source.status()
 
     def _recall_formats(self) -> None:
         """What was sealed may be of disks of which the tracker cannot tell: they are gone, or it is."""
@@ -292,7 +308,7 @@ class Replication:
         self._doing.begin("waits for the tracker to let the logs go")
         self._source.release(report.generation, report.cycle)
         self._records.cycle(report)
-        joins: dict[str, object] = {"resync_reason": None} if joined else {}
+        joins: dict[str, object] = {"resync_reason": None, "resync_cause": None} if joined else {}
         self._records.apply(
             *((Event.COMMIT_POINT,) if joined else ()),
             error=None,

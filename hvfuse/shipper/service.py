@@ -297,7 +297,7 @@ class Shipper:
         self._shown.failed(error)
         fields: dict[str, object] = {"error": str(error), "hint": error.hint}
         if lost:
-            self._shown.apply(Event.NEED_RESYNC, resync_reason=str(error), **fields)
+            self._shown.apply(Event.NEED_RESYNC, resync_reason=str(error), resync_cause=None, **fields)
         elif not error.recoverable:
             self._shown.apply(Event.FAIL, **fields)
         else:

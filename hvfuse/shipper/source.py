@@ -60,7 +60,9 @@ class SourceStatus:
     during the copy, which goes on all the same; once it is acknowledged, the marked regions have to follow.
     `resync_bases`: (generation, least cycle) of the replicas for which REGIONS is enough. `acknowledged`: the last
     cycle of the generation that the target is known to have. `dirty_bytes`: what a copy that is required and has not
-    begun has to compare; 0 if that is everything.
+    begun has to compare; 0 if that is everything. `resync_cause`: "disks" if nothing but disks that were added or
+    removed made the resynchronisation necessary that is required or under way. `unsettled`: disks that are to be
+    tracked and are not yet, or the reverse (`Source.take_in`).
     """
 
     vm: str
@@ -73,6 +75,8 @@ class SourceStatus:
     resync_bases: tuple[tuple[bytes, int], ...] = ()
     acknowledged: int = 0
     dirty_bytes: int = 0
+    resync_cause: str | None = None
+    unsettled: tuple[str, ...] = ()
 
     @property
     def bytes_total(self) -> int:
@@ -116,6 +120,14 @@ class Source(Protocol):
     def resynced(self, generation: bytes) -> None:
         """The target has the copy that began the generation, which is the one in progress. Idempotent.
         As `status` otherwise."""
+
+    def take_in(self) -> None:
+        """Have the disks tracked that came, as far as nobody is at them any more, and those no more that are excluded.
+        That makes a resynchronisation of regions necessary. Waits for nothing. As `status` otherwise."""
+
+    def configure(self, *, exclude: frozenset[str], hard_limit: float, soft_limit: float) -> None:
+        """Take a new policy: names of disks that are not to be tracked, and what part of the disks' size logs may take
+        before they are given up, ever and while everything is being copied. As `status` otherwise."""
 
     def rotate(self, consistency: Consistency = Consistency.CRASH, *, proof: str | None = None) -> int:
         """Seal the active cycle and return its number. It, and every one before it, is now durable and
@@ -170,6 +182,12 @@ class TrackerSource:
 
     def resynced(self, generation: bytes) -> None:
         self.ask("resynced", generation=generation.hex())
+
+    def take_in(self) -> None:
+        self.ask("take_in")
+
+    def configure(self, *, exclude: frozenset[str], hard_limit: float, soft_limit: float) -> None:
+        self.ask("configure", exclude=sorted(exclude), hard_limit=hard_limit, soft_limit=soft_limit)
 
     def rotate(self, consistency: Consistency = Consistency.CRASH, *, proof: str | None = None) -> int:
         return int(self.ask("rotate", consistency=consistency.name.lower(), proof=proof)["cycle"])
@@ -245,6 +263,8 @@ def _status(answer: wire.Message) -> SourceStatus:
             resync_bases=tuple((bytes.fromhex(base), int(least)) for base, least in answer["resync_bases"]),
             acknowledged=int(answer["acknowledged"]),
             dirty_bytes=int(answer["dirty_bytes"]),
+            resync_cause=answer["resync_cause"],
+            unsettled=tuple(answer["unsettled"]),
             disks=tuple(
                 SourceDisk(
                     name=disk["name"],

@@ -20,6 +20,10 @@ class Budget:
 
     def __init__(self, *, hard_limit: float, soft_limit: float) -> None:
         self.sealed = 0
+        self.set_limits(hard_limit=hard_limit, soft_limit=soft_limit)
+
+    def set_limits(self, *, hard_limit: float, soft_limit: float) -> None:
+        """Parts of the disks' size. Caller holds the gate, or is the first."""
         self._hard_limit = hard_limit
         self._soft_limit = min(soft_limit, hard_limit)
 

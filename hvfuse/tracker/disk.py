@@ -80,6 +80,8 @@ class TrackedDisk(DiskLogs):
         self.format = info.format
         self.capacity = max(info.virtual_size or 0, info.file_size)
         self.open_handles = 0
+        self.has_left = False
+        """Whether it is not tracked any more: handles that were open then write to it past any log."""
         self.marks_only = False
         """Whether writes mark their regions dirty instead of being logged."""
         self._vm = vm
@@ -187,6 +189,14 @@ class TrackedDisk(DiskLogs):
         lengths = [min(extent.end, size) - extent.offset for extent in there]
         regions.mark_ranges(np.array([extent.offset for extent in there], np.int64), np.array(lengths, np.int64))
 
+    def doubt_all(self) -> None:
+        """Mark the whole disk dirty, durably. Caller holds the gate, or nobody writes. Raises OSError."""
+        regions = self.regions
+        assert regions is not None, "only tracked disks can differ"
+        if self.size() > regions.reach:
+            regions = self._enlarge_regions(self.size())
+        regions.doubt_all()
+
     def _made_room(self, error: OSError, offset: int, length: int) -> bool:
         """The image could not be written. If that is because the file system is full, the logs go before
         the guest's write does; otherwise what stands on the image is logged. Caller holds the gate."""
@@ -259,7 +269,8 @@ class TrackedDisk(DiskLogs):
             self.sync_image("disk:sync", datasync=datasync)
         except OSError as error:
             with self._gate:
-                self._vm.degrade(f"{self.name} could not be synced: {error.strerror}")
+                if not self.has_left:
+                    self._vm.degrade(f"{self.name} could not be synced: {error.strerror}")
             raise
         with self._gate:
             if log is not None and log is self.log:
@@ -295,12 +306,33 @@ class TrackedDisk(DiskLogs):
 
     def closed(self) -> None:
         """A handle on the disk was closed."""
-        self.open_handles -= 1
+        with self._gate:
+            self.open_handles -= 1
+            if self.has_left and not self.open_handles:
+                self._close_image()
+
+    def leave(self) -> None:
+        """Track the disk no more; what it had open it keeps while handles lead to it. Caller holds the gate."""
+        self.drop_logs()
+        self.has_left, self.marks_only = True, False
+        self._let_go()
+        if not self.open_handles:
+            self._close_image()
 
     def close(self) -> None:
         """Let go of image, index and state."""
+        self._let_go()
+        self._close_image()
+
+    def _let_go(self) -> None:
         for index in self._indexes:
             index.close()
-        if self.state is not None:
-            self.state.close()
-        os.close(self.fd)
+        self._indexes.clear()
+        state, self.state, self.regions = self.state, None, None
+        if state is not None:
+            state.close()
+
+    def _close_image(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -18,6 +18,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from hvfuse import fuse, system
 from hvfuse.filesystem import Filesystem, Node, OpenFile, TimeSpec, is_hiding_name
@@ -53,6 +54,16 @@ def _drop_privileges(fd: int) -> None:
         if mode & stat.S_IXGRP:
             mode &= ~stat.S_ISGID
         os.chmod(f"/proc/self/fd/{fd}", mode & _PERMISSIONS)
+
+
+class HeldFile(OpenFile, Protocol):
+    """An open file on a descriptor. `inode`: (device, inode)."""
+
+    @property
+    def fd(self) -> int: ...
+
+    @property
+    def inode(self) -> tuple[int, int]: ...
 
 
 class PlainFile:
@@ -133,7 +144,7 @@ class Folder(Filesystem):
 
     def __init__(self, fd: int) -> None:
         self._root = fd
-        self._open: dict[tuple[int, int], list[PlainFile]] = {}
+        self._open: dict[tuple[int, int], list[HeldFile]] = {}
         self._hidden: dict[str, tuple[int, int]] = {}
 
     def is_hidden(self, name: str) -> bool:
@@ -175,7 +186,7 @@ class Folder(Filesystem):
             fd = below
         return fd
 
-    def _removed(self, path: str) -> PlainFile | None:
+    def _removed(self, path: str) -> HeldFile | None:
         """The open file to which a hiding name leads, if `path` is one."""
         inode = self._hidden.get(path.rpartition("/")[2])
         return self._open[inode][0] if inode is not None else None
@@ -267,10 +278,18 @@ class Folder(Filesystem):
 
     def _remember(self, fd: int) -> PlainFile:
         file = PlainFile(self, fd)
-        self._open.setdefault(file.inode, []).append(file)
+        self.hold(file)
         return file
 
-    def forget(self, file: PlainFile) -> None:
+    def hold(self, file: HeldFile) -> None:
+        """Know that `file` is open, until `forget`."""
+        self._open.setdefault(file.inode, []).append(file)
+
+    def is_open(self, inode: tuple[int, int]) -> bool:
+        """Whether there is an open file of that inode. For any thread."""
+        return inode in self._open
+
+    def forget(self, file: HeldFile) -> None:
         """`file` is being closed; the names that hid a removed file go with its last descriptor."""
         files = self._open[file.inode]
         files.remove(file)

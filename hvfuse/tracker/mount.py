@@ -2,7 +2,8 @@
 
 What is refused for the sake of tracking, always with EBUSY: removing a disk, renaming it or over it, a hard
 link to it (a second name that would bypass the log), and opening it with O_TRUNC. Giving a disk another size
-is allowed. The files of `hvfuse.spool` are not shown (ENOENT) and such names cannot be made (EPERM).
+is allowed. A disk that is not tracked is a file like any other. The files of `hvfuse.spool` are not shown (ENOENT)
+and such names cannot be made (EPERM).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from hvfuse import fuse, spool, system
 from hvfuse.filesystem import Node, OpenFile
@@ -45,12 +47,14 @@ class Disk(Protocol):
 class DiskFile:
     """An open disk: reads go straight to the image, everything that changes it goes through the log."""
 
-    def __init__(self, disk: Disk, flags: int) -> None:
+    def __init__(self, folder: Folder, disk: Disk, flags: int) -> None:
         self.fd = disk.fd
+        status = os.fstat(self.fd)
+        self.inode = (status.st_dev, status.st_ino)
+        self._folder = folder
         self._disk = disk
         self._datasync_each = bool(flags & os.O_DSYNC)
         self._sync_each = flags & os.O_SYNC == os.O_SYNC
-        disk.opened()
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         return system.pread_into(self.fd, buffer, offset)
@@ -88,15 +92,31 @@ class DiskFile:
         return os.fstat(self.fd)
 
     def release(self) -> None:
+        self._folder.forget(self)
         self._disk.closed()
 
 
-class VmFolder(Folder):
-    """The VM's folder `fd`; `disks` by their names in it."""
+class Vm(Protocol):
+    """What a mount needs of a tracked VM: its disks by their names in the folder, which change only under `names`, and
+    somewhere to say which files are open."""
 
-    def __init__(self, fd: int, disks: Mapping[str, Disk]) -> None:
+    is_open: Callable[[tuple[int, int]], bool]
+
+    @property
+    def disks(self) -> Mapping[str, Disk]: ...
+
+    @property
+    def names(self) -> AbstractContextManager[Any]: ...
+
+
+class VmFolder(Folder):
+    """The VM's folder `fd`. Whatever makes a name lead to an open file, or to another file, holds the VM's `names`;
+    nobody who does waits for a disk."""
+
+    def __init__(self, fd: int, vm: Vm) -> None:
         super().__init__(fd)
-        self._disks = disks
+        self._vm = vm
+        vm.is_open = self.is_open
 
     def is_hidden(self, name: str) -> bool:
         return spool.is_reserved(name)
@@ -106,50 +126,59 @@ class VmFolder(Folder):
         return file.fd
 
     def _refuse(self, *paths: str) -> None:
-        if any(path[1:] in self._disks for path in paths):
+        if any(path[1:] in self._vm.disks for path in paths):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
     def stat(self, node: Node) -> os.stat_result:
-        disk = self._disks.get(node[1:]) if isinstance(node, str) else None
-        return super().stat(node) if disk is None else os.fstat(disk.fd)
+        if not isinstance(node, str):
+            return super().stat(node)
+        with self._vm.names:
+            disk = self._vm.disks.get(node[1:])
+            return super().stat(node) if disk is None else os.fstat(disk.fd)
 
     def open(self, path: str, flags: int) -> OpenFile:
-        disk = self._disks.get(path[1:])
-        if disk is None:
-            return super().open(path, flags)
-        if flags & os.O_TRUNC:
-            self._refuse(path)
-        return DiskFile(disk, flags)
+        with self._vm.names:
+            disk = self._vm.disks.get(path[1:])
+            if disk is None:
+                return super().open(path, flags)
+            if flags & os.O_TRUNC:
+                self._refuse(path)
+            file = DiskFile(self, disk, flags)
+            self.hold(file)
+            disk.opened()
+            return file
 
     def create(self, path: str, flags: int, mode: int, *, uid: int, gid: int) -> OpenFile:
-        self._refuse(path)
-        return super().create(path, flags, mode, uid=uid, gid=gid)
+        with self._vm.names:
+            self._refuse(path)
+            return super().create(path, flags, mode, uid=uid, gid=gid)
 
     def truncate(self, path: str, size: int) -> None:
-        disk = self._disks.get(path[1:])
-        if disk is None:
-            super().truncate(path, size)
-        else:
+        with self._vm.names:
+            disk = self._vm.disks.get(path[1:])
+            if disk is None:
+                super().truncate(path, size)
+                return
+            disk.opened()  # so that it is not closed meanwhile, should it be tracked no more
+        try:
             disk.truncate(size)
+        finally:
+            disk.closed()
 
     def link(self, existing: str, path: str) -> None:
-        self._refuse(existing)
-        super().link(existing, path)
+        with self._vm.names:
+            self._refuse(existing)
+            super().link(existing, path)
 
     def unlink(self, path: str) -> None:
-        self._refuse(path)
-        super().unlink(path)
+        with self._vm.names:
+            self._refuse(path)
+            super().unlink(path)
 
     def rename(self, old: str, new: str, flags: int) -> None:
-        self._refuse(old, new)
-        super().rename(old, new, flags)
-
-
-class Vm(Protocol):
-    """What `serve` needs of a tracked VM."""
-
-    @property
-    def disks(self) -> Mapping[str, Disk]: ...
+        with self._vm.names:
+            self._refuse(old, new)
+            super().rename(old, new, flags)
 
 
 def serve(vm: Vm, *, folder: str, mountpoint: str, on_ready: Callable[[], None] = lambda: None) -> None:
@@ -159,6 +188,6 @@ def serve(vm: Vm, *, folder: str, mountpoint: str, on_ready: Callable[[], None] 
     """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fuse.mount(VmFolder(fd, vm.disks), mountpoint, on_ready=on_ready)
+        fuse.mount(VmFolder(fd, vm), mountpoint, on_ready=on_ready)
     finally:
         os.close(fd)

@@ -8,20 +8,24 @@
   payloads check out. It is done again on the image and then given up, and the hot regions become dirty:
   only they are compared with the replica. What was synced by the guest is on the image already, and
   in that prefix, so doing it again cannot take it back. A copy under way goes on; they are left to the next.
-- Anything else (the image changed behind our back, a disk came or went): the whole disks are compared.
+- An image changed behind our back, or was replaced: that disk is compared as a whole. One that came is, too; one
+  that went has nothing to be compared. What is known of the others stays as it was (`hvfuse.tracker.history`).
+- The same while a copy is under way: it is given up, as it goes by the set of disks with which it began; another one
+  compares what it was for. That is everything if it was a copy of everything.
+- Disks of which no history has the greater part, or logs that contradict themselves: everything is compared.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from hvfuse import spool, system
 from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.formats.companion import UNCLEAN, Kind
-from hvfuse.formats.tracking import DIRTY, IndexHead, Scope
-from hvfuse.tracker import resync
+from hvfuse.formats.tracking import DIRTY, IndexHead, Scope, TrackingRecord
+from hvfuse.tracker import history, resync
 from hvfuse.tracker.disk import TrackedDisk
 from hvfuse.tracker.index import IndexMap
 from hvfuse.tracker.log import ReplicationLog
@@ -37,18 +41,85 @@ _MIB = 1 << 20
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
     """`reason`: why a resynchronisation is required, None if it is not; `scope`: of what; `report`: what
-    was recovered, in words, None if there was nothing to recover."""
+    was recovered, in words, None if there was nothing to recover. For scope REGIONS: `joining` are disks that are to
+    join the others, `changed` those that have to be marked as a whole; `abandons`: the copy under way has to be given
+    up before that. `disks_changed`: disks that came or went are
+    all that made it necessary."""
 
     reason: str | None = None
     scope: Scope = Scope.NONE
     report: str | None = None
+    joining: list[Tracked] = field(default_factory=list)
+    changed: list[TrackedDisk] = field(default_factory=list)
+    abandons: bool = False
+    disks_changed: bool = False
 
 
-def recover(disks: list[Tracked], *, now_ns: int) -> Finding:
-    """Bring the disks to a state from which their generation continues, or say what is required."""
-    recorded = _recorded(disks)
-    if recorded is not None:
-        return recorded
+def recover(disks: list[Tracked], *, folder: str, now_ns: int) -> Finding:
+    """Bring the disks to a state from which their generation continues, or say what is required.
+
+    Disks that are gone, or not to be tracked any more, are forgotten. Raises OSError, BusyError.
+    """
+    absent = history.forget_absent(folder, {disk.name for disk, _ in disks})
+    known = next((state.record.resync_reason for _, state in disks if state.record.resync_reason), None)
+    if any(state.record.scope is Scope.FULL and not state.record.resyncing for _, state in disks) and known:
+        return Finding(reason=known, scope=Scope.FULL)
+    found = history.split(disks)
+    if found is None:
+        return Finding(reason="disks of different histories were put together", scope=Scope.FULL)
+    if not found.members:
+        return Finding(reason=known, scope=Scope.FULL if known else Scope.NONE)
+    gone = [name for name, record in absent if found.has(record)]
+    came_or_went = _came_or_went(found, gone)
+    changed = _changed_offline(found.members)
+    is_resyncing = resync.is_resyncing(found.members)
+    if is_resyncing and resync.scope(found.members) is Scope.FULL and (came_or_went or changed):
+        during = "; ".join([*came_or_went, *changed.values()])
+        return Finding(reason=f"{during} while everything was being copied", scope=Scope.FULL)
+    kept = _recover_members(found.members, disk_count=found.disk_count, now_ns=now_ns)
+    return _with_changes(kept, found, came_or_went, changed, abandons=is_resyncing)
+
+
+def _came_or_went(found: history.Split, gone: Sequence[str]) -> list[str]:
+    """What became of the set of disks since it was recorded, in words."""
+    texts = [history.added([disk.name for disk, _ in found.strangers])] if found.strangers else []
+    if gone:
+        texts.append(history.removed(gone))
+    elif found.disk_count > len(found.members) and not found.strangers:
+        texts.append("a disk was removed")
+    return texts
+
+
+def _with_changes(
+    kept: Finding,
+    found: history.Split,
+    came_or_went: list[str],
+    changed: dict[TrackedDisk, str],
+    *,
+    abandons: bool,
+) -> Finding:
+    """`kept`: what is to be done if nothing but the members were there, as they were left."""
+    if not came_or_went and not changed:
+        return kept
+    is_known_for_disks = kept.reason is None or kept.disks_changed
+    return replace(
+        kept,
+        reason="; ".join(text for text in (kept.reason, *changed.values(), *came_or_went) if text),
+        scope=max(kept.scope, Scope.REGIONS),
+        joining=found.strangers,
+        changed=list(changed),
+        abandons=abandons,
+        disks_changed=is_known_for_disks and not changed and kept.scope is not Scope.FULL,
+    )
+
+
+def _recover_members(disks: list[Tracked], *, disk_count: int, now_ns: int) -> Finding:
+    """`disk_count`: how many disks each cycle has; some may be gone."""
+    known = next((state.record.resync_reason for _, state in disks if state.record.resync_reason), None)
+    if known is not None:
+        scope = _still_to_compare(disks)
+        is_for_disks = scope is Scope.REGIONS and resync.is_for_disks(disks)
+        return Finding(reason=known, scope=scope, disks_changed=is_for_disks)
     if all(state.record.detached_cleanly for _, state in disks):
         return Finding()
     boot = system.boot_id()
@@ -56,21 +127,9 @@ def recover(disks: list[Tracked], *, now_ns: int) -> Finding:
     try:
         if stopped:
             return _recover_from_power_loss(disks)
-        return Finding(report=_recover_logs(disks, now_ns=now_ns))
+        return Finding(report=_recover_logs(disks, disk_count=disk_count, now_ns=now_ns))
     except (HvfuseError, OSError) as error:
         return Finding(reason=f"the logs left by a crash could not be taken up: {error}", scope=Scope.FULL)
-
-
-def _recorded(disks: list[Tracked]) -> Finding | None:
-    """What the records say by themselves; None if the logs are to be taken up."""
-    known = next((state.record.resync_reason for _, state in disks if state.record.resync_reason), None)
-    if not any(state.record.is_tracked for _, state in disks):
-        return Finding(reason=known, scope=Scope.FULL if known else Scope.NONE)
-    # Marks know as little as logs of what happened behind the mount: this comes before anything recorded.
-    changed = _membership_changed(disks) or _changed_offline(disks)
-    if changed is not None:
-        return Finding(reason=changed, scope=Scope.FULL)
-    return None if known is None else Finding(reason=known, scope=_still_to_compare(disks))
 
 
 def _still_to_compare(disks: list[Tracked]) -> Scope:
@@ -87,28 +146,26 @@ def _still_to_compare(disks: list[Tracked]) -> Scope:
     return found
 
 
-def _membership_changed(disks: list[Tracked]) -> str | None:
-    if not resync.have_one_history(disks):
-        added = [disk.name for disk, state in disks if not state.record.is_tracked]
-        return f"{', '.join(added) or 'a disk'} was added or exchanged while the VM was not mounted"
-    expected = disks[0][1].record.disk_count
-    if expected != len(disks):
-        return f"the VM has {len(disks)} disks, it had {expected} when it was protected"
-    return None
-
-
-def _changed_offline(disks: list[Tracked]) -> str | None:
+def _changed_offline(disks: list[Tracked]) -> dict[TrackedDisk, str]:
+    """The disks that are not as they were left, and how that is known."""
+    found = {}
     for disk, state in disks:
-        record = state.record
-        if not record.detached_cleanly:
-            continue
-        stat = os.fstat(disk.fd)
-        if stat.st_ino != record.image_inode:
-            return f"{disk.name} was replaced while it was not mounted"
-        if stat.st_size != record.image_size:
-            return f"{disk.name} changed its size from {record.image_size} to {stat.st_size} bytes behind the mount"
-        if stat.st_mtime_ns != record.image_mtime_ns:
-            return f"{disk.name} was written to while it was not mounted"
+        text = _change(disk, state.record)
+        if text is not None:
+            found[disk] = text
+    return found
+
+
+def _change(disk: TrackedDisk, record: TrackingRecord) -> str | None:
+    if not record.detached_cleanly:
+        return None
+    stat = os.fstat(disk.fd)
+    if stat.st_ino != record.image_inode:
+        return f"{disk.name} was replaced while it was not mounted"
+    if stat.st_size != record.image_size:
+        return f"{disk.name} changed its size from {record.image_size} to {stat.st_size} bytes behind the mount"
+    if stat.st_mtime_ns != record.image_mtime_ns:
+        return f"{disk.name} was written to while it was not mounted"
     return None
 
 
@@ -220,7 +277,7 @@ def _size(count: int) -> str:
 # The process died ---------------------------------------------------------------------------------
 
 
-def _recover_logs(disks: list[Tracked], *, now_ns: int) -> str:
+def _recover_logs(disks: list[Tracked], *, disk_count: int, now_ns: int) -> str:
     """Seal, cycle by cycle, what the death left unsealed; only the newest can lack on the image."""
     for disk, state in disks:
         _catch_up_with_companions(disk, state)
@@ -234,7 +291,7 @@ def _recover_logs(disks: list[Tracked], *, now_ns: int) -> str:
         later = [log.head.opened_ns for log in left if log.head.cycle == cycle + 1]
         sealed_ns = later[0] if later else _sealed_instant(disks, cycle) or now_ns
         for log in logs:
-            entries += _seal(log, sealed_ns=sealed_ns, disk_count=len(disks), is_newest=cycle == newest, left=left)
+            entries += _seal(log, sealed_ns=sealed_ns, disk_count=disk_count, is_newest=cycle == newest, left=left)
     _drop_rest(disks)
     return f"the tracker had died; {entries} logged writes were taken up"
 

@@ -182,6 +182,11 @@ class RegionMap:
         self._array()[:] &= np.uint8(~mark & 0xFF)
         self.save()
 
+    def doubt_all(self) -> None:
+        """Mark every region dirty, durably: nothing is known of the replica's copy, or it has none. Raises OSError."""
+        self._array()[:] |= np.uint8(DIRTY)
+        self.save()
+
     def blanket(self) -> None:
         """Mark every region, durably, with every mark that any region has, and HOT: the safe state while
         the size of regions changes. Raises OSError."""

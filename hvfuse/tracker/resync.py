@@ -31,6 +31,7 @@ state then is told by these rules, so that it is either the state before or the 
 - A reason that any disk has is the VM's; so is the widest scope.
 - A copy is under way if any disk says so, provided that all are of one generation and none requires everything.
 - A base that any disk has is the VM's.
+- Disks that came or went are what made it necessary if all say so that give a reason.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ EVERYTHING: dict[str, Any] = {
     "resyncing": False,
     "base_generation": NOT_TRACKED,
     "base_cycle": 0,
+    "disks_changed": False,
 }
 """The changes to a record that make it require a comparison of everything; a copy under way ends with it."""
 
@@ -118,46 +120,76 @@ def _origin(disks: list[Tracked]) -> tuple[bytes, int]:
     return based[0] if based else (records[0].generation, _acknowledged(disks))
 
 
-def have_one_history(disks: list[Tracked]) -> bool:
-    """Whether the disks belong together: all in one generation, or some still in the one that the others' was
-    begun over."""
-    histories = [{record.generation, record.base_generation} - {NOT_TRACKED} for record in _records(disks)]
-    return bool(set.intersection(*histories))
+def is_for_disks(disks: list[Tracked]) -> bool:
+    """Whether the resynchronisation that is required, or else the one under way, is needed only as disks were added
+    or removed."""
+    records = _records(disks)
+    told = [record for record in records if record.resync_reason is not None]
+    told = told or [record for record in records if record.resyncing]
+    return bool(told) and all(record.disks_changed for record in told)
 
 
 # Losing logs -----------------------------------------------------------------------------------------
 
 
-def lose_logs(disks: list[Tracked], reason: str, *, full: bool) -> Scope:
+def lose_logs(
+    disks: list[Tracked],
+    reason: str,
+    *,
+    full: bool,
+    sealed_stay: bool = False,
+    disks_changed: bool = False,
+    disk_count: int | None = None,
+) -> Scope:
     """Give up every log that the target has not acknowledged: mark what they hold dirty, and note durably
     that a resynchronisation is required. The files go, which gives a full disk its space back. A copy under way
     stays valid unless everything has to be compared. Returns what has to be: `next_scope` from now on.
+
+    `sealed_stay`: only the active logs are given up; what was sealed is still shipped, or marked when the next
+    generation begins. `disks_changed`: nothing else is the reason. `disk_count`: how many the VM has from now on.
 
     Caller holds the gate. Never raises OSError: what cannot be marked widens the scope to full.
     """
     found = Scope.FULL if full or _is_copy_in_doubt(disks) else next_scope(disks)
     if found is Scope.REGIONS:
         try:
-            _mark_lost(disks)
+            _mark_lost(disks, sealed_stay=sealed_stay)
         except (OSError, HvfuseError):
             found = Scope.FULL
     changes = EVERYTHING
     if found is Scope.REGIONS:
         goes_on = is_resyncing(disks)
-        changes = {"resyncing": goes_on, "scope": scope(disks) if goes_on else found}
-    for disk, state in disks:
+        changes = {
+            "resyncing": goes_on,
+            "scope": scope(disks) if goes_on else found,
+            "disks_changed": disks_changed,
+        }
+    if disk_count is not None:
+        changes = {**changes, "disk_count": disk_count}
+    if not _note_lost(disks, reason, changes) and found is Scope.REGIONS:
+        # One disk's writes cannot be marked any more, so nobody's are: the others' marks must not look enough.
+        _note_lost(disks, reason, EVERYTHING)
+        found = Scope.FULL
+    for disk, _ in disks:
+        disk.drop_logs()
+    for disk, _ in disks[: 0 if sealed_stay and found is Scope.REGIONS else 1]:
+        with contextlib.suppress(OSError):  # they are in nobody's way but the disk's space
+            spool.clear(disk.folder)
+    return found
+
+
+def _note_lost(disks: list[Tracked], reason: str, changes: dict[str, Any]) -> bool:
+    """Note for each disk what is required. Returns whether all could be told."""
+    told = True
+    for _, state in disks:
         try:
             state.update(resync_reason=reason, **changes)
         except OSError:
             # With neither log nor mark the disk would look whole at the next attach; without a
-            # state file it looks new, which means a full copy as well.
+            # state file it is a new one.
             state.give_up()
-            found = Scope.FULL
-        disk.drop_logs()
-    for disk, _ in disks[:1]:
-        with contextlib.suppress(OSError):  # they are in nobody's way but the disk's space
-            spool.clear(disk.folder)
-    return found
+            told = False
+    return told
 
 
 def _is_copy_in_doubt(disks: list[Tracked]) -> bool:
@@ -165,7 +197,7 @@ def _is_copy_in_doubt(disks: list[Tracked]) -> bool:
     return is_resyncing(disks) and any(disk.sync_failed for disk, _ in disks)
 
 
-def _mark_lost(disks: list[Tracked]) -> None:
+def _mark_lost(disks: list[Tracked], *, sealed_stay: bool) -> None:
     """Mark what no log will tell, durably. Raises OSError, CorruptError.
 
     The logs tell exactly what was written; what is hot says the same, with what was marked ahead, and counts
@@ -173,8 +205,8 @@ def _mark_lost(disks: list[Tracked]) -> None:
     """
     unsealed = [disk.unsealed() for disk, _ in disks]  # before the listing: whichever is sealed now is in both
     sealed = [state.record.cycle for _, state in disks]
-    logs = spool.list_logs(disks[0][0].folder)
-    if not any(state.record.resync_reason for _, state in disks):
+    logs = [] if sealed_stay else spool.list_logs(disks[0][0].folder)
+    if not sealed_stay and not any(state.record.resync_reason for _, state in disks):
         _check_all_there(disks, sealed, logs)
     for (disk, state), own in zip(disks, unsealed, strict=True):
         regions = regions_of(disk)
@@ -236,6 +268,13 @@ def open_generation(disks: list[Tracked], generation: bytes, found: Scope) -> No
         )
 
 
+def abandon(disks: list[Tracked], reason: str) -> None:
+    """Give a copy of regions up that is under way. What it compares is compared by the one that is required from now
+    on, with what the logs of its generation hold: they are marked when the next one begins. Raises OSError."""
+    for _, state in disks:
+        state.update(resyncing=False, resync_reason=reason, scope=Scope.REGIONS)
+
+
 def start_comparing(disks: list[Tracked], found: Scope) -> None:
     """Tell what the copy is to compare from what gets dirty from now on: the logs take over at this instant.
     Caller holds the gate. Raises OSError."""
@@ -266,6 +305,7 @@ def finish(disks: list[Tracked]) -> None:
             scope=Scope.REGIONS if required else Scope.NONE,
             base_generation=NOT_TRACKED,
             base_cycle=0,
+            disks_changed=required and state.record.disks_changed,
         )
     for disk, _ in disks:
         regions_of(disk).clear(COMPARING if required else COMPARING | DIRTY)
@@ -320,6 +360,7 @@ def status(disks: list[Tracked]) -> dict[str, Any]:
         "resyncing": is_resyncing(disks),
         "acknowledged": _acknowledged(disks),
         "resync_bases": [[generation.hex(), cycle] for generation, cycle in bases(disks)],
+        "resync_cause": "disks" if is_for_disks(disks) else None,
         "dirty_bytes": coming.total(disks) if coming.scope is Scope.REGIONS else 0,
     }
 

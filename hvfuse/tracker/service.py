@@ -13,6 +13,9 @@ The main thread belongs to FUSE; one thread of the control socket takes requests
     touched  disks                  -> "generation", "cycle", "disks": what of them the cycle in progress changed
     doubt    generation, reason,    -> {}; the replica was found to differ there: a resynchronisation is
              disks                     required, of this and of what the logs held
+    take_in                         -> "added", "removed", "waiting": disks that came or were excluded, and why not yet
+    configure exclude, hard_limit,  -> {}; new values of what the process was started with
+              soft_limit
     stop     force (default false)  -> {}; BusyError while somebody uses the mount, unless forced
 
 In "touched" and "doubt", "disks" is {disk id, hexadecimal: [[offset, length], ...]}, in bytes.
@@ -22,6 +25,7 @@ When the mount is gone, however that came about, the logs are sealed and a clean
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 from collections.abc import Callable
@@ -101,6 +105,8 @@ class TrackerControl:
             "release": self._release,
             "touched": lambda request: vm.touched(touched.ranges(request.get("disks"))),
             "doubt": self._doubt,
+            "take_in": lambda request: dataclasses.asdict(vm.take_in()),
+            "configure": self._configure,
             "stop": self._stop,
         }
 
@@ -144,6 +150,15 @@ class TrackerControl:
         if not isinstance(reason, str) or not reason:
             raise UsageError("a doubt needs a reason, in words")
         self._vm.doubt(_generation(request), reason, touched.ranges(request.get("disks")))
+        return {}
+
+    def _configure(self, request: wire.Message) -> dict[str, Any]:
+        exclude, hard, soft = (request.get(field) for field in ("exclude", "hard_limit", "soft_limit"))
+        if not isinstance(exclude, list) or not all(isinstance(name, str) for name in exclude):
+            raise UsageError("exclude is a list of names")
+        if not isinstance(hard, int | float) or not isinstance(soft, int | float) or min(hard, soft) <= 0:
+            raise UsageError("hard_limit and soft_limit are parts of the disks' size, above 0")
+        self._vm.configure(exclude=frozenset(exclude), hard_limit=hard, soft_limit=soft)
         return {}
 
     def _stop(self, request: wire.Message) -> dict[str, Any]:

@@ -14,8 +14,19 @@ from hvfuse import spool, system
 from hvfuse.errors import BusyError, HvfuseError
 from hvfuse.formats import tracking
 from hvfuse.formats.companion import AddressSpace
-from hvfuse.formats.tracking import MAP_OFFSET, MAP_SIZE, RECORD_SIZE, STATE_SIZE, TrackingRecord
+from hvfuse.formats.tracking import MAP_OFFSET, MAP_SIZE, RECORD_SIZE, STATE_SIZE, Scope, TrackingRecord
 from hvfuse.tracker.regions import RegionMap
+
+_NO_HISTORY: dict[str, Any] = {
+    "generation": tracking.NOT_TRACKED,
+    "base_generation": tracking.NOT_TRACKED,
+    "base_cycle": 0,
+    "scope": Scope.NONE,
+    "resyncing": False,
+    "resync_reason": None,
+    "disks_changed": False,
+    "detached_cleanly": False,
+}
 
 
 class TrackingState:
@@ -32,7 +43,7 @@ class TrackingState:
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             self._lock()
-            if is_new or os.fstat(self._fd).st_size < STATE_SIZE:
+            if is_new or not self._was_created():
                 self._create(folder, address_space, region_size)
             else:
                 self.record = self._upgraded(self._read())
@@ -49,8 +60,15 @@ class TrackingState:
                 hint="hvfuse status shows which VMs are mounted",
             ) from None
 
+    def _was_created(self) -> bool:
+        """Whether the file ever held a state. The second copy of the record is the first to be written; while the other
+        one is all zeroes, it may be torn, and nothing was tracked yet."""
+        first, second = (system.pread(self._fd, RECORD_SIZE, at) for at in (0, RECORD_SIZE))
+        if os.fstat(self._fd).st_size < STATE_SIZE:
+            return False
+        return any(first) or tracking.is_record(second)
+
     def _create(self, folder: str, address_space: AddressSpace, region_size: int) -> None:
-        """A file shorter than a state is one whose creation was cut off: nothing was tracked yet."""
         system.allocate("state:allocate", self._fd, 0, STATE_SIZE)
         self.record = TrackingRecord(disk_id=uuid.uuid4().bytes, address_space=address_space, region_size=region_size)
         self.update()
@@ -86,6 +104,11 @@ class TrackingState:
             system.pwrite("state:write", self._fd, record.pack(), record.write_number % 2 * RECORD_SIZE)
             system.fdatasync("state:sync", self._fd)
             self.record = record
+
+    def forget(self) -> None:
+        """Take the disk out of the VM's history, durably: what is written to it from now on is in no log and no mark.
+        Raises OSError."""
+        self.update(**_NO_HISTORY)
 
     def give_up(self) -> None:
         """The record cannot be written: without a file the disk is a new one, here as at the next attach."""

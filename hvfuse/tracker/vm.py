@@ -2,8 +2,10 @@
 
 Locks, always taken in this order:
 
-- `_rotation` serialises what changes logs: begin, rotate, resize, release, doubt, detach. Whoever seals holds
-  it, so a log is sealed before the next switch needs its index map.
+- `_rotation` serialises what changes logs: begin, rotate, resize, release, doubt, configure, take in, detach. Whoever
+  seals holds it, so a log is sealed before the next switch needs its index map.
+- `names` is held while a name is looked up and opened through the mount, or made to lead to another file, and while the
+  set of disks changes. It forbids that a file is opened as a plain one while it becomes a disk.
 - `gate` is held by every write, by the switch, and by whatever changes marks or ends logging. It forbids that
   a write lands between the switch of one disk and that of the next, and that a payload goes to a log while
   it is switched away. Logs are sealed and images synced outside of it, so the barrier itself lasts
@@ -17,19 +19,22 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hvfuse import spool, system
 from hvfuse.consistency import Consistency
-from hvfuse.errors import HvfuseError, NotFoundError, ResyncRequiredError, UsageError
+from hvfuse.errors import BusyError, HvfuseError, NotFoundError, ResyncRequiredError, UsageError
 from hvfuse.formats.companion import APPLICATION
-from hvfuse.formats.image import is_disk_name, probe_for_tracking
+from hvfuse.formats.image import probe_for_tracking
 from hvfuse.formats.tracking import HOT, NOT_TRACKED, Scope
-from hvfuse.tracker import recovery, report, resync, touched
+from hvfuse.tracker import history, recovery, report, resync, touched
 from hvfuse.tracker.budget import HARD_LIMIT, SOFT_LIMIT, Budget
 from hvfuse.tracker.disk import TrackedDisk, address_space
+from hvfuse.tracker.membership import Membership, Settled
 from hvfuse.tracker.regions import greatest_size, region_size
+from hvfuse.tracker.resync import Tracked
 from hvfuse.tracker.state import TrackingState
 from hvfuse.tracker.touched import Ranges
 from hvfuse.tracker.ways_in import refuse_other_ways_in
@@ -48,7 +53,11 @@ class Rotation:
 
 
 class TrackedVm:
-    """The disks directly in `folder`, those in `exclude` left out of tracking (they are still served)."""
+    """The disks directly in `folder`, those in `exclude` left out: they are files like any other.
+
+    `names` and `disks` are the mount's to read; the latter is replaced as a whole, never changed. `is_open` is the
+    mount's to give: whether it has a file open, by (device, inode).
+    """
 
     def __init__(
         self,
@@ -63,12 +72,16 @@ class TrackedVm:
         self.name = name
         self.folder = os.path.abspath(folder)
         self.gate = threading.Lock()
+        self.names = threading.RLock()
+        self.is_open: Callable[[tuple[int, int]], bool] = lambda inode: False
         self.disks: dict[str, TrackedDisk] = {}
         self.recovered: str | None = None
-        self._exclude = exclude
+        self.clock: system.Clock = clock or system.SystemClock()
+        self.lost: str | None = None
+        """Why a resynchronisation is required, where no disk's record says so."""
+        self._members = Membership(self, exclude)
         self._budget = Budget(hard_limit=hard_limit, soft_limit=soft_limit)
-        self._lost: str | None = None
-        self._clock: system.Clock = clock or system.SystemClock()
+        self._left: list[TrackedDisk] = []
         self._rotation = threading.RLock()
         self._generation = NOT_TRACKED
         self._cycle = 0
@@ -82,45 +95,62 @@ class TrackedVm:
         CorruptError or UnsupportedError naming a disk that cannot be tracked.
         """
         try:
-            names = sorted(name for name in os.listdir(self.folder) if is_disk_name(name))
+            names = self._members.present()
         except FileNotFoundError:
             raise NotFoundError(f"{self.folder}: no such VM folder") from None
-        names = [name for name in names if os.path.isfile(os.path.join(self.folder, name))]
         if not names:
             raise NotFoundError(f"{self.folder}: no disk (.vhd, .vhdx, .raw or .img) in it")
         try:
             for name in names:
-                self.disks[name] = self._open(name)
+                if name not in self._members.exclude:
+                    self.disks[name] = self.open_disk(name)
             with self._rotation:
                 self._resume()
         except BaseException:
             self.close()
             raise
 
-    def _open(self, name: str) -> TrackedDisk:
+    def check_alone(self, name: str) -> None:
+        """Raises HvfuseError, OSError if the file can be written to past its log, or is no disk that can be tracked."""
         path = os.path.join(self.folder, name)
+        status = os.lstat(path)
+        if self.is_open((status.st_dev, status.st_ino)):
+            raise BusyError(f"{path}: is open through the mount", hint="it is taken in once it is closed")
         refuse_other_ways_in(path)
-        info = probe_for_tracking(path)
-        state = None
-        if name not in self._exclude:
-            state = TrackingState(
-                self.folder,
-                name,
-                address_space=address_space(info.format),
-                region_size=region_size(greatest_size(info)),
-            )
-        return TrackedDisk(self.folder, info, self, state=state)
+        probe_for_tracking(path)
+
+    def open_disk(self, name: str) -> TrackedDisk:
+        """Open a disk to which there is no other way in. Raises HvfuseError, OSError."""
+        self.check_alone(name)
+        info = probe_for_tracking(os.path.join(self.folder, name))
+        state = TrackingState(
+            self.folder,
+            name,
+            address_space=address_space(info.format),
+            region_size=region_size(greatest_size(info)),
+        )
+        try:
+            return TrackedDisk(self.folder, info, self, state=state)
+        except BaseException:
+            state.close()
+            raise
 
     def _resume(self) -> None:
         """Continue the generation if every disk allows it; else remember why not, durably."""
-        disks = self._tracked()
-        found = recovery.recover(disks, now_ns=self._clock.now_ns())
+        disks = self.tracked()
+        found = recovery.recover(disks, folder=self.folder, now_ns=self.clock.now_ns())
         self.recovered = found.report
         boot = system.boot_id()
+        if found.scope is Scope.REGIONS:
+            self._take_up_changes(found, disks)
         for disk, state in disks:
-            changes = {"scope": max(found.scope, state.record.scope)}
+            changes: dict[str, Any] = {"scope": max(found.scope, state.record.scope)}
+            if found.reason is not None:
+                changes["disks_changed"] = found.disks_changed
             if found.scope is Scope.FULL:
                 changes = resync.EVERYTHING
+            elif found.scope is Scope.REGIONS and not resync.is_resyncing(disks):
+                changes["disk_count"] = len(disks)
             state.update(detached_cleanly=False, boot_id=boot, resync_reason=found.reason, **changes)
             disk.marks_only = found.scope is Scope.REGIONS
             if found.reason is not None:
@@ -132,18 +162,31 @@ class TrackedVm:
         if found.reason is None and self._generation != NOT_TRACKED:
             with contextlib.suppress(ResyncRequiredError):  # the disks are served all the same
                 self._start_logs()
+        if found.scope is Scope.NONE:
+            history.sweep(self.folder, self.disks)
+
+    def _take_up_changes(self, found: recovery.Finding, disks: list[Tracked]) -> None:
+        """Mark the disks that changed or came, durably, before the others' state is the new one. Raises OSError."""
+        assert found.reason is not None
+        members = [(disk, state) for disk, state in disks if (disk, state) not in found.joining]
+        if found.abandons:
+            resync.abandon(members, found.reason)
+        for disk in found.changed:
+            disk.doubt_all()
+        for each in found.joining:
+            history.join(each, members, reason=found.reason, disks_changed=found.disks_changed, disk_count=len(disks))
 
     def _start_logs(self, copied: Scope = Scope.NONE) -> None:
         """First logs of this attachment, or of a generation that begins with a copy of scope `copied`.
         Raises ResyncRequiredError."""
-        disks = self._tracked()
+        disks = self.tracked()
         self._prepare(self._cycle + 1)
         with self.gate:
             if not all(disk.is_prepared for disk, _ in disks):
                 raise ResyncRequiredError(f"{self.name}: nothing can be logged: {self.resync_reason}")
             if copied is not Scope.NONE:
                 self._start_comparing(copied)
-            now = self._clock.now_ns()
+            now = self.clock.now_ns()
             for disk, _ in disks:
                 disk.switch(now_ns=now)
 
@@ -152,12 +195,12 @@ class TrackedVm:
         with self._rotation:
             if self.is_logging:
                 with self.gate:
-                    now = self._clock.now_ns()
-                    for disk, _ in self._tracked():
+                    now = self.clock.now_ns()
+                    for disk, _ in self.tracked():
                         disk.retire()
                 with contextlib.suppress(ResyncRequiredError):  # the state says it durably
                     self._seal(now)
-            for disk, state in self._tracked():
+            for disk, state in self.tracked():
                 disk.drop_logs()
                 try:
                     disk.sync_image("detach:image", datasync=False)
@@ -178,9 +221,9 @@ class TrackedVm:
 
     def close(self) -> None:
         """Let go of everything as it is."""
-        for disk in self.disks.values():
+        for disk in (*self.disks.values(), *self._left):
             disk.close()
-        self.disks.clear()
+        self.disks, self._left = {}, []
 
     # Tracking ---------------------------------------------------------------------------------
 
@@ -192,8 +235,8 @@ class TrackedVm:
     @property
     def resync_reason(self) -> str | None:
         """Why a resynchronisation is required; None when it is not."""
-        reasons = (state.record.resync_reason for _, state in self._tracked())
-        return next((reason for reason in reasons if reason is not None), self._lost)
+        reasons = (state.record.resync_reason for _, state in self.tracked())
+        return next((reason for reason in reasons if reason is not None), self.lost)
 
     def begin(self, generation: bytes, scope: Scope = Scope.FULL) -> None:
         """Begin a generation: from one instant on, all writes to all disks are logged, as cycle 1.
@@ -205,7 +248,7 @@ class TrackedVm:
         ResyncRequiredError (the scope is too narrow, or logging ended at once).
         """
         with self._rotation:
-            disks = self._tracked()
+            disks = self.tracked()
             if not disks:
                 raise NotFoundError(f"{self.name}: every disk is excluded from replication")
             if self._generation == generation:
@@ -216,7 +259,8 @@ class TrackedVm:
             # Until the new generation stands on disk for all disks, a death in here must not leave a
             # state that looks continuous: the reason stays until then.
             with self.gate:
-                self.degrade(self.resync_reason or "a new generation was being begun", full=scope is Scope.FULL)
+                reason = self.resync_reason or "a new generation was being begun"
+                self._degrade(reason, full=scope is Scope.FULL, disks_changed=resync.is_for_disks(disks))
                 self._demand_enough(scope)
                 resync.open_generation(disks, generation, scope)
             for disk, _ in disks:
@@ -229,11 +273,11 @@ class TrackedVm:
             with self.gate:
                 self._require_logging()
                 resync.start_copy(disks)
-                self._lost = None
+                self.lost = None
 
     def _demand_enough(self, scope: Scope) -> None:
         """Raises ResyncRequiredError if a copy of that scope would not bring the replica up."""
-        if scope is Scope.REGIONS and resync.scope(self._tracked()) is Scope.FULL:
+        if scope is Scope.REGIONS and resync.scope(self.tracked()) is Scope.FULL:
             reason = self.resync_reason or "a copy of everything is under way"
             raise ResyncRequiredError(f"{self.name}: the marked regions are not enough: {reason}")
 
@@ -241,7 +285,7 @@ class TrackedVm:
         """Caller holds the gate. Raises ResyncRequiredError."""
         self._demand_enough(scope)
         try:
-            resync.start_comparing(self._tracked(), scope)
+            resync.start_comparing(self.tracked(), scope)
         except OSError as error:
             reason = f"a region map could not be written: {error.strerror}"
             self.degrade(reason, full=True)
@@ -251,7 +295,7 @@ class TrackedVm:
         """What was written before the logs began is in no hot region, and the copy that follows takes it
         from the page cache: it must not be lost here once the replica has it. Raises ResyncRequiredError."""
         try:
-            for disk, _ in self._tracked():
+            for disk, _ in self.tracked():
                 disk.sync_image("begin:image")
         except OSError as error:
             self._give_up(f"an image could not be synced: {error.strerror}")
@@ -263,8 +307,9 @@ class TrackedVm:
             if generation != self._generation:
                 raise UsageError(f"{self.name}: generation {generation.hex()} is not the one in progress")
             with self.gate:
-                if resync.is_resyncing(self._tracked()):
-                    resync.finish(self._tracked())
+                if resync.is_resyncing(self.tracked()):
+                    resync.finish(self.tracked())
+            history.sweep(self.folder, self.disks)
 
     def rotate(self, consistency: Consistency = Consistency.CRASH, *, proof: str | None = None) -> Rotation:
         """Seal the cycle in progress. When this returns, its logs are durable and in the spool.
@@ -300,12 +345,12 @@ class TrackedVm:
         proof: str | None = None,
     ) -> Rotation:
         self._require_logging()
-        disks = [disk for disk, _ in self._tracked()]
+        disks = [disk for disk, _ in self.tracked()]
         self._prepare(self._cycle + 2)
         with self.gate:
             self._require_logging()
             started = time.perf_counter_ns()
-            now = self._clock.now_ns()
+            now = self.clock.now_ns()
             for disk in disks:
                 disk.switch(now_ns=now, start_size=new_size if disk is resized else None)
             refused = self._resize_image(resized, new_size) if resized is not None else None
@@ -320,7 +365,7 @@ class TrackedVm:
 
     def _prepare(self, cycle: int) -> None:
         try:
-            for disk, _ in self._tracked():
+            for disk, _ in self.tracked():
                 disk.prepare(generation=self._generation, cycle=cycle)
         except OSError as error:
             self._give_up(f"no log could be made: {error.strerror}")
@@ -336,7 +381,7 @@ class TrackedVm:
 
     def _seal(self, sealed_ns: int, *, flags: int = 0) -> None:
         """Seal all logs that were switched away from, then have the next ones stand by. `flags`: of the companions."""
-        disks = self._tracked()
+        disks = self.tracked()
         try:
             for disk, _ in disks:
                 disk.seal(sealed_ns=sealed_ns, disk_count=len(disks), flags=flags)
@@ -354,7 +399,7 @@ class TrackedVm:
     def _settle(self) -> None:
         """Log and image of all disks are durable up to the last switch. Caller holds the gate."""
         try:
-            for disk, _ in self._tracked():
+            for disk, _ in self.tracked():
                 if disk.log is not None:
                     resync.regions_of(disk).settle()
         except OSError as error:
@@ -363,14 +408,63 @@ class TrackedVm:
     def degrade(self, reason: str, *, full: bool = False) -> None:
         """Stop logging for all disks, durably; the guest's writes go on, and mark their regions unless
         a full resynchronisation is required anyhow. Caller holds the gate."""
-        self._lost = reason
-        scope = resync.lose_logs(self._tracked(), reason, full=full)
-        for disk, _ in self._tracked():
+        self._degrade(reason, full=full, disks_changed=False)
+
+    def _degrade(self, reason: str, *, full: bool, disks_changed: bool) -> None:
+        self.lost = reason
+        scope = resync.lose_logs(self.tracked(), reason, full=full, disks_changed=disks_changed)
+        for disk, _ in self.tracked():
             disk.marks_only = scope is Scope.REGIONS
+
+    # The set of disks -------------------------------------------------------------------------
+
+    @property
+    def generation(self) -> bytes:
+        """The one in progress; zeroes before the first."""
+        return self._generation
+
+    def take_in(self) -> Settled:
+        """Track the disks that came, as far as they have settled, and no more those that are excluded. Where a
+        generation has begun, a resynchronisation of regions is required then. Waits for nothing. Raises OSError."""
+        with self._rotation:
+            return self._members.settle()
+
+    def configure(self, *, exclude: frozenset[str], hard_limit: float, soft_limit: float) -> None:
+        """Take new values of what the constructor was given. Limits hold at once; disks come and go as by `take_in`.
+        Raises OSError."""
+        with self._rotation:
+            with self.gate:
+                self._budget.set_limits(hard_limit=hard_limit, soft_limit=soft_limit)
+            self._members.exclude = exclude
+            self._members.settle()
+
+    def stop_logging(
+        self,
+        stay: list[Tracked],
+        joined: list[TrackedDisk],
+        reason: str,
+        *,
+        full: bool,
+        disks_changed: bool,
+        disk_count: int,
+    ) -> None:
+        """Mark what the active logs of the disks that stay hold, and log no more: a generation of another set of disks
+        has to begin. What was sealed stays, unless everything has to be compared (`full`). Caller holds the gate."""
+        self.lost = reason
+        scope = resync.lose_logs(
+            stay, reason, full=full, sealed_stay=True, disks_changed=disks_changed, disk_count=disk_count
+        )
+        for disk in (*(disk for disk, _ in stay), *joined):
+            disk.marks_only = scope is Scope.REGIONS
+
+    def let_go(self, disk: TrackedDisk) -> None:
+        """Track a disk no more. Caller holds `names` and the gate."""
+        disk.leave()
+        self._left = [each for each in self._left if each.open_handles] + [disk]
 
     def over_budget(self) -> str | None:
         """Why the logs must not grow any more; None while they may. Caller holds the gate."""
-        return self._budget.excess(self._tracked())
+        return self._budget.excess(self.tracked())
 
     def _count_sealed(self) -> None:
         """Look at what waits in the spool. A log that cannot be read is the shipper's to complain of."""
@@ -380,7 +474,7 @@ class TrackedVm:
     def _give_up(self, reason: str) -> NoReturn:
         with self.gate:
             self.degrade(reason)
-        for disk, _ in self._tracked():
+        for disk, _ in self.tracked():
             disk.drop_retired()
         raise ResyncRequiredError(f"{self.name}: {reason}", hint=f"hvfuse replicate {self.name} makes a new copy")
 
@@ -398,7 +492,7 @@ class TrackedVm:
         with self._rotation:
             if generation != self._generation or not self.disks:
                 raise UsageError(f"{self.name}: generation {generation.hex()} is not the one in progress")
-            resync.acknowledge(self._tracked(), cycle)
+            resync.acknowledge(self.tracked(), cycle)
             cycles = spool.list_cycles(self.folder)
             spool.release([c for c in cycles if c.generation != generation or c.cycle <= cycle])
             self._count_sealed()
@@ -445,7 +539,7 @@ class TrackedVm:
 
     def _disks_by_id(self, wanted: Ranges) -> dict[bytes, TrackedDisk]:
         """Raises UsageError."""
-        known = {state.record.disk_id: disk for disk, state in self._tracked()}
+        known = {state.record.disk_id: disk for disk, state in self.tracked()}
         for disk_id in wanted:
             if disk_id not in known:
                 raise UsageError(f"{self.name}: no disk with the id {disk_id.hex()} is tracked")
@@ -457,15 +551,16 @@ class TrackedVm:
         """What the copy under way compares with the replica, or, if there is none, what the required one has to;
         for the control socket: offsets and lengths in bytes."""
         with self.gate:
-            return report.regions(self._tracked())
+            return report.regions(self.tracked())
 
-    def _tracked(self) -> list[tuple[TrackedDisk, TrackingState]]:
+    def tracked(self) -> list[Tracked]:
+        """The disks with their states."""
         return [(disk, disk.state) for disk in self.disks.values() if disk.state is not None]
 
     def status(self) -> dict[str, Any]:
         """What there is to know, for the control socket: JSON types, sizes in bytes."""
-        present = {name for name in os.listdir(self.folder) if is_disk_name(name)}
-        disks = self._tracked()
+        disks, exclude = self.tracked(), self._members.exclude
+        coming = self._members.coming()
         return {
             "vm": self.name,
             "generation": self._generation.hex() if self._generation != NOT_TRACKED else None,
@@ -474,8 +569,9 @@ class TrackedVm:
             "resync_required": self.resync_reason,
             **resync.status(disks),
             "recovered": self.recovered,
-            "untracked": sorted(present - set(self.disks)),
-            "excluded": sorted(name for name, disk in self.disks.items() if disk.state is None),
+            "untracked": coming,
+            "unsettled": sorted([*coming, *self._members.going()]),
+            "excluded": [name for name in self._members.present() if name in exclude],
             "disks": report.tracked_status(disks),
             **self._budget.status(disks),
         }

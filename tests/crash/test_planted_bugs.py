@@ -89,7 +89,7 @@ def test_taking_up_logs_after_a_power_cut_as_if_only_the_process_had_died_is_fou
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def taken_up(disks: list[recovery.Tracked]) -> recovery.Finding:
-        return recovery.Finding(report=recovery._recover_logs(disks, now_ns=1))
+        return recovery.Finding(report=recovery._recover_logs(disks, disk_count=len(disks), now_ns=1))
 
     monkeypatch.setattr(recovery, "_recover_from_power_loss", taken_up)
     assert re.search("I3|copied anew|could not be taken up", found(root, Fault.POWER))

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from hvfuse import system
@@ -65,6 +66,8 @@ class PassthroughDisk:
 
 class PassthroughVm:
     def __init__(self, folder: Path, journals: Path) -> None:
+        self.names = threading.RLock()
+        self.is_open: Callable[[tuple[int, int]], bool] = lambda inode: False
         self.disks = {
             path.name: PassthroughDisk(path, journals / path.name)
             for path in folder.iterdir()

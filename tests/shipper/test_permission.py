@@ -18,6 +18,7 @@ GENERATION = "ab" * 16
 FIRST = Need(is_first=True)
 SMALL = Need(is_first=False, part=AT_ONCE_PART, length=1 << 40)
 LARGE = Need(is_first=False, part=AT_ONCE_PART + 0.01, length=AT_ONCE_BYTES + 1)
+DISKS = replace(LARGE, is_for_disks=True)
 NIGHTLY = Wait(Cause.WINDOW, EVENING)
 
 
@@ -47,6 +48,13 @@ def ask(need, orders, **others):
         (LARGE, Orders(), {"asked": True}, None),
         (SMALL, Orders(), {"resync": Resync(automatic=False)}, Wait(Cause.MANUAL)),
         (SMALL, Orders(now=True), {"resync": Resync(automatic=False)}, None),
+        # Somebody added a disk, or removed one: that does not wait, unless copies were told to.
+        (DISKS, Orders(), {}, None),
+        (DISKS, Orders(), {"resync": Resync(automatic=False)}, None),
+        (DISKS, Orders(at_ns=NOON + 1), {}, Wait(Cause.TIME, NOON + 1)),
+        (DISKS, Orders(cancelled=True), {}, Wait(Cause.CANCELLED)),
+        (DISKS, Orders(suspended=True), {"asked": True}, Wait(Cause.SUSPENDED)),
+        (replace(DISKS, is_first=True), Orders(), {"initial": Initial(how="seed")}, Wait(Cause.SEED)),
         # What has begun, and what belongs to it, goes on.
         (replace(LARGE, is_under_way=True), Orders(), {"resync": Resync(automatic=False)}, None),
         (replace(LARGE, is_pass=True), Orders(), {}, None),
@@ -78,6 +86,7 @@ NEEDS = st.builds(
     is_first=st.booleans(),
     is_under_way=st.booleans(),
     is_pass=st.booleans(),
+    is_for_disks=st.booleans(),
     part=st.sampled_from([0.0, AT_ONCE_PART, 0.5, 1.0]),
     length=st.sampled_from([None, 0, AT_ONCE_BYTES, AT_ONCE_BYTES + 1]),
     stands_at=st.sampled_from([None, GENERATION, "cd" * 16]),

@@ -148,7 +148,7 @@ def test_a_new_vm_is_copied_and_has_a_point_after_its_first_cycle(site):
         ReplicationState.REPLICATING,
     ]
     assert site.records.fields | {"generation": None} == {
-        "state": ReplicationState.REPLICATING, "error": None, "hint": None, "resync_reason": None,
+        "state": ReplicationState.REPLICATING, "error": None, "hint": None, "resync_reason": None, "resync_cause": None,
         "progress": None, "copy": None, "copy_due_ns": None, "generation": None, "cycle": 1,
         "point": report.point, "last_replication_time_ns": report.sealed_ns,
     }  # fmt: skip

@@ -39,7 +39,8 @@ def listening(tmp_path, source: Tracked, asked: list | None = None) -> wire.List
         return {
             "vm": source.vm, "generation": source.generation and source.generation.hex(),
             "cycle": source.cycle, "resync_required": source.resync_required, "mountpoint": "/mnt", "pid": 1,
-            "untracked": [], "resync_scope": source.scope, "resyncing": source.resyncing,
+            "untracked": [], "unsettled": [], "resync_cause": None, "resync_scope": source.scope,
+            "resyncing": source.resyncing,
             "acknowledged": source.acknowledged,
             "dirty_bytes": source.status().dirty_bytes,
             "resync_bases": [[generation.hex(), cycle] for generation, cycle in source.bases],
@@ -105,6 +106,20 @@ def test_the_trackers_errors_arrive_as_they_are(tmp_path, ours):
             ours.rotate()
     finally:
         listener.close()
+
+
+def test_a_policy_and_the_wish_that_disks_be_taken_in_arrive_whole(tmp_path, ours):
+    asked = []
+    listener = wire.Listener(str(tmp_path / "tracker.sock"), lambda message: asked.append(message) or {}, name="t")
+    try:
+        ours.take_in()
+        ours.configure(exclude=frozenset({"b.raw", "a.raw"}), hard_limit=0.5, soft_limit=0.1)
+    finally:
+        listener.close()
+    assert asked == [
+        {"op": "take_in"},
+        {"op": "configure", "exclude": ["a.raw", "b.raw"], "hard_limit": 0.5, "soft_limit": 0.1},
+    ]
 
 
 def test_an_answer_that_makes_no_sense_is_no_answer(tmp_path, ours):

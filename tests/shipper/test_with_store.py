@@ -9,19 +9,22 @@ from pathlib import Path
 import pytest
 
 from hvfuse import wire
+from hvfuse.errors import UnreachableError
 from hvfuse.frames import FrameHeader, unpack_header
 from hvfuse.reconcile import plan
 from hvfuse.shipper import slots
 from hvfuse.shipper.copies import WaitingError
-from hvfuse.shipper.replication import CurrentPolicy, ShippingPolicy
+from hvfuse.shipper.orders import Orders
+from hvfuse.shipper.replication import CurrentPolicy, Replication, ShippingPolicy
 from hvfuse.shipper.service import Shipper
 from hvfuse.shipper.source import TrackerSource
+from hvfuse.shipper.window import Resync
 from hvfuse.target.check import check
 from hvfuse.target.journal import PointReader
 from hvfuse.target.local import SMALL_FRAME, LocalReplica
 from hvfuse.target.retention import RetentionPolicy
 from hvfuse.target.store import Store
-from hvfuse.tracker import budget, regions
+from hvfuse.tracker import budget, membership, regions
 from hvfuse.tracker.service import TrackerControl
 from hvfuse.tracker.vm import TrackedVm
 
@@ -375,3 +378,122 @@ def test_the_cycle_that_an_unmount_sealed_is_shipped_although_one_of_its_disks_i
     report = host.shipper().cycle_now()
     assert host.at(report.point)["b.raw"] == (Path(host.folder) / "b.raw").read_bytes()
     assert len(host.replica.points()) == 3
+
+
+# Disks that come and go -------------------------------------------------------------------------------------
+
+
+def disks_of(host):
+    return {name: (Path(host.folder) / name).read_bytes() for name in host.vm.disks}
+
+
+def with_a_newcomer(tmp_path, monkeypatch):
+    """A point of both disks; then writes, and a third disk."""
+    monkeypatch.setattr(membership, "STILL_SECONDS", 0.0)
+    host = StoredHost(tmp_path)
+    host.shipper().cycle_now()
+    host.vm.disks["a.raw"].write(random_bytes(2, 5000), 70_000)
+    (Path(host.folder) / "c.raw").write_bytes(random_bytes(3, 3 << 20) + bytes(1 << 20))
+    return host
+
+
+def test_a_disk_that_comes_is_taken_in_and_what_was_sealed_before_is_a_point_without_it(tmp_path, monkeypatch):
+    host = with_a_newcomer(tmp_path, monkeypatch)
+    before = disks_of(host)
+    shipper = host.shipper()
+    report = shipper.cycle_now()
+    assert host.at(report.point) == disks_of(host)
+    assert [sorted(host.at(point.id)) for point in host.replica.points()] == [
+        ["a.raw", "b.raw"], ["a.raw", "b.raw"], ["a.raw", "b.raw", "c.raw"],
+    ]  # fmt: skip
+    assert host.at(host.replica.points()[1].id) == before
+    (copied,) = [copied for copied in host.records.copies if not copied.is_whole]
+    assert (copied.bytes_compared, copied.bytes_sent < (3 << 20) + 100_000) == (4 << 20, True)
+    assert any(note.startswith("c.raw was added") for note in report.notes)
+    assert check(host.store).findings == ()
+
+
+@pytest.mark.parametrize("nth", range(1, 6))
+def test_a_shipper_that_dies_over_the_copy_of_a_new_disk_goes_on_with_just_that(tmp_path, monkeypatch, nth):
+    host = with_a_newcomer(tmp_path, monkeypatch)
+    host.die_at = len(host.puts) + nth
+    try:
+        host.shipper().cycle_now()
+    except Killed:
+        host.replica.close()
+    host.die_at = None
+    host.vm.disks["a.raw"].write(random_bytes(5, 5000), 0)
+    host.vm.disks["c.raw"].write(random_bytes(6, 5000), 0)
+    report = host.shipper().cycle_now()
+    assert host.at(report.point) == disks_of(host)
+    assert all(copied.regions is not None for copied in host.records.copies[1:])
+    assert check(host.store).findings == ()
+
+
+def test_a_disk_that_is_excluded_and_included_again_costs_that_disk(tmp_path, monkeypatch):
+    host = with_a_newcomer(tmp_path, monkeypatch)
+    host.shipper().cycle_now()
+    host.vm.configure(exclude=frozenset({"c.raw"}), hard_limit=0.5, soft_limit=0.25)
+    host.vm.disks["a.raw"].write(random_bytes(7, 5000), 0)
+    report = host.shipper().cycle_now()
+    assert sorted(host.at(report.point)) == ["a.raw", "b.raw"]
+    assert host.at(report.point) == disks_of(host)
+    assert host.records.copies[-1].bytes_compared < 1 << 20
+    host.vm.configure(exclude=frozenset(), hard_limit=0.5, soft_limit=0.25)
+    report = host.shipper().cycle_now()
+    assert sorted(host.at(report.point)) == ["a.raw", "b.raw", "c.raw"]
+    assert host.at(report.point) == disks_of(host)
+    assert host.records.copies[-1].bytes_compared == 4 << 20
+    assert check(host.store).findings == ()
+
+
+def test_a_disk_that_has_not_settled_holds_nobody_up(tmp_path, monkeypatch):
+    host = with_a_newcomer(tmp_path, monkeypatch)
+    with open(Path(host.folder) / "c.raw", "ab"):
+        report = host.shipper().cycle_now()
+    assert sorted(host.at(report.point)) == ["a.raw", "b.raw"]
+    assert len(host.records.copies) == 1
+
+
+def test_a_new_disk_does_not_wait_for_the_window_and_its_cause_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("hvfuse.shipper.permission.AT_ONCE_PART", -1.0)
+    monkeypatch.setattr("hvfuse.shipper.permission.AT_ONCE_BYTES", -1)
+    host = with_a_newcomer(tmp_path, monkeypatch)
+    told = []
+    keep = host.records.apply
+
+    def watched(*events, **fields):
+        told.extend((fields["resync_reason"], fields["resync_cause"]) for _ in [0] if "resync_cause" in fields)
+        return keep(*events, **fields)
+
+    monkeypatch.setattr(host.records, "apply", watched)
+    manual = ShippingPolicy(resync=Resync(automatic=False))
+    replica = Counted(host)
+    Replication(
+        vm="vm1", folder=host.folder, source=TrackerSource(host.socket, host.folder), replica=replica,
+        records=host.records, policy=CurrentPolicy(manual), clock=Clock(), housekeep=lambda: None,
+    ).cycle_now(asked=False)  # fmt: skip
+    assert told[0] == ("c.raw was added", "disks") and told[-1] == (None, None)
+    assert host.at(replica.points()[-1].id) == disks_of(host)
+
+
+@pytest.mark.parametrize("held", ["suspended", "target away"])
+def test_a_new_disk_ends_no_logging_while_no_copy_could_begin(tmp_path, monkeypatch, held):
+    host = with_a_newcomer(tmp_path, monkeypatch)
+    shipper = host.shipper()
+    if held == "suspended":
+        host.records.change_orders(Orders.suspend)
+        shipper.cycle_now()
+    else:
+
+        def unreachable():
+            raise UnreachableError("no route")
+
+        position, host.replica.position = host.replica.position, unreachable
+        with pytest.raises(UnreachableError):
+            shipper.cycle_now()
+        host.replica.position = position
+    assert host.vm.is_logging and host.vm.status()["untracked"] == ["c.raw"]
+    host.records.change_orders(Orders.resume)
+    assert host.at(shipper.cycle_now().point) == disks_of(host)
+    assert "c.raw" in host.vm.disks

@@ -13,6 +13,7 @@ import errno
 import os
 import random
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,9 +24,10 @@ import pytest
 from hvfuse import spool, system
 from hvfuse.errors import ResyncRequiredError
 from hvfuse.extent import Extent
+from hvfuse.formats import tracking
 from hvfuse.formats.companion import Entries, Kind
 from hvfuse.formats.tracking import DIRTY, Scope
-from hvfuse.tracker import budget, disk, resync
+from hvfuse.tracker import budget, disk, membership, resync
 from hvfuse.tracker.vm import TrackedVm
 from tests.crash.host import Death, Reaper, Side
 from tests.crash.powerloss import PowerLoss
@@ -33,6 +35,8 @@ from tests.crash.powerloss import PowerLoss
 BLOCK = 64 << 10
 DISKS = {"a.raw": 6 * BLOCK, "b.raw": 2 * BLOCK + 512}
 LARGEST = 9 * BLOCK
+VISITORS = ("b.raw", "c.raw", "d.raw")
+"""Disks that come and go."""
 
 Position = tuple[bytes, int]
 """(generation, cycle)."""
@@ -101,11 +105,14 @@ class Site:
         self.reaper = Reaper(inside=True)
         self.passes = self.full_copies = self.deaths = 0
         self.happened: list[str] = []
+        self.compared: dict[str, set[int]] = defaultdict(set)
+        """Offsets of the blocks that copies looked at."""
         self._root = root
         self._lives = 0
         self._boot = self.dice.randbytes(16)
         self._soft_limit = soft_limit
         self.vm: TrackedVm | None = None
+        self.exclude: frozenset[str] = frozenset()
         os.mkdir(self.folder)
         for name, size in DISKS.items():
             with open(os.path.join(self.folder, name), "wb") as file:
@@ -119,6 +126,7 @@ class Site:
         self._patched = pytest.MonkeyPatch()
         self._patched.setattr(system, "boot_id", lambda: self._boot)
         self._patched.setattr(budget, "LEAST_LIMIT", 4 * BLOCK)
+        self._patched.setattr(membership, "STILL_SECONDS", 0.0)
         self._patched.setattr(disk, "_BUDGET_STEP", BLOCK)
         system.install(self.reaper)
         self._watch()
@@ -138,8 +146,13 @@ class Site:
     # The tracker's lives ------------------------------------------------------------------------
 
     def attach(self) -> None:
-        self.vm = TrackedVm("vm", self.folder, hard_limit=1000, soft_limit=self._soft_limit)
+        self.vm = TrackedVm("vm", self.folder, exclude=self.exclude, hard_limit=1000, soft_limit=self._soft_limit)
         self.vm.attach()
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tracked disks."""
+        return sorted(self.tracker.disks)
 
     def detach(self) -> None:
         self.tracker.detach()
@@ -216,7 +229,7 @@ class Site:
     # What guests do -----------------------------------------------------------------------------
 
     def scribble(self) -> None:
-        name = self.dice.choice(list(DISKS))
+        name = self.dice.choice(self.names)
         target, size = self.tracker.disks[name], self.size(name)
         offset = self.dice.randrange(max(1, size)) // 512 * 512
         length = self.dice.choice([512, 4096, BLOCK + 1024])
@@ -239,7 +252,7 @@ class Site:
             self.tracker.disks["a.raw"].write(self.dice.randbytes(BLOCK), BLOCK // 2)
 
     def rotate(self) -> None:
-        if self.tracker.is_logging:
+        if self.tracker.is_logging and not any(each.sync_failed for each in self.tracker.disks.values()):
             self.tracker.rotate()
 
     def lose_logs(self) -> None:
@@ -261,6 +274,12 @@ class Site:
         finally:
             system.install(self.reaper)
 
+    def fail_sync(self) -> None:
+        """Of another disk than `change_offline` changes: one that was not detached cleanly is not looked at."""
+        other = self.tracker.disks.get("b.raw")
+        if other is not None:
+            self.fail("disk:sync", lambda: other.sync(datasync=True))
+
     def change_offline(self) -> None:
         """Somebody writes to an image behind the mount."""
         self.detach()
@@ -269,6 +288,72 @@ class Site:
             os.utime(file.fileno(), ns=(1, self.dice.getrandbits(60)))
             system.fsync("test:offline", file.fileno())
         self.attach()
+
+    # Disks that come and go -----------------------------------------------------------------------
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def create(self, name: str) -> None:
+        """Put a file there that is whole when it appears, in the place of another if there is one."""
+        made = self.path("coming.tmp")
+        with open(made, "wb") as file:
+            system.pwrite("test:create", file.fileno(), self.dice.randbytes(self.dice.randrange(1, 5) * BLOCK), 0)
+            system.fsync("test:create", file.fileno())
+        system.rename("test:create", made, self.path(name))
+        system.fsync_directory("test:create", self.folder)
+
+    def remove(self, name: str) -> None:
+        system.unlink("test:remove", self.path(name))
+        system.fsync_directory("test:remove", self.folder)
+
+    def come(self) -> None:
+        """A disk comes while the VM is mounted, or one that waited is asked about again."""
+        self.bring()
+        self.tracker.take_in()
+
+    def bring(self) -> None:
+        """A disk comes, and nobody asks."""
+        missing = [name for name in VISITORS if not os.path.exists(self.path(name))]
+        if missing:
+            self.create(self.dice.choice(missing))
+
+    def choose(self, exclude: frozenset[str]) -> None:
+        """What is to be tracked changes; it is written down before the tracker hears of it."""
+        self.exclude = exclude
+        self.tracker.configure(exclude=exclude, hard_limit=1000, soft_limit=self._soft_limit)
+
+    def exclude_one(self) -> None:
+        self.choose(frozenset({self.dice.choice(VISITORS)}))
+
+    def include_all(self) -> None:
+        self.choose(frozenset())
+
+    def write_untracked(self) -> None:
+        """Somebody writes to a disk that is not tracked, as to any file."""
+        for name in VISITORS:
+            if name not in self.tracker.disks and os.path.exists(self.path(name)):
+                with open(self.path(name), "r+b") as file:
+                    system.pwrite("test:untracked", file.fileno(), self.dice.randbytes(512), 0)
+                    system.fsync("test:untracked", file.fileno())
+
+    def change_set_offline(self) -> None:
+        """While nothing is mounted a disk comes, goes or is replaced by another."""
+        self.kill() if self.dice.randrange(3) == 0 else self.detach()
+        name = self.dice.choice(VISITORS)
+        if os.path.exists(self.path(name)) and self.dice.randrange(2):
+            self.remove(name)
+        elif not os.path.exists(self.path(name)) or self._is_left_clean(name):
+            self.create(name)
+        self.attach()
+
+    def _is_left_clean(self, name: str) -> bool:
+        """What is done behind a mount that died cannot be noticed, and nothing is promised."""
+        try:
+            with open(self.path(f"{name}.hvt"), "rb") as file:
+                return tracking.unpack_state(file.read()).detached_cleanly
+        except FileNotFoundError:
+            return True
 
     def size(self, name: str) -> int:
         return os.stat(os.path.join(self.folder, name)).st_size
@@ -310,6 +395,9 @@ class Site:
                 self._begin(status)  # a shipper that lost its patience
             else:
                 self._copy_on(generation, status)
+        elif status["resync_required"] and joined and self.replica.position[1] and self.dice.randrange(2):  # type: ignore[index]
+            self._send_rest()
+            self._begin(self.tracker.status())
         elif status["resync_required"] or not joined or self._is_rolled_back(status):
             self._begin(status)
         else:
@@ -353,10 +441,10 @@ class Site:
                 generation,
                 self.replica.position,
                 self._as_large(self.replica.content),
-                {name: extents[ids[name]] for name in DISKS},
+                {name: extents[disk_id] for name, disk_id in ids.items()},
             )
         for _ in range(self.dice.randrange(1, 12)):
-            left = [name for name in DISKS if copy.remaining[name]]
+            left = [name for name in copy.remaining if copy.remaining[name]]
             if not left:
                 self.replica.content, self.replica.position = copy.staged, (generation, 0)
                 self.replica.copy = None
@@ -364,28 +452,43 @@ class Site:
             name = self.dice.choice(left)
             extent = copy.remaining[name].pop(self.dice.randrange(len(copy.remaining[name])))
             paste(copy.staged[name], extent.offset, self.image(name)[extent.offset : extent.end])
+            self.compared[name].add(extent.offset)
 
     def _send_logs(self, vm: TrackedVm) -> None:
         if self.dice.randrange(3) == 0:
             self.replica.older = self.replica.position, {k: bytearray(v) for k, v in self.replica.content.items()}
         rotation = vm.rotate()
         assert self.replica.position is not None
-        generation, reached = self.replica.position
-        for cycle in spool.list_cycles(self.folder):
-            if cycle.generation == generation and cycle.cycle > reached and cycle.is_whole:
-                if cycle.cycle != reached + 1:
-                    raise Violation(f"the logs of cycle {reached + 1} are missing")
-                for log in cycle.logs:
-                    self._apply(log)
-                reached = cycle.cycle
+        generation = self.replica.position[0]
+        reached = self._send_sealed()
         if reached != rotation.cycle:
             raise Violation(f"cycle {rotation.cycle} was sealed, but the logs end at {reached}")
-        self.replica.position = generation, reached
-        for name in DISKS:
+        for name in self.names:
             if self.replica.content[name] != self.image(name):
                 raise Violation(f"{name} at cycle {reached} is not what the disk is")
         if self.dice.randrange(4):
             vm.release(generation, reached)
+
+    def _send_sealed(self) -> int:
+        """Bring the whole cycles over that continue the replica; returns the last cycle that it has then."""
+        assert self.replica.position is not None
+        generation, reached = self.replica.position
+        for cycle in spool.list_cycles(self.folder):
+            is_next = cycle.generation == generation and cycle.cycle == reached + 1 and cycle.is_whole
+            if is_next and {log.disk for log in cycle.logs} == self.replica.content.keys():
+                for log in cycle.logs:
+                    self._apply(log)
+                reached = cycle.cycle
+        self.replica.position = generation, reached
+        return reached
+
+    def _send_rest(self) -> None:
+        """What was sealed before a resynchronisation became necessary."""
+        before = self.replica.position
+        reached = self._send_sealed()
+        assert before is not None
+        if reached > before[1]:
+            self.tracker.release(before[0], reached)
 
     def _apply(self, log: spool.SealedLog) -> None:
         content = self.replica.content[log.disk]
@@ -411,9 +514,9 @@ class Site:
 
     def damage(self) -> None:
         """The replica is not what it was, and somebody finds that."""
-        position, name = self.replica.position, self.dice.choice(list(DISKS))
+        position, name = self.replica.position, self.dice.choice(self.names)
         status = self.tracker.status()
-        if position is None or status["generation"] != position[0].hex() or not self.replica.content[name]:
+        if position is None or status["generation"] != position[0].hex() or not self.replica.content.get(name):
             return
         at = self.dice.randrange(len(self.replica.content[name]))
         self.replica.content[name][at] ^= 0xFF
@@ -448,7 +551,7 @@ class Site:
         """The copy taken as done at this moment: what may differ then is in the logs, or left to the next pass."""
         dirty = {}
         if status["resync_required"]:
-            for each, _ in self.tracker._tracked():
+            for each, _ in self.tracker.tracked():
                 dirty[each.name] = resync.regions_of(each).extents(DIRTY, each.size())
         coming = sum(extent.length for extents in dirty.values() for extent in extents)
         if coming != status["dirty_bytes"]:
@@ -474,13 +577,13 @@ class Site:
 
     def _as_large(self, content: Contents) -> Contents:
         """A copy of them, as large as the disks are now: a copy gives the replica their sizes."""
-        found = {name: bytearray(content.get(name, b"")) for name in DISKS}
+        found = {name: bytearray(content.get(name, b"")) for name in self.names}
         for name, each in found.items():
             self._resize(each, self.size(name))
         return found
 
     def _marked(self, answer: dict[str, Any]) -> dict[str, list[Extent]]:
-        names = {state.record.disk_id.hex(): disk.name for disk, state in self.tracker._tracked()}
+        names = {state.record.disk_id.hex(): disk.name for disk, state in self.tracker.tracked()}
         return {names[disk["disk_id"]]: blocks(disk["extents"]) for disk in answer["disks"]}
 
     def _logged(self, name: str, generation: bytes, after: int) -> list[Extent]:
@@ -497,9 +600,9 @@ class Site:
     def _check_covered(
         self, replica: Contents, looked_at: dict[str, list[Extent]], generation: bytes, after: int
     ) -> None:
-        for name in DISKS:
+        for name in self.names:
             stands = self.image(name)
-            held = bytes(replica[name][: len(stands)]).ljust(len(stands), b"\0")
+            held = bytes(replica.get(name, b"")[: len(stands)]).ljust(len(stands), b"\0")
             if held == stands:
                 continue
             differs = np.frombuffer(stands, np.uint8) != np.frombuffer(held, np.uint8)

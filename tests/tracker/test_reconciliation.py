@@ -198,7 +198,8 @@ def test_a_disk_that_was_changed_behind_the_mount_ends_the_copy_under_way(tmp_pa
         file.write(b"x")
     vm = attached(vm.folder, begin=False)
     status = vm.status()
-    assert (status["resyncing"], status["resync_scope"]) == (False, "full")
+    assert (status["resyncing"], status["resync_scope"]) == (False, scope.name.lower())
+    assert marked(vm, "a.raw") == [[0, 64 * MIB]]
     vm.detach()
 
 
@@ -469,7 +470,7 @@ def test_a_record_survives_packing_and_a_torn_copy_counts_for_nothing() -> None:
         disk_id=b"d" * 16, generation=GENERATION, cycle=3, acknowledged=2, serial=9, next_seq=77, digest=b"x" * 16,
         unique_id=b"u" * 16, disk_count=2, scope=Scope.REGIONS, base_generation=NEXT, base_cycle=4,
         region_size=MIN_REGION, boot_id=b"b" * 16, detached_cleanly=True, image_size=5, image_mtime_ns=-6,
-        image_inode=7, resync_reason="because", resyncing=True, write_number=8,
+        image_inode=7, resync_reason="because", resyncing=True, disks_changed=True, write_number=8,
     )  # fmt: skip
     older = replace(record, write_number=7, cycle=2).pack()
     assert tracking.unpack_state(older + record.pack()) == record

@@ -199,13 +199,13 @@ def test_a_disk_that_came_or_went_asks_for_a_resynchronisation(tmp_path: Path) -
     with open(os.path.join(folder, "c.raw"), "wb") as file:
         file.truncate(MIB)
     vm = attached(folder, begin=False)
-    assert "added" in str(vm.resync_reason)
+    assert "c.raw was added" in str(vm.resync_reason)
     vm.begin(uuid.uuid4().bytes)
     assert vm.resync_reason is None
     vm.detach()
     os.unlink(os.path.join(folder, "b.raw"))
     vm = attached(folder, begin=False)
-    assert "it had 3" in str(vm.resync_reason)
+    assert "b.raw was removed" in str(vm.resync_reason)
     vm.detach()
 
 
@@ -616,7 +616,8 @@ def test_a_disk_changed_behind_the_mount_while_a_resynchronisation_was_required_
     with open(os.path.join(folder, "a.raw"), "r+b") as file:
         file.write(b"x")
     again = attached(folder, begin=False)
-    assert again.status()["resync_scope"] == "full"
+    assert marked(again, "a.raw") == [[0, MIB]]
+    assert "for the test; a.raw was written to" in str(again.resync_reason)
     again.detach()
 
 
