@@ -15,7 +15,7 @@ from hvfuse.control.config import VmPolicy
 from hvfuse.control.config_file import ConfigFile
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records
-from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError
+from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError, UnreachableError
 from hvfuse.states import Event, ReplicationState
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hvfuse.position import Position
     from hvfuse.shipper.policy import ShippingPolicy
     from hvfuse.shipper.service import Shipper
+    from hvfuse.shipper.source import Source
     from hvfuse.target.store import Store
 
 _log = logging.getLogger(__name__)
@@ -31,12 +32,14 @@ _log = logging.getLogger(__name__)
 class FollowedPolicy:
     """The policy of a VM that is being shipped, as the configuration says it at any time. For the shipper's thread."""
 
-    def __init__(self, file: ConfigFile, vm: str, records: Records) -> None:
+    def __init__(self, file: ConfigFile, vm: str, *, source: Source, records: Records) -> None:
         self._file = file
-        self._records = records
         self._vm = vm
+        self._source = source
+        self._records = records
         self.policy = file.current().policy(vm)
         self._shipping = shipping_policy(self.policy)
+        self._is_told = False  # the tracker, which may have begun with an older text
 
     def shipping(self) -> ShippingPolicy:
         """What of it the shipper is told; the same object as long as nothing changes."""
@@ -44,19 +47,32 @@ class FollowedPolicy:
         if policy is not self.policy:
             if policy != self.policy:
                 self._shipping = shipping_policy(policy)
-                self.on_policy_change(policy)
+                self._note(changes_text(policy, self.policy))
+                self._is_told = False
             self.policy = policy
+        if not self._is_told:
+            self._tell_tracker()
         return self._shipping
 
-    def on_policy_change(self, policy: VmPolicy) -> None:
-        """The one place that learns of a change, from `self.policy` to `policy`: here whatever else holds values of it
-        is to be told, such as the tracker (`exclude`, `hard_limit`, `soft_limit`). Called between two turns, and maybe
-        between two frames of a copy: it must not raise. Not at the start: a tracker may have begun with an older text.
-        """
-        text = f"the policy has changed: {changes_text(policy, self.policy)}"
+    def _note(self, what: str) -> None:
+        text = f"the policy has changed: {what}"
         _log.info("%s: %s", self._vm, text)
         with suppress(HvfuseError):
             self._records.events.add(kind="policy", vm=self._vm, text=text, now_ns=time.time_ns())
+
+    def _tell_tracker(self) -> None:
+        """Tell it what it holds of the policy. This comes between two turns, or two frames of a copy: it must not fail
+        them. One that does not run will read the file itself when it begins."""
+        policy = self.policy
+        try:
+            self._source.configure(
+                exclude=policy.exclude, hard_limit=policy.hard_limit / 100, soft_limit=policy.soft_limit / 100
+            )
+        except UnreachableError:
+            return  # it is tried again
+        except HvfuseError as error:
+            _log.warning("%s: the tracker keeps its old policy: %s", self._vm, error)
+        self._is_told = True
 
 
 def changes_text(policy: VmPolicy, before: VmPolicy) -> str:
@@ -98,7 +114,8 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
 
     clock = system.SystemClock()
     begin_protection(records, vm)
-    followed = FollowedPolicy(file, vm, records)
+    source = TrackerSource(home.tracker_socket(vm), home.folder(vm))
+    followed = FollowedPolicy(file, vm, source=source, records=records)
     with system.exclusive_lock(home.shipper_lock(vm)) as had:
         if not had:
             raise BusyError(f"{vm}: another process is replicating it just now", hint="try again in a moment")
@@ -111,7 +128,7 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
             here = Shipper(
                 vm=vm,
                 folder=home.folder(vm),
-                source=TrackerSource(home.tracker_socket(vm), home.folder(vm)),
+                source=source,
                 replica=replica,
                 records=records.of(vm),
                 policy=CurrentPolicy(followed.shipping(), look=followed.shipping),

@@ -19,8 +19,7 @@ from hvfuse.target.retention import RetentionPolicy
 
 TEMPLATE = """\
 # Configuration of hvfuse. Every line that is commented out shows the default.
-# A change takes effect within seconds, without a restart; but [paths] with the next `hvfuse run`, and exclude and
-# hard_limit with the VM's next mount.
+# A change takes effect within seconds, without a restart; but [paths] with the next `hvfuse run`.
 # `hvfuse policy check` proves the file, `hvfuse policy show` says what applies to which VM.
 
 [paths]                       # relative to the directory that holds this file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -69,7 +70,10 @@ def asked(installation: Installation, process: str, op: str, **fields: object) -
 
 
 def configure(installation: Installation, *exclude: str) -> None:
-    asked(installation, "tracker", "configure", exclude=list(exclude), hard_limit=1000.0, soft_limit=0.25)
+    """In the file, as an administrator would."""
+    path = installation.root / "hvfuse.toml"
+    text, _, _ = path.read_text().partition("[vm.vm1]")
+    path.write_text(f"{text}[vm.vm1]\nexclude = {json.dumps(list(exclude))}\n")
 
 
 @pytest.mark.timeout(300)
@@ -123,6 +127,8 @@ def test_an_excluded_disk_can_be_removed_while_the_vm_runs(installation: Install
         configure(installation, "data.raw")
         report = updated(installation, disks=["os.raw"])
         assert report["bytes_compared"] < 2 * WRITTEN
+        found = installation.json("job", "list", "vm1", "--all")["jobs"]
+        assert [(job["kind"], job["state"]) for job in found][-1] == ("Update disks", "Succeeded")
         (mnt / "data.raw").unlink()
         wait_until(
             lambda: not list((installation.disks / "vm1").glob("data.raw*")),
