@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 
 def bytes_text(count: int) -> str:
     """A size in words: "0 B", "512 B", "1.5 KiB", "20 GiB"."""
@@ -25,3 +27,9 @@ def duration_text(seconds: float) -> str:
             rest = whole % unit // part
             return f"{whole // unit} {name}" + (f" {rest} {part_name}" if rest else "")
     return f"{whole} s"
+
+
+def time_text(time_ns: int) -> str:
+    """An instant (ns since 1970) as ISO 8601 in UTC, to the millisecond: what JSON and text show."""
+    instant = datetime.fromtimestamp(time_ns // 10**9, UTC).replace(microsecond=time_ns % 10**9 // 1000)
+    return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")

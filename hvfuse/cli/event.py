@@ -7,7 +7,6 @@ import select
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import click
 
@@ -74,7 +73,7 @@ def list_events(
     with kept_records(home) as kept:
         found = [] if kept is None else _last(kept.events.after(0), wanted, count)
     if as_json:
-        emit_json({"events": [_fields(each) for each in found]})
+        emit_json({"events": [each.as_json() for each in found]})
     else:
         _show(found, as_json=False)
 
@@ -105,18 +104,6 @@ def _follow(events: Events, wanted: Wanted, count: int | None, *, as_json: bool)
 def _show(events: Sequence[EventRecord], *, as_json: bool) -> None:
     for each in events:
         if as_json:
-            emit_json(_fields(each))
+            emit_json(each.as_json())
         else:
             click.echo(f"{time_text(each.time_ns)}  {each.severity:7}  {one_line(f'{each.vm}: {each.text}')}")
-
-
-def _fields(event: EventRecord) -> dict[str, Any]:
-    return {
-        "number": event.number,
-        "time": time_text(event.time_ns),
-        "kind": event.kind,
-        "vm": event.vm,
-        "severity": event.severity.value,
-        "text": event.text,
-        "data": dict(event.data),
-    }

@@ -10,10 +10,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import click
+
+from hvfuse.words import time_text
+
+__all__ = ["OUTPUT_VERSION", "counted", "emit_json", "is_terminal", "json_option", "note", "one_line", "time_text"]
 
 OUTPUT_VERSION = 1
 
@@ -48,9 +51,3 @@ def counted(count: int, name: str) -> str:
 def is_terminal() -> bool:
     """Whether a person looks at stdout."""
     return sys.stdout.isatty()
-
-
-def time_text(time_ns: int) -> str:
-    """An instant (ns since 1970) as ISO 8601 in UTC, to the millisecond: what JSON and text show."""
-    instant = datetime.fromtimestamp(time_ns // 10**9, UTC).replace(microsecond=time_ns % 10**9 // 1000)
-    return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")

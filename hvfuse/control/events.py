@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any
 
 from hvfuse.control.database import Database, Transaction, numbered
+from hvfuse.words import time_text
 
 EVENTS_KEPT = 20_000
 KINDS = ("state", "health", "job", "failure", "process", "policy", "notification")
@@ -46,8 +47,16 @@ class EventRecord:
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The fields."""
-        return dataclasses.asdict(self)
+        """As it is told to programs: the time is ISO 8601 in UTC."""
+        return {
+            "number": self.number,
+            "time": time_text(self.time_ns),
+            "kind": self.kind,
+            "vm": self.vm,
+            "severity": self.severity.value,
+            "text": self.text,
+            "data": dict(self.data),
+        }
 
 
 def add_event(

@@ -152,7 +152,7 @@ def test_changes_of_health_and_failed_jobs_are_told_as_json_and_nothing_else(
         "kind": "health",
         "vm": "vm",
         "severity": "info",
-        "time_ns": 7,
+        "time": "1970-01-01T00:00:00.000Z",
     }.items() <= first.items()
     assert first["data"] == {"to": "Critical"}
 
