@@ -121,12 +121,12 @@ def _print_usage(found: StoreUsage) -> None:
         click.echo("no VMs yet")
         return
     table = Table(box=None, pad_edge=False)
-    for title in ("VM", "position", "newest point"):
+    for title in ("VM", "state", "position", "newest point"):
         table.add_column(title)
     for title in ("points", "journal", "base", "pins"):
         table.add_column(title, justify="right")
     for vm in found.vms:
         newest = time_text(vm.newest.time_ns) if vm.newest else "-"
-        row = (vm.name, vm.position or "first copy not complete", newest, str(vm.points))
+        row = (vm.name, vm.state, vm.position or "first copy not complete", newest, str(vm.points))
         table.add_row(*row, bytes_text(vm.journal_bytes), bytes_text(vm.base_bytes), str(vm.pins))
     Console(markup=False, highlight=False).print(table)

@@ -416,6 +416,19 @@ class TrackedVm:
         for disk, _ in self.tracked():
             disk.marks_only = scope is Scope.REGIONS
 
+    def end(self) -> None:
+        """Replication of the VM was disabled: give the logs up. From now on nothing is logged or marked, and the disks
+        are served all the same; should it be enabled again, everything is compared. Durable; idempotent. Raises
+        HvfuseError where that could not be noted."""
+        with self._rotation:
+            if self._generation == NOT_TRACKED:
+                return
+            with self.gate:
+                self.degrade("replication was disabled", full=True)
+            for disk, _ in self.tracked():
+                disk.drop_retired()
+            self._count_sealed()
+
     # The set of disks -------------------------------------------------------------------------
 
     @property
