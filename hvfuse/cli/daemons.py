@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import click
 
 from hvfuse.cli.main import Session
+from hvfuse.errors import HvfuseError
 
 
 def _log_to_stderr() -> None:
@@ -34,7 +35,8 @@ def tracker(session: Session, vm: str) -> None:
     home = session.home_with(vm)
     home.make_vm(vm)
     policy = session.config.policy(vm)
-    with Records(home.records) as records:
+    disabled = False
+    with suppress(HvfuseError), Records(home.records) as records:  # a guest must start, whatever became of the records
         disabled = records.read(vm).enabled is False
     run_tracker(
         vm=vm,

@@ -418,8 +418,7 @@ class TrackedVm:
 
     def end(self) -> None:
         """Replication of the VM was disabled: give the logs up. From now on nothing is logged or marked, and the disks
-        are served all the same; should it be enabled again, everything is compared. Durable; idempotent. Raises
-        HvfuseError where that could not be noted."""
+        are served all the same; should it be enabled again, everything is compared. Durable; idempotent."""
         with self._rotation:
             if self._generation == NOT_TRACKED:
                 return
