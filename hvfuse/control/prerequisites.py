@@ -120,12 +120,19 @@ class _SkippedError(Exception):
     """It cannot be checked, or need not be; the text says why."""
 
 
-def make_checks(site: Site, *, begin: Callable[[str], None] = lambda name: None) -> list[Check]:
-    """Make all checks, in order; `begin` is told the name of each. Raises nothing that a check can find."""
+def make_checks(
+    site: Site,
+    *,
+    begin: Callable[[str], None] = lambda name: None,
+    made: Callable[[Check], None] = lambda check: None,
+) -> list[Check]:
+    """Make all checks, in order; `begin` is told the name of each before, `made` how it ended. Raises nothing that a
+    check can find."""
     found = []
     for name, check in _CHECKS.items():
         begin(name)
         found.append(_made(name, check, site))
+        made(found[-1])
     return found
 
 
@@ -299,9 +306,14 @@ def _target_room(site: Site) -> str:
 
 def _replica(site: Site) -> str:
     record = _replica_record(site)
-    if record is None:
-        return "none yet"
     with Store(site.home.store, create=False, read_only=True) as store, store.env.read() as txn:
+        if record is None and store.half_deleted(txn, site.vm):
+            raise BusyError(
+                f"the replica that {site.vm} had is not wholly deleted yet",
+                hint=f"hvfuse replication disable {site.vm} --delete-replica",
+            )
+        if record is None:
+            return "none yet"
         state = relation.state(txn, store, record)
     if state in AFTER_FAILOVER:
         raise StateError(f"the replica of {site.vm} is {state}: it takes nothing in", hint="hvfuse store info")
@@ -321,18 +333,12 @@ def _replica(site: Site) -> str:
 
 
 def _replica_record(site: Site) -> VmRecord | None:
-    """What the store has of the VM. Raises _SkippedError if that cannot be told, BusyError if it is half deleted."""
+    """What the store has of the VM. Raises _SkippedError if that cannot be told."""
     try:
         with Store(site.home.store, create=False, read_only=True) as store, store.env.read() as txn:
-            record, leavings = store.find_vm(txn, site.vm), store.half_deleted(txn, site.vm)
+            return store.find_vm(txn, site.vm)
     except (HvfuseError, OSError) as error:
         raise _SkippedError(f"the target cannot be asked: {error}") from None
-    if leavings and record is None:
-        raise BusyError(
-            f"the replica that {site.vm} had is not wholly deleted yet",
-            hint=f"hvfuse replication disable {site.vm} --delete-replica",
-        )
-    return record
 
 
 def _tracked_ids(site: Site) -> set[bytes]:

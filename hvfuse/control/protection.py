@@ -15,6 +15,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from hvfuse import spool, system, wire
 from hvfuse.control.config import VmPolicy
@@ -82,12 +83,10 @@ def enable(site: Site, *, tell: Callable[[list[Check]], None] = lambda checks: N
         if is_made:  # and then it is no reason to refuse that it is protected
             job.step(MAKE_STEP, "an earlier command had done so")
             return []
-        checks = make_checks(site, begin=job.step)
-        for check in checks:
-            _note(job, check)
+        checks = make_checks(site, begin=job.step, made=partial(_note, job))
         tell(checks)
-        demand(site, checks)
         job.step(MAKE_STEP)
+        demand(site, checks)
         site.records.apply(site.vm, Event.ENABLE, enabled=True, orders=Orders(), error=None, hint=None)
     return checks
 
@@ -95,8 +94,8 @@ def enable(site: Site, *, tell: Callable[[list[Check]], None] = lambda checks: N
 def _note(job: Running, check: Check) -> None:
     if check.error is not None:
         job.step_failed(check.name, JobError.of(check.error))
-    elif check.outcome is not Outcome.PASSED:
-        job.step(check.name, f"{check.outcome}: {check.text}")
+    else:
+        job.note(check.text if check.outcome is Outcome.PASSED else f"{check.outcome}: {check.text}")
 
 
 def _was_interrupted(site: Site, kind: JobKind) -> bool:

@@ -22,7 +22,14 @@ from hvfuse.errors import BusyError, NotFoundError
 from hvfuse.manifest import RecoveryPoint
 from hvfuse.system import Clock, SystemClock
 from hvfuse.target import schema
-from hvfuse.target.environment import DEFAULT_MAP_SIZE, Txn, close_environment, file_faults, open_environment
+from hvfuse.target.environment import (
+    DEFAULT_MAP_SIZE,
+    Txn,
+    close_environment,
+    file_faults,
+    open_environment,
+    refuse_unfit_filesystem,
+)
 from hvfuse.target.index import scan
 from hvfuse.target.schema import Pin, PointRecord, StagingRecord, VmRecord
 
@@ -56,6 +63,7 @@ class Store:
         self.clock = clock or SystemClock()
         if create:
             with file_faults(self.path):
+                refuse_unfit_filesystem(self.path)  # first: some do not even let a directory be made
                 os.makedirs(self.path, mode=0o700, exist_ok=True)
                 os.makedirs(os.path.join(self.path, REPLICAS_DIRECTORY), mode=0o700, exist_ok=True)
         self.env = open_environment(
