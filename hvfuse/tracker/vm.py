@@ -426,6 +426,9 @@ class TrackedVm:
                 self.degrade("replication was disabled", full=True)
             for disk, _ in self.tracked():
                 disk.drop_retired()
+                disk.drop_strays()  # of a process that was killed in here
+            with contextlib.suppress(OSError):  # they take up room, and nothing else
+                spool.clear(self.folder)
             self._count_sealed()
 
     # The set of disks -------------------------------------------------------------------------
