@@ -20,6 +20,7 @@ from functools import partial
 from hvfuse import spool, system, wire
 from hvfuse.control.config import VmPolicy
 from hvfuse.control.daemon import serving_pid, wait_for_end
+from hvfuse.control.guest import GuardedGuest
 from hvfuse.control.home import Home
 from hvfuse.control.job import INTERRUPTED, JobError, JobKind, JobState
 from hvfuse.control.jobs import Running
@@ -87,7 +88,9 @@ def enable(site: Site, *, tell: Callable[[list[Check]], None] = lambda checks: N
         tell(checks)
         job.step(MAKE_STEP)
         demand(site, checks)
-        site.records.apply(site.vm, Event.ENABLE, enabled=True, orders=Orders(), error=None, hint=None)
+        # To compare with a replica that was kept is asked for hereby; when a first copy begins, the policy says.
+        orders = Orders(now=_has_position(site))
+        site.records.apply(site.vm, Event.ENABLE, enabled=True, orders=orders, error=None, hint=None)
     return checks
 
 
@@ -96,6 +99,12 @@ def _note(job: Running, check: Check) -> None:
         job.step_failed(check.name, JobError.of(check.error))
     else:
         job.note(check.text if check.outcome is Outcome.PASSED else f"{check.outcome}: {check.text}")
+
+
+def _has_position(site: Site) -> bool:
+    with contextlib.suppress(NotFoundError), Store(site.home.store, create=False, read_only=True) as store:
+        return store.vm(site.vm).position is not None
+    return False
 
 
 def _was_interrupted(site: Site, kind: JobKind) -> bool:
@@ -269,6 +278,7 @@ def disable(site: Site, *, delete_replica: bool) -> None:
         job.step(END_STEP)
         _end_shipper(site)
         with _nobody_ships(site):
+            GuardedGuest(site.vm, lambda: site.policy.guest, site.home.guest(site.vm)).thaw_leftover()
             job.step(LOGS_STEP)
             _give_up_logs(site, job)
             if delete_replica:

@@ -124,6 +124,18 @@ def test_a_disabled_vm_is_brought_back_by_enabling_alone(hvfuse: CommandLine) ->
     assert hvfuse("replication", "enable", "vm") == 0
 
 
+def test_a_replica_that_was_kept_is_compared_at_once_and_a_first_copy_begins_when_the_policy_says(
+    hvfuse: CommandLine,
+) -> None:
+    hvfuse.add_vm("vm")
+    assert hvfuse("replication", "enable", "vm") == 0
+    assert Orders.from_json(record(hvfuse).orders) == Orders()
+    assert hvfuse("replication", "disable", "vm") == 0
+    replicated(hvfuse)
+    assert hvfuse("replication", "enable", "vm") == 0
+    assert Orders.from_json(record(hvfuse).orders) == Orders(now=True)
+
+
 def test_a_refusal_lists_the_checks_in_json_and_protects_nothing(hvfuse: CommandLine) -> None:
     hvfuse.add_vm("vm")
     os.link(hvfuse.root / "disks" / "vm" / "os.raw", hvfuse.root / "other")
