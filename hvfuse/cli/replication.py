@@ -28,7 +28,8 @@ from hvfuse.words import bytes_text
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hvfuse.control.prerequisites import Check, Site
+    from hvfuse.control.prerequisites import Check
+    from hvfuse.control.site import Site
 
 _MARKS = {"passed": "ok", "warned": "!!", "failed": "NO", "skipped": "--"}
 
@@ -223,7 +224,7 @@ def _what(there: object) -> str:
 
 @contextmanager
 def _site(session: Session, vm: str) -> Iterator[Site]:
-    from hvfuse.control.prerequisites import Site
+    from hvfuse.control.site import Site
 
     check_vm_name(vm)
     if not os.path.isdir(session.root):

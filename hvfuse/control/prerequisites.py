@@ -26,11 +26,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from hvfuse import spool, system
-from hvfuse.control.config import VmPolicy
-from hvfuse.control.daemon import serving_pid
-from hvfuse.control.home import Home, check_vm_name
+from hvfuse.control.home import check_vm_name
 from hvfuse.control.instants import instant_text
-from hvfuse.control.records import Records
+from hvfuse.control.site import Site
 from hvfuse.control.supervisor import require_mountable
 from hvfuse.errors import (
     BusyError,
@@ -47,7 +45,6 @@ from hvfuse.formats import tracking
 from hvfuse.formats.image import ImageInfo, is_disk_name, probe_for_tracking
 from hvfuse.shipper.retry import refusal
 from hvfuse.states import AFTER_FAILOVER, ReplicationState, allowed_commands
-from hvfuse.system import Clock
 from hvfuse.target import relation
 from hvfuse.target.schema import UNKNOWN_DISK, VmRecord
 from hvfuse.target.store import Store
@@ -87,25 +84,6 @@ class Check:
         kind = type(self.error).__name__ if self.error is not None else None
         fields = {"name": self.name, "outcome": self.outcome.value, "text": self.text}
         return {**fields, "next_command": self.next_command, "error": kind}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """A VM in an installation, and the policy that applies to it."""
-
-    home: Home
-    policy: VmPolicy
-    vm: str
-    records: Records
-    clock: Clock
-
-    @property
-    def is_mounted(self) -> bool:
-        """Whether its tracker serves it; one that is too busy to say so does."""
-        try:
-            return serving_pid(self.home.tracker_socket(self.vm)) is not None
-        except HvfuseError:
-            return True
 
 
 class _WarningError(Exception):

@@ -24,8 +24,9 @@ from hvfuse.control.guest import GuardedGuest
 from hvfuse.control.home import Home
 from hvfuse.control.job import INTERRUPTED, JobError, JobKind, JobState
 from hvfuse.control.jobs import Running
-from hvfuse.control.prerequisites import Check, Outcome, Site, demand, make_checks, names
+from hvfuse.control.prerequisites import Check, Outcome, demand, make_checks, names
 from hvfuse.control.records import Records
+from hvfuse.control.site import Site
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError, UnreachableError
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.source import Source

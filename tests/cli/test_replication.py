@@ -319,3 +319,17 @@ def test_what_is_failing_is_tried_at_once_when_the_replica_is_resumed(hvfuse: Co
     finally:
         listener.close()
     assert asked == ["wake"]
+
+
+@pytest.mark.mount
+def test_what_is_left_to_an_administrator_is_not_replicated_by_asking_for_a_point(hvfuse: CommandLine) -> None:
+    hvfuse.add_vm("vm")
+    (hvfuse.root / "hvfuse.toml").write_text('[vm.vm]\nprotect = "manual"\n')
+    assert hvfuse("mount", "vm") == 0
+    assert hvfuse("replicate", "vm") == 13
+    assert hvfuse.err.endswith("allowed: enable\n  hint: hvfuse replication enable vm\n")
+    assert record(hvfuse).state is S.DISABLED
+    assert hvfuse.json("replication", "enable", "vm")["next_command"] == "hvfuse replicate vm"
+    assert hvfuse("replicate", "vm") == 0
+    assert no_job_is_open(hvfuse, JobKind.FINALIZE)
+    assert record(hvfuse).protected_since_ns is not None

@@ -15,8 +15,9 @@ import pytest
 from hvfuse.control import prerequisites
 from hvfuse.control.config import Config, VmPolicy
 from hvfuse.control.daemon import start_and_wait
-from hvfuse.control.prerequisites import Outcome, Site, demand, make_checks
+from hvfuse.control.prerequisites import Outcome, demand, make_checks
 from hvfuse.control.records import Records
+from hvfuse.control.site import Site
 from hvfuse.control.supervisor import stop_tracker, tracker_daemon
 from hvfuse.errors import (
     BusyError,
