@@ -159,7 +159,8 @@ class LocalReplica:
         unsynced.drop(self._store.unsynced_path(self._vm))
 
     def _abandon(self, txn: Txn) -> None:
-        self._store.save_vm(txn, staging.drop(txn, self._store, self._store.load_vm(txn, self._vm)))
+        vm = staging.drop(txn, self._store, self._store.load_vm(txn, self._vm))
+        self._store.save_vm(txn, relation.abandoned(vm))
 
     def extent(self, disk_id: bytes) -> int:
         """See `Replica`: of a disk of the open COPY."""

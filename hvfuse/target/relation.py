@@ -4,6 +4,7 @@ It stands in the VM's record in the store, and changes in the transactions that 
 
     begun, a copy where there is no replica      WaitingForInitialReplication
     begun, any other copy                        Resynchronizing
+    abandoned, any other copy                    WaitingForStartResynchronize
     committed, a cycle                           Replicating
     suspended here by an administrator           Suspended, ResynchronizeSuspended
 
@@ -23,6 +24,8 @@ from hvfuse.target.schema import VmRecord
 from hvfuse.target.store import Store
 
 SUSPENDED = frozenset({ReplicationState.SUSPENDED, ReplicationState.RESYNCHRONIZE_SUSPENDED})
+
+_RESYNCING = ReplicationState.RESYNCHRONIZING
 
 
 def state(txn: Txn, store: Store, vm: VmRecord) -> ReplicationState:
@@ -65,6 +68,11 @@ def committed(txn: Txn, store: Store, vm: VmRecord, manifest: CycleManifest) -> 
     if manifest.kind is CycleKind.COPY:  # its first recovery point has yet to come
         return vm
     return _after(vm, state(txn, store, vm), Event.COMMIT_POINT)
+
+
+def abandoned(vm: VmRecord) -> VmRecord:
+    """The VM once what was staged is dropped; to be saved."""
+    return _after(vm, ReplicationState(vm.state), Event.CANCEL) if vm.state == _RESYNCING else vm
 
 
 def suspend(store: Store, vm_name: str) -> ReplicationState:
