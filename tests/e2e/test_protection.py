@@ -247,3 +247,69 @@ def test_the_replica_of_a_vm_that_runs_is_deleted_and_made_anew(installation: In
     overwrite(disk, 0, b"D" * 8)
     assert installation.hvfuse("replication", "enable", "vm1", "--wait")
     assert equal_at_latest(installation, disk, tmp_path / "view")
+
+
+def test_logs_of_a_suspension_are_compacted_at_the_soft_limit(installation: Installation, tmp_path: Path) -> None:
+    disk = add_vm(installation)
+    config = '[replication]\nfrequency = "1s"\nsoft_limit = 10\nhard_limit = 1000\nresync_window = "always"\n'
+    (installation.root / "hvfuse.toml").write_text(config)
+    installation.start()
+    installation.wait_for_state("vm1")
+    installation.hvfuse("replication", "suspend", "vm1")
+    before = points(installation)
+    for _ in range(6):
+        overwrite(disk, 4 * MIB, os.urandom(2 * MIB))
+        count = sealed(installation)
+        wait_until(lambda count=count: sealed(installation) != count, installation.logs)
+    folder = str(installation.disks / "vm1")
+    wait_until(lambda: any(cycle.first_cycle < cycle.cycle for cycle in spool.list_cycles(folder)), installation.logs)
+    assert sum(log.header.stored_bytes for log in spool.list_logs(folder)) < 8 * MIB
+    assert points(installation) == before
+    installation.hvfuse("replication", "resume", "vm1")
+    installation.wait_for_state("vm1", "Replicating")
+    assert equal_at_latest(installation, disk, tmp_path / "view")
+
+
+KILLED = """
+import itertools, os, signal, sys
+from hvfuse.cli.main import main
+from hvfuse.control import database
+
+calls, real, step = itertools.count(1), database.Database.write, int(sys.argv.pop(1))
+
+def write(self, act):
+    result = real(self, act)
+    if next(calls) == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+database.Database.write = write
+main()
+"""
+"""`hvfuse`, killed after the transaction of the records with the number argv[1]."""
+
+
+def test_disable_killed_under_a_supervisor_ends_well_when_it_is_repeated(
+    installation: Installation, tmp_path: Path
+) -> None:
+    disk = add_vm(installation)
+    installation.start(frequency="1s")
+    installation.wait_for_state("vm1")
+    for step in (
+        2,
+        3,
+        4,
+        5,
+    ):  # "disable replication" begins, the record is written, "end the shipper", "give up the logs"
+        command = installation.command("replication", "disable", "vm1")[3:]
+        done = subprocess.run(
+            [installation.command()[0], "-c", KILLED, str(step), *command], cwd="/", env=installation.environment()
+        )
+        assert done.returncode == -9
+        installation.hvfuse("replication", "disable", "vm1")
+        assert shipper(installation) is None
+        assert jobs(installation, JobKind.DISABLE)[-2:] == [JobState.FAILED, JobState.SUCCEEDED]
+        overwrite(disk, 0, bytes([step]) * 8)
+        installation.hvfuse("replication", "enable", "vm1")
+        installation.wait_for_state("vm1")
+    assert equal_at_latest(installation, disk, tmp_path / "view")
