@@ -9,6 +9,7 @@ Exit codes (stable; `docs/exit-codes.md` is for users):
                                            12 resynchronisation required
                                            13 not possible in this state
                                            14 less than was asked for
+                                           15 suspended at the target
 """
 
 from __future__ import annotations
@@ -91,3 +92,10 @@ class StateError(HvfuseError):
     """The relationship's state does not allow what was asked for; the message says what it allows."""
 
     exit_code = 13
+
+
+class SuspendedError(HvfuseError):
+    """An administrator of the target suspended the replica: it takes nothing in until that is taken back."""
+
+    exit_code = 15
+    recoverable = True

@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import click
 
 from hvfuse.cli.main import Session
+from hvfuse.errors import HvfuseError
 
 
 def _log_to_stderr() -> None:
@@ -27,12 +28,16 @@ def _log_to_stderr() -> None:
 @click.pass_obj
 def tracker(session: Session, vm: str) -> None:
     """Serve VM's mount until it is unmounted."""
+    from hvfuse.control.records import Records
     from hvfuse.tracker.service import run_tracker
 
     _log_to_stderr()
     home = session.home_with(vm)
     home.make_vm(vm)
     policy = session.config.policy(vm)
+    disabled = False
+    with suppress(HvfuseError), Records(home.records) as records:  # a guest must start, whatever became of the records
+        disabled = records.read(vm).enabled is False
     run_tracker(
         vm=vm,
         folder=home.folder(vm),
@@ -41,6 +46,7 @@ def tracker(session: Session, vm: str) -> None:
         exclude=policy.exclude,
         hard_limit=policy.hard_limit / 100,
         soft_limit=policy.soft_limit / 100,
+        disabled=disabled,
     )
 
 

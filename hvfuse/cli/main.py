@@ -34,6 +34,7 @@ _SECTIONS: Mapping[str, Mapping[str, str]] = {
         "run": "Mount, track and replicate every VM under disks/, until Ctrl-C.",
         "status": "Show how each VM's replication is doing.",
         "replicate": "Make a recovery point of a VM now.",
+        "replication": "Protect a VM, hold its replication up, end it.",
         "resync": "Compare a VM with its replica, and send what differs.",
         "verify": "Prove that a VM's replica is the same as its disks.",
         "policy": "Show which settings apply to a VM, and prove the configuration.",

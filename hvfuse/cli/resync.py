@@ -218,6 +218,16 @@ def _start(target: _Target, wish: _Wish) -> Outcome:
     return Outcome(lines, _fields(target, orders, due=due))
 
 
+def order_copy(
+    session: Session, vm: str, records: Records, *, at_ns: int | None
+) -> tuple[tuple[str, ...], Mapping[str, object]]:
+    """Have the copy that a VM needs begin at `at_ns`, or now, whatever stands against it; nobody waits. Returns what
+    there is to say, and the fields. Raises as `hvfuse resync`."""
+    wish = _Wish(action="start", at_ns=at_ns, full=False, insists=True, wait=False)
+    outcome = _start(_Target(session, session.home, vm, records), wish)
+    return outcome.lines, outcome.fields
+
+
 def _refuse_what_is_held_up(target: _Target, orders: Orders, *, has_arrived: bool) -> None:
     """Raise HvfuseError where an administrator said not to begin: that is taken back only by name."""
     vm = target.vm

@@ -98,9 +98,10 @@ class Interrupts:
 def run(session: Session) -> None:
     """Mount, track and replicate every VM under disks/, until Ctrl-C.
 
-    Each folder of disks/ that holds a disk is a VM; new ones are noticed while it runs. If there is
-    none, disks/sample is made. A process that dies is started again. Ctrl-C ends replication, then the
-    mounts, once nobody uses them; a second Ctrl-C ends them whoever does.
+    Each folder of disks/ that holds a disk is a VM; new ones are noticed while it runs. One whose
+    replication was disabled is mounted all the same, and not replicated. If there is no VM, disks/sample
+    is made. A process that dies is started again. Ctrl-C ends replication, then the mounts, once nobody
+    uses them; a second Ctrl-C ends them whoever does.
     """
     require_mountable()
     home = session.prepare()

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hvfuse.cli.output import counted, emit_json, json_option, note, time_text
+from hvfuse.cli.output import counted, emit_json, is_terminal, json_option, note, time_text
 from hvfuse.errors import CorruptError
 from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
     from hvfuse.target.usage import StoreUsage, VmUsage
+
+
+WIDTH = 160
+"""Columns of the table where no terminal says how many there are."""
 
 
 def store_path(ctx: click.Context) -> str:
@@ -121,12 +125,13 @@ def _print_usage(found: StoreUsage) -> None:
         click.echo("no VMs yet")
         return
     table = Table(box=None, pad_edge=False)
-    for title in ("VM", "position", "newest point"):
+    for title in ("VM", "state", "position", "newest point"):
         table.add_column(title)
     for title in ("points", "journal", "base", "pins"):
         table.add_column(title, justify="right")
     for vm in found.vms:
         newest = time_text(vm.newest.time_ns) if vm.newest else "-"
-        row = (vm.name, vm.position or "first copy not complete", newest, str(vm.points))
+        row = (vm.name, vm.state, vm.position or "first copy not complete", newest, str(vm.points))
         table.add_row(*row, bytes_text(vm.journal_bytes), bytes_text(vm.base_bytes), str(vm.pins))
-    Console(markup=False, highlight=False).print(table)
+    width = None if is_terminal() else WIDTH
+    Console(markup=False, highlight=False, width=width).print(table)

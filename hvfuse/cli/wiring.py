@@ -15,8 +15,8 @@ from hvfuse.control.config import VmPolicy
 from hvfuse.control.config_file import ConfigFile
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records
-from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError, UnreachableError
-from hvfuse.states import Event, ReplicationState
+from hvfuse.errors import BusyError, HvfuseError, NotFoundError, UnreachableError
+from hvfuse.states import ReplicationState
 
 if TYPE_CHECKING:
     from hvfuse.control.facts import TargetFacts
@@ -103,8 +103,9 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
     """The shipper of a VM, into the home's own store; nobody else ships the VM meanwhile. It follows what the
     configuration says of the VM.
 
-    Raises BusyError when another process does.
+    Raises BusyError when another process does, StateError when the VM is not to be replicated.
     """
+    from hvfuse.control import protection
     from hvfuse.control.guest import GuardedGuest
     from hvfuse.shipper.policy import CurrentPolicy
     from hvfuse.shipper.service import Shipper
@@ -113,12 +114,12 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
     from hvfuse.target.store import Store
 
     clock = system.SystemClock()
-    begin_protection(records, vm)
     source = TrackerSource(home.tracker_socket(vm), home.folder(vm))
     followed = FollowedPolicy(file, vm, source=source, records=records)
     with system.exclusive_lock(home.shipper_lock(vm)) as had:
         if not had:
             raise BusyError(f"{vm}: another process is replicating it just now", hint="try again in a moment")
+        protection.begin(records, vm, followed.policy)  # with the lock, without which nobody disables it
         records.of(vm).count_absence(followed.policy.frequency)
         with Store(home.store) as store, closing(LocalReplica(store, vm)) as replica:
 
@@ -134,22 +135,14 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
                 policy=CurrentPolicy(followed.shipping(), look=followed.shipping),
                 clock=clock,
                 housekeep=keep_house,
+                on_point=protection.Finalizer(
+                    records, vm, store=store, source=source, housekeep=keep_house, clock=clock
+                ),
                 proofs_path=home.proofs(vm),
                 guest=GuardedGuest(vm, lambda: followed.policy.guest, home.guest(vm)),
             )
             here.thaw_leftover()
             yield here
-
-
-def begin_protection(records: Records, vm: str) -> None:
-    """A VM about which nobody said anything is replicated from when somebody first asks for it. Raises StateError for
-    one of which an administrator said that it is not to be."""
-    record = records.read(vm)
-    if record.state is not ReplicationState.DISABLED:
-        return
-    if record.enabled is False:
-        raise StateError(f"{vm}: replication was disabled", hint=f"hvfuse replication enable {vm}")
-    records.apply(vm, Event.ENABLE)
 
 
 @contextmanager

@@ -29,7 +29,8 @@ TEMPLATE = """\
 # state = "state"             # what the processes need to know across a restart
 
 [replication]
-# protect = "auto"            # `hvfuse run` protects a new VM by itself; "manual": when it is told to
+# protect = "auto"            # `hvfuse run` protects a new VM by itself; "manual": it mounts it, and protects
+                              # it when told to by `hvfuse replication enable VM`
 # frequency = "30s"           # how often a recovery point is made: "1s" to "1h"
 # compression = 1             # zstd level, 1 to 22; 0 = off
 # throttle = "none"           # how fast data travels: "10MB/s", or a list of which the first that fits applies (local
@@ -74,7 +75,7 @@ TEMPLATE = """\
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmPolicy:
-    """How one VM is replicated. `protect`: whether `hvfuse run` takes it up by itself. `frequency`: seconds from cycle
+    """How one VM is replicated. `protect`: whether `hvfuse run` protects it by itself. `frequency`: seconds from cycle
     to cycle. `compression`: zstd level, 0 = off. `throttle`: how fast frames travel. `soft_limit`, `hard_limit`:
     percent of the disks' size that logs may take before they are compacted or given up. `initial`: how the first copy
     begins. `resync`: when resynchronisations do. `digest`: by what blocks are compared. `app_consistent`: seconds from

@@ -32,7 +32,7 @@ def shown_state(facts: Facts) -> ReplicationState:
     recorded = facts.record.state
     if not facts.tracker.is_there and facts.record.tracker_error is not None:
         return ReplicationState.ERROR
-    if recorded is ReplicationState.DISABLED and facts.shipper.is_there:
+    if recorded is ReplicationState.DISABLED and facts.shipper.is_there and facts.record.enabled is not False:
         return ReplicationState.READY_FOR_INITIAL_REPLICATION
     if recorded is ReplicationState.REPLICATING and facts.tracker.answer and facts.tracker.answer["resync_required"]:
         recorded = ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
@@ -46,6 +46,8 @@ def shown_state(facts: Facts) -> ReplicationState:
 
 def copy_reasons(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     """All reasons that have to do with copies. `state`: as it is shown."""
+    if facts.record.state is ReplicationState.DISABLED and facts.record.enabled is False:
+        return  # what it lacks is meant to be lacking
     yield from _needed(facts, state)
     yield from _ordered(facts)
     yield from _verified(facts, state)

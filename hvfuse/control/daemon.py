@@ -88,6 +88,8 @@ class Daemon:
         self.socket_path = socket_path
         self.failure: HvfuseError | None = None
         """Why the process ended last; None once it is ready again."""
+        self.has_ended_well = False
+        """Whether the process ended last by itself, with exit code 0."""
         self._command = command
         self._log_path = log_path
         self._clock = clock
@@ -149,6 +151,7 @@ class Daemon:
         self._process = self._pid_fd = None
         self._ready = False
         self.failure = self._failure(code)
+        self.has_ended_well = code == 0
         now = self._clock.monotonic()
         self._due_at = now + self._restarts.delay_after(now - self._started_at)
 

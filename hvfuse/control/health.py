@@ -115,6 +115,8 @@ def reasons(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
         passing = trouble.id == "store-unreachable" and not _is_late(facts)
         yield (warning if passing else critical)(trouble.id, trouble.text, trouble.hint)
     yield from _processes(facts)
+    if not is_protected(facts.record) and facts.record.enabled is False:
+        return  # then it is meant to be behind
     yield from _failures(facts, state)
     yield from _progress(facts, state)
     yield from _target(facts)

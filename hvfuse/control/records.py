@@ -26,7 +26,7 @@ from hvfuse.control.database import Database, Transaction
 from hvfuse.control.events import Events
 from hvfuse.control.jobs import Jobs
 from hvfuse.control.statistics import CycleRecord, Failure, Statistics, Sums
-from hvfuse.errors import CorruptError, HvfuseError, UnreachableError
+from hvfuse.errors import CorruptError, HvfuseError, StateError, UnreachableError
 from hvfuse.shipper.copy import CopyReport
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.orders import Orders
@@ -161,6 +161,10 @@ class Records:
             before = self._record(vm, kept)
             state = before.state
             for event in events:
+                if state is ReplicationState.DISABLED and before.enabled is False and event is not Event.ENABLE:
+                    raise StateError(
+                        f"{vm}: replication was disabled; allowed: enable", hint=f"hvfuse replication enable {vm}"
+                    )
                 state = next_state(state, event, what=vm)
             record = replace(before, **changes(before), state=state)
             if state in COUNTED and before.state not in COUNTED:

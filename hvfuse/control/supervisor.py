@@ -167,11 +167,20 @@ class Keeper:
         self._home = home
         self._records = records
         self._told: dict[str, Any] = {}
+        self._is_protected = True
 
     def tick(self) -> None:
-        """Keep both alive; the shipper has nothing to do before the tracker first answered."""
+        """Keep both alive; the shipper has nothing to do before the tracker first answered, and none is there for a VM
+        that is not to be replicated: that one is mounted all the same, until somebody unmounts it."""
+        with contextlib.suppress(HvfuseError):  # what cannot be read is as it was: the mount comes first
+            self._is_protected = self._records.read(self.vm).state is not ReplicationState.DISABLED
+        self.tracker.check()
+        if not self._is_protected and not self.tracker.is_running and self.tracker.has_ended_well:
+            return
         self.tracker.tick()
-        if self.tracker.is_ready or self.shipper.is_running:
+        if not self._is_protected:
+            self.stop_shipper(force=False)
+        elif self.tracker.is_ready or self.shipper.is_running:
             self.shipper.tick()
         self._tell(self.tracker, lambda error, hint: {"tracker_error": error, "tracker_hint": hint})
         self._tell(self.shipper, lambda error, _: {"shipper_error": error})
@@ -223,7 +232,8 @@ class Keeper:
 class Supervisor:
     """Keeps the processes of all VMs of a home alive. `tick` and `stop` are for one thread.
 
-    `protects`: whether a new VM is taken up by itself; one whose state is not Disabled is in any case.
+    `protects`: whether a VM of which nobody said anything is replicated. One that is not is mounted all the same, as a
+    guest must start whether or not its disks are replicated.
     """
 
     def __init__(
@@ -283,14 +293,15 @@ class Supervisor:
             raise failures[0]
 
     def _may_take(self, vm: str, *, at_start: bool) -> bool:
-        """Whether the folder is one that was taken up before, or our own, or a new one that is complete and that the
-        policy does not leave to an administrator."""
-        known = vm == self._sample or self._records.read(vm).state is not ReplicationState.DISABLED
-        return known or (self._protects(vm) and self._arrivals.is_settled(vm, at_start=at_start))
+        """Whether the folder is one that was taken up before, or our own, or a new one that is complete."""
+        record = self._records.read(vm)
+        known = vm == self._sample or record.state is not ReplicationState.DISABLED or record.enabled is not None
+        return known or self._arrivals.is_settled(vm, at_start=at_start)
 
     def _keep(self, vm: str) -> Keeper:
         self._home.make_vm(vm)
-        if self._records.read(vm).state is ReplicationState.DISABLED:
+        record = self._records.read(vm)
+        if record.state is ReplicationState.DISABLED and record.enabled is None and self._protects(vm):
             self._records.apply(vm, Event.ENABLE)
         return self._keeper(vm)
 

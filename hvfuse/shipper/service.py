@@ -56,7 +56,8 @@ class StoppedError(UnreachableError):
 class Shipper:
     """Ships one VM at its policy's frequency, and when asked to.
 
-    `folder`: where the disks' images lie. `housekeep` is called after cycles were committed. `proofs_path`: of the
+    `folder`: where the disks' images lie. `housekeep` is called after cycles were committed,
+    `on_point` once they are shown in the records, and when `run` begins. `proofs_path`: of the
     file of what verification proved; without one nothing can be verified. `guest`: see `Replication`.
     """
 
@@ -71,6 +72,7 @@ class Shipper:
         policy: CurrentPolicy,
         clock: Clock,
         housekeep: Callable[[], None] = lambda: None,
+        on_point: Callable[[], None] = lambda: None,
         proofs_path: str | None = None,
         guest: Guest | None = None,
     ) -> None:
@@ -104,6 +106,7 @@ class Shipper:
             clock=clock,
             between=self.check_stop,
         )
+        self._on_point = on_point
         self._verifier: Verifier | None = None
         if proofs_path is not None:
             self._verifier = Verifier(
@@ -142,6 +145,7 @@ class Shipper:
             "cancel": lambda message: _told(self.cancel()),
             "pause": lambda message: _told(self._order(Orders.pause)),
             "unpause": lambda message: _told(self._order(Orders.unpause)),
+            "wake": lambda message: self._wake_up(),
             "export": lambda message: self.request(partial(self.export, str(message.get("directory")))).as_json(),
             "unseed": lambda message: _told(self.unseed()),
             "verify": lambda message: self.request(partial(self.verify, message)),
@@ -163,13 +167,23 @@ class Shipper:
 
     def _cycle(self, *, asked: bool, application: bool = False) -> CycleReport:
         try:
-            return self._replication.cycle_now(asked=asked, application=application)
+            report = self._replication.cycle_now(asked=asked, application=application)
         except OSError as error:
             raise refusal(error) from error
+        self._tell_point()
+        return report
+
+    def _tell_point(self) -> None:
+        """The point is safe whatever happens here."""
+        try:
+            self._on_point()
+        except (HvfuseError, OSError) as error:
+            _log.warning("%s: after the recovery point: %s", self._vm, error)
 
     def run(self, stop_event: threading.Event) -> None:
         """Ship until `stop_event` is set, by anybody, or somebody asks over the socket to stop."""
         self._stop = stop_event
+        self._tell_point()
         try:
             while not stop_event.is_set():
                 wait = self.turn()
@@ -332,6 +346,7 @@ class Shipper:
         pause                -> "orders"; nothing is shipped any more, writes are logged
         unpause              -> "orders"; takes back both kinds of suspension
         cancel               -> "orders"
+        wake                 -> {}; what is due or failed is tried at once
         export  directory    -> the fields of `ExportReport`, once the medium is complete
         unseed               -> "orders"
         verify  ...          -> `hvfuse.shipper.verifier`
@@ -355,6 +370,10 @@ class Shipper:
     def _stop_soon(self) -> Mapping[str, object]:
         self._stop.set()
         self._wake.set()
+        return {}
+
+    def _wake_up(self) -> Mapping[str, object]:
+        self._hand_over(self._look_again)
         return {}
 
     def request_cycle(self, *, application: bool = False) -> CycleReport:

@@ -286,7 +286,7 @@ def open_environment(
                 os.makedirs(key[1], mode=0o700, exist_ok=True)
             elif not os.path.exists(os.path.join(key[1], "data.mdb")):
                 raise NotFoundError(f"{path}: there is no store")
-            _refuse_unfit_filesystem(key[1])
+            refuse_unfit_filesystem(key[1])
             environment = _open[key] = Environment(key[1], create=create, map_size=map_size, read_only=read_only)
         elif not read_only:
             environment.allow_writing()
@@ -303,8 +303,11 @@ def close_environment(environment: Environment) -> None:
             del _open[os.getpid(), environment.path]
 
 
-def _refuse_unfit_filesystem(path: str) -> None:
-    """Raises UnsupportedError on a file system where LMDB's map or locks cannot be relied on."""
+def refuse_unfit_filesystem(path: str) -> None:
+    """Raises UnsupportedError on a file system where LMDB's map or locks cannot be relied on. What is missing of
+    `path` yet would lie on that of what is there."""
+    while not os.path.exists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
     name = _REFUSED_FILESYSTEMS.get(filesystem_type(path))
     if name is not None:
         raise UnsupportedError(

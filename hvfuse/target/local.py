@@ -23,7 +23,7 @@ from hvfuse.formats.digests import DigestKey, Digests
 from hvfuse.frames import Frame, unpack_header
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint
 from hvfuse.position import Position, PositionMismatchError
-from hvfuse.target import cycles, schema, staging, unsynced
+from hvfuse.target import cycles, relation, schema, staging, unsynced
 from hvfuse.target.admission import admit_frame, check_manifest, check_name, is_same
 from hvfuse.target.digests import HeldBlocks, held_ends
 from hvfuse.target.direct import DirectCopy
@@ -72,7 +72,8 @@ class LocalReplica:
     """The replica of VM `vm` in `store`. For one thread at a time; several processes may each have one.
 
     What is asked of it, and what it raises, is the shipper's `Replica`; beyond that BusyError when
-    another process takes in the same VM's cycle, and IncompleteCycleError.
+    another process takes in the same VM's cycle, IncompleteCycleError, and SuspendedError from whatever takes
+    something in, while an administrator has suspended the replica.
     """
 
     def __init__(self, store: Store, vm: str) -> None:
@@ -158,7 +159,8 @@ class LocalReplica:
         unsynced.drop(self._store.unsynced_path(self._vm))
 
     def _abandon(self, txn: Txn) -> None:
-        self._store.save_vm(txn, staging.drop(txn, self._store, self._store.load_vm(txn, self._vm)))
+        vm = staging.drop(txn, self._store, self._store.load_vm(txn, self._vm))
+        self._store.save_vm(txn, relation.abandoned(vm))
 
     def extent(self, disk_id: bytes) -> int:
         """See `Replica`: of a disk of the open COPY."""
@@ -256,6 +258,7 @@ class LocalReplica:
 
     def _commit(self, txn: Txn, manifest: CycleManifest, frame_count: int) -> PointRecord:
         vm = self._store.load_vm(txn, self._vm)
+        relation.demand_open(vm)
         if vm.position == manifest.position():
             return self._store.load_cycle(txn, vm, vm.head_seq)
         opened = self._store.load_staging(txn, vm)
@@ -287,6 +290,7 @@ class LocalReplica:
             data_ends=ends,
         )
         self._store.save_cycle(txn, vm, cycle)
+        vm = relation.committed(txn, self._store, vm, manifest)
         vm = replace(vm, position=cycle.position, head_seq=cycle.seq, disks=cycle.disks)
         if opened.direct:
             vm = replace(vm, base_seq=cycle.seq, floor_seq=cycle.seq)

@@ -9,6 +9,7 @@ point's u64 seq and u64 time (ns since 1970), and entries are an array, each beh
     meta        "format"                         u32: FORMAT
                 "epoch"                          u64: raised by every failover
                 "next-vm", "next-pin"            u64: the next number to give out
+                "gone/", vm u32                  name of a VM that is being deleted (`hvfuse.target.removal`)
     vms         name of the VM, bytes            VmRecord
     points      vm u32, seq u64                  PointRecord, of every cycle from the base on
     point-ids   vm u32, id of the point          listing: of the recovery points alone
@@ -61,6 +62,7 @@ FRAMES, PLACEMENTS, INDEX, WIDE = b"frames", b"placements", b"index", b"wide"
 STAGING, HELD, PINS = b"staging", b"held", b"pins"
 DATABASES = (META, VMS, POINTS, POINT_IDS, FRAMES, PLACEMENTS, INDEX, WIDE, STAGING, HELD, PINS)
 
+PREFIX_GONE = b"gone/"
 KEY_FORMAT, KEY_EPOCH, KEY_NEXT_VM, KEY_NEXT_PIN = b"format", b"epoch", b"next-vm", b"next-pin"
 
 REGION = 64 << 20
@@ -318,7 +320,8 @@ class DiskRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmRecord:
-    """One VM's replica. `state`: text for the control plane. `next_disk`: next disk number to give.
+    """One VM's replica. `state`: `hvfuse.target.relation`; empty in stores of before. `next_disk`: the next number to
+    give to a disk.
 
     `disks` are those of head_seq. The three seqs are explained in the module's docstring; 0: none yet.
     """

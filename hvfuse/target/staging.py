@@ -9,7 +9,7 @@ from dataclasses import replace
 from hvfuse.errors import BusyError, ResyncRequiredError
 from hvfuse.manifest import CycleKind, CycleManifest
 from hvfuse.position import PositionMismatchError
-from hvfuse.target import cycles, schema
+from hvfuse.target import cycles, relation, schema
 from hvfuse.target.admission import is_same
 from hvfuse.target.environment import Txn
 from hvfuse.target.schema import STAGE_ID_SIZE, UNKNOWN_DISK, DiskRecord, StagingRecord, VmRecord
@@ -20,9 +20,11 @@ def begin(txn: Txn, store: Store, vm_name: str, manifest: CycleManifest) -> tupl
     """Open a cycle, or take an interrupted one up again. Returns its record, None if the replica stands at it
     already, and the numbers of the frames held.
 
-    Raises PositionMismatchError, ResyncRequiredError (a disk that the replica does not know).
+    Raises PositionMismatchError, ResyncRequiredError (a disk that the replica does not know), SuspendedError,
+    StateError, and BusyError (the replica before it is not wholly deleted).
     """
     vm = store.find_vm(txn, vm_name) or store.create_vm(txn, vm_name)
+    relation.demand_open(vm)
     if vm.position == manifest.position():
         return None, _staged_numbers(txn, store, vm, vm.head_seq)
     if manifest.previous is not None and manifest.previous != vm.position:
@@ -31,8 +33,11 @@ def begin(txn: Txn, store: Store, vm_name: str, manifest: CycleManifest) -> tupl
             f"{vm.position or 'no position'}",
             theirs=vm.position,
         )
+    vm, before = relation.begun(txn, store, vm, manifest), vm
     staging = store.load_staging(txn, vm)
     if staging is not None and is_same(staging, manifest):
+        if vm != before:
+            store.save_vm(txn, vm)
         if not staging.direct:
             return staging, _staged_numbers(txn, store, vm, staging.seq)
         staging = replace(staging, opened=staging.opened + 1)
@@ -53,8 +58,9 @@ def drop(txn: Txn, store: Store, vm: VmRecord) -> VmRecord:
 
 
 def load_open(txn: Txn, store: Store, vm_name: str, opened: StagingRecord | None) -> VmRecord:
-    """The VM, whose staged cycle must still be the one that was opened. Raises BusyError."""
+    """The VM, whose staged cycle must still be the one that was opened. Raises BusyError, SuspendedError."""
     vm = store.load_vm(txn, vm_name)
+    relation.demand_open(vm)
     staging = store.load_staging(txn, vm)
     if staging is None or staging != opened:
         raise BusyError(

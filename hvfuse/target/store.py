@@ -18,11 +18,18 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from hvfuse import system
-from hvfuse.errors import NotFoundError
+from hvfuse.errors import BusyError, NotFoundError
 from hvfuse.manifest import RecoveryPoint
 from hvfuse.system import Clock, SystemClock
 from hvfuse.target import schema
-from hvfuse.target.environment import DEFAULT_MAP_SIZE, Txn, close_environment, file_faults, open_environment
+from hvfuse.target.environment import (
+    DEFAULT_MAP_SIZE,
+    Txn,
+    close_environment,
+    file_faults,
+    open_environment,
+    refuse_unfit_filesystem,
+)
 from hvfuse.target.index import scan
 from hvfuse.target.schema import Pin, PointRecord, StagingRecord, VmRecord
 
@@ -56,6 +63,7 @@ class Store:
         self.clock = clock or SystemClock()
         if create:
             with file_faults(self.path):
+                refuse_unfit_filesystem(self.path)  # first: some do not even let a directory be made
                 os.makedirs(self.path, mode=0o700, exist_ok=True)
                 os.makedirs(os.path.join(self.path, REPLICAS_DIRECTORY), mode=0o700, exist_ok=True)
         self.env = open_environment(
@@ -111,10 +119,21 @@ class Store:
         txn.put(schema.vm_key(vm.name), vm.pack(), db=self.env.db(schema.VMS))
 
     def create_vm(self, txn: Txn, name: str) -> VmRecord:
-        """A new VM with nothing in it."""
+        """A new VM with nothing in it. Raises BusyError if the one of that name before it is half deleted."""
+        if self.half_deleted(txn, name):
+            raise BusyError(
+                f"{name}: the replica that it had is not wholly deleted yet",
+                hint=f"hvfuse replication disable {name} --delete-replica",
+            )
         vm = VmRecord(id=self._next(txn, schema.KEY_NEXT_VM), name=name)
         self.save_vm(txn, vm)
         return vm
+
+    def half_deleted(self, txn: Txn, name: str) -> list[int]:
+        """The numbers of VMs of that name whose deletion was begun (`hvfuse.target.removal`)."""
+        start, stop = schema.PREFIX_GONE, schema.PREFIX_GONE + b"\xff" * 5
+        found = scan(txn, self.env, schema.META, start, stop)
+        return [schema.number_of(key[-4:]) for key, value in found if value == os.fsencode(name)]
 
     def replica_folder(self, vm: str) -> str:
         """Where a VM's replica images lie."""

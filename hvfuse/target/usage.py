@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from hvfuse.manifest import RecoveryPoint
-from hvfuse.target import cycles, schema
+from hvfuse.target import cycles, relation, schema
 from hvfuse.target.environment import Txn, file_faults
 from hvfuse.target.schema import VmRecord
 from hvfuse.target.store import Store
@@ -71,7 +71,7 @@ def _vm_usage(store: Store, txn: Txn, vm: VmRecord, pins: int) -> VmUsage:
     staged = cycles.placements(txn, store.env, vm, first=vm.head_seq + 1, last=vm.head_seq + 1)
     return VmUsage(
         name=vm.name,
-        state=vm.state,
+        state=relation.state(txn, store, vm).value,
         position=None if vm.position is None else str(vm.position),
         disks=len(vm.disks),
         points=len(points),

@@ -16,6 +16,7 @@ The main thread belongs to FUSE; one thread of the control socket takes requests
     take_in                         -> "added", "removed", "waiting": disks that came or were excluded, and why not yet
     configure exclude, hard_limit,  -> {}; new values of what the process was started with
               soft_limit
+    end                             -> {}; replication was disabled: nothing is logged or marked any more
     stop     force (default false)  -> {}; BusyError while somebody uses the mount, unless forced
 
 In "touched" and "doubt", "disks" is {disk id, hexadecimal: [[offset, length], ...]}, in bytes.
@@ -55,11 +56,12 @@ def run_tracker(
     exclude: frozenset[str],
     hard_limit: float = HARD_LIMIT,
     soft_limit: float = SOFT_LIMIT,
+    disabled: bool = False,
 ) -> None:
     """Serve one VM until it is unmounted or told to stop. Blocks; belongs in the main thread.
 
     `hard_limit`: part of the disks' size that logs may take before they are given up; `soft_limit`: the same while
-    a copy is under way.
+    a copy is under way. `disabled`: replication was ended, and whoever did it may not have come to say so here.
 
     Raises NotFoundError, BusyError, CorruptError, UnsupportedError or PrerequisiteError before
     anything is mounted.
@@ -68,6 +70,8 @@ def run_tracker(
     check_mountpoint(mountpoint)
     tracked = TrackedVm(vm, folder, exclude=exclude, hard_limit=hard_limit, soft_limit=soft_limit)
     tracked.attach()
+    if disabled:
+        tracked.end()
     control = TrackerControl(tracked, mountpoint)
     listener: wire.Listener | None = None
 
@@ -107,6 +111,7 @@ class TrackerControl:
             "doubt": self._doubt,
             "take_in": lambda request: dataclasses.asdict(vm.take_in()),
             "configure": self._configure,
+            "end": self._end,
             "stop": self._stop,
         }
 
@@ -159,6 +164,10 @@ class TrackerControl:
         if not isinstance(hard, int | float) or not isinstance(soft, int | float) or min(hard, soft) <= 0:
             raise UsageError("hard_limit and soft_limit are parts of the disks' size, above 0")
         self._vm.configure(exclude=frozenset(exclude), hard_limit=hard, soft_limit=soft)
+        return {}
+
+    def _end(self, _request: wire.Message) -> dict[str, Any]:
+        self._vm.end()
         return {}
 
     def _stop(self, request: wire.Message) -> dict[str, Any]:

@@ -416,6 +416,21 @@ class TrackedVm:
         for disk, _ in self.tracked():
             disk.marks_only = scope is Scope.REGIONS
 
+    def end(self) -> None:
+        """Replication of the VM was disabled: give the logs up. From now on nothing is logged or marked, and the disks
+        are served all the same; should it be enabled again, everything is compared. Durable; idempotent."""
+        with self._rotation:
+            if self._generation == NOT_TRACKED:
+                return
+            with self.gate:
+                self.degrade("replication was disabled", full=True)
+            for disk, _ in self.tracked():
+                disk.drop_retired()
+                disk.drop_strays()  # of a process that was killed in here
+            with contextlib.suppress(OSError):  # they take up room, and nothing else
+                spool.clear(self.folder)
+            self._count_sealed()
+
     # The set of disks -------------------------------------------------------------------------
 
     @property

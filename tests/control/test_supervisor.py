@@ -119,22 +119,60 @@ def test_a_sample_that_was_cut_short_is_made_anew(home: Home) -> None:
     assert os.listdir(folder) == ["sample.vhd"]
 
 
-def test_a_new_vm_is_left_to_an_administrator_if_the_policy_says_so(
+def test_a_new_vm_that_the_policy_leaves_to_an_administrator_is_mounted_and_not_replicated(
     home: Home, records: Records, clock: HandClock, make: Callable[..., Supervisor]
 ) -> None:
-    manual = {"a"}
-    supervisor = make(protects=lambda vm: vm not in manual)
+    supervisor = make(protects=lambda vm: vm != "a")
     add_vm(home, "a")
     add_vm(home, "b")
     until(lambda: all_ready(supervisor, "b"))
+    until(lambda: supervisor.tick() or supervisor.vms["a"].tracker.is_ready)
     for _ in range(3):
         clock.at += SCAN_SECONDS + STILL_SECONDS
         supervisor.tick()
-    assert set(supervisor.vms) == {"b"}
+    assert not supervisor.vms["a"].shipper.is_running
     assert records.read("a").state is ReplicationState.DISABLED
     records.apply("a", Event.ENABLE)
-    clock.at += SCAN_SECONDS
     until(lambda: all_ready(supervisor, "a"))
+
+
+def test_a_disabled_vm_has_its_shipper_ended_and_its_mount_served_until_somebody_unmounts_it(
+    home: Home, records: Records, clock: HandClock, make: Callable[..., Supervisor]
+) -> None:
+    add_vm(home, "a")
+    supervisor = make()
+    until(lambda: all_ready(supervisor, "a"))
+    keeper, served = supervisor.vms["a"], supervisor.vms["a"].tracker.pid
+    records.apply("a", Event.DISABLE, enabled=False)
+    until(lambda: supervisor.tick() or not keeper.shipper.is_running)
+    clock.at += 100
+    supervisor.tick()
+    assert (keeper.tracker.pid, keeper.shipper.is_running) == (served, False)
+    keeper.tracker.send(signal.SIGKILL)  # a mount that breaks is made whole
+    until(lambda: keeper.tracker.check() or not keeper.tracker.is_running)
+    clock.at += 100
+    until(lambda: supervisor.tick() or (keeper.tracker.is_ready and keeper.tracker.pid != served))
+    keeper.tracker.send(signal.SIGTERM)  # one that ends well was meant to
+    until(lambda: supervisor.tick() or not keeper.tracker.is_running)
+    clock.at += 100
+    supervisor.tick()
+    assert not keeper.tracker.is_running
+    assert records.read("a").tracker_error is None
+    assert (records.read("a").state, records.read("a").enabled) == (ReplicationState.DISABLED, False)
+    records.apply("a", Event.ENABLE, enabled=True)
+    until(lambda: all_ready(supervisor, "a"))
+
+
+def test_one_that_was_disabled_is_mounted_by_the_next_supervisor_too_and_not_enabled(
+    home: Home, records: Records, make: Callable[..., Supervisor]
+) -> None:
+    add_vm(home, "a")
+    records.update("a", enabled=False)
+    supervisor = make()
+    until(lambda: supervisor.tick() or ("a" in supervisor.vms and supervisor.vms["a"].tracker.is_ready))
+    supervisor.tick()
+    assert not supervisor.vms["a"].shipper.is_running
+    assert records.read("a").state is ReplicationState.DISABLED
 
 
 def test_a_vm_that_was_taken_up_once_is_whatever_the_policy_says_by_now(

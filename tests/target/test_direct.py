@@ -23,7 +23,7 @@ from hvfuse.errors import BusyError, HvfuseError, NoSpaceError
 from hvfuse.frames import EXTENT_DTYPE, Fill, FrameWriter
 from hvfuse.manifest import CycleKind, CycleManifest
 from hvfuse.position import PositionMismatchError
-from hvfuse.target import direct, unsynced
+from hvfuse.target import direct, schema, unsynced
 from hvfuse.target.check import check
 from hvfuse.target.local import SMALL_FRAMES, LocalReplica
 from hvfuse.target.store import Store
@@ -728,7 +728,7 @@ def test_an_abandoned_cycle_leaves_the_replica_where_it_stood(store, source, kin
     replica = LocalReplica(store, "vm")
     source.copy_to(replica)
     source.ship_to(replica)
-    before = rows(store)
+    before, disks = rows(store), store.vm("vm")
     source.write("a.raw", 100, b"new" * 1000)
     manifest, frames = source.begin_cycle()
     if kind is CycleKind.COPY:
@@ -740,10 +740,12 @@ def test_an_abandoned_cycle_leaves_the_replica_where_it_stood(store, source, kin
     replica.begin(manifest)
     for frame in frames:
         replica.put(frame)
-    replica.abandon()
-    assert rows(store) == before
-    replica.abandon()
-    assert rows(store) == before
+    for _ in range(2):
+        replica.abandon()
+        assert dataclasses.replace(store.vm("vm"), state=disks.state) == disks
+        needs_copy = kind is CycleKind.COPY
+        assert store.vm("vm").state == ("WaitingForStartResynchronize" if needs_copy else "Replicating")
+        assert [row for row in rows(store) if row[0] != schema.VMS] == [row for row in before if row[0] != schema.VMS]
     manifest, frames = source.begin_cycle()
     source.end_cycle(manifest, send(replica, manifest, frames))
     check_points(store, source)

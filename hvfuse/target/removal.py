@@ -1,0 +1,120 @@
+"""Deleting a VM's replica: all keys of it in every database, its images, its note.
+
+The first transaction takes the VM's record away and leaves a mark in its place: from then on there is no replica, and
+no new one of that name before what is left of the old one is gone. That goes in transactions of bounded size. The
+mark goes last: killed anywhere, `remove` goes on where it was.
+
+A new replica gets a number of its own, so no key of the old one can be taken for one of it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+
+from hvfuse import system
+from hvfuse.errors import BusyError, NotFoundError
+from hvfuse.target import schema, unsynced
+from hvfuse.target.environment import Txn, file_faults
+from hvfuse.target.images import ReplicaImages
+from hvfuse.target.index import scan
+from hvfuse.target.store import Store, holder_is_alive
+
+BATCH = 512
+"""Keys deleted in one transaction."""
+
+_OF_VM = (
+    schema.POINTS, schema.POINT_IDS, schema.FRAMES, schema.PLACEMENTS, schema.INDEX, schema.WIDE, schema.STAGING,
+    schema.HELD,
+)  # fmt: skip
+"""Databases whose keys begin with the number of a VM."""
+_HELD_BY_LIFE = "reader"
+"""Kind of a pin that means nothing once its process is gone."""
+
+
+def remove(store: Store, vm_name: str) -> bool:
+    """Delete the replica of a VM, or go on with that. Returns whether there was anything to delete.
+
+    Nobody else may take anything in for it meanwhile. Raises BusyError while a recovery point is pinned (a test
+    failover stands) or the images are being written.
+    """
+    with store.env.read() as txn:
+        is_known = store.find_vm(txn, vm_name) is not None or store.half_deleted(txn, vm_name)
+    if not is_known:
+        return False
+    folder = store.replica_folder(vm_name)
+    with file_faults(folder):
+        os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
+    with ReplicaImages(folder) as images, images.lock():
+        store.write("removal:mark", lambda txn: _mark(txn, store, vm_name))
+        with store.env.read() as txn:
+            numbers = store.half_deleted(txn, vm_name)
+        unsynced.drop(store.unsynced_path(vm_name))
+        with file_faults(folder):
+            system.passing("removal:images")
+            shutil.rmtree(folder)
+            system.fsync_directory("removal:folder", os.path.dirname(folder))
+    for number in numbers:
+        for database in _OF_VM:
+            while store.write("removal:keys", partial(_drop, store, database, number)):
+                pass
+        store.write("removal:end", partial(_forget, store, number))
+    return True
+
+
+def is_half_done(store: Store, vm_name: str) -> bool:
+    """Whether a deletion was begun and has not ended."""
+    with store.env.read() as txn:
+        return bool(store.half_deleted(txn, vm_name))
+
+
+def holders(store: Store, vm_name: str) -> list[schema.Pin]:
+    """The pins that keep the replica from being deleted: all but those of readers that are gone."""
+    with store.env.read() as txn:
+        return list(_holders(txn, store, vm_name))
+
+
+def _mark(txn: Txn, store: Store, vm_name: str) -> None:
+    vm = store.find_vm(txn, vm_name)
+    if vm is None:
+        return
+    for pin in _holders(txn, store, vm_name):
+        raise BusyError(
+            f"{vm_name}: recovery point {pin.point_id} is in use ({pin.owner.get('kind')} {pin.id}): the replica stays",
+            hint=f"hvfuse failover cleanup {vm_name}",
+        )
+    for pin in [pin for pin in store.scan_pins(txn) if pin.vm == vm_name]:
+        txn.delete(schema.u64(pin.id), db=store.env.db(schema.PINS))
+    txn.delete(schema.vm_key(vm_name), db=store.env.db(schema.VMS))
+    txn.put(schema.PREFIX_GONE + schema.u32(vm.id), os.fsencode(vm_name), db=store.env.db(schema.META))
+
+
+def _holders(txn: Txn, store: Store, vm_name: str) -> Iterator[schema.Pin]:
+    for pin in store.scan_pins(txn):
+        if pin.vm == vm_name and (pin.owner.get("kind") != _HELD_BY_LIFE or holder_is_alive(pin)):
+            yield pin
+
+
+def _drop(store: Store, database: bytes, number: int, txn: Txn) -> bool:
+    """Delete some of the VM's keys of one database. Returns whether there may be more."""
+    start, stop = schema.u32(number), schema.u32(number + 1)
+    keys = [key for key, _ in islice(scan(txn, store.env, database, start, stop), BATCH)]
+    for key in keys:
+        txn.delete(key, db=store.env.db(database))
+    return len(keys) == BATCH
+
+
+def _forget(store: Store, number: int, txn: Txn) -> None:
+    txn.delete(schema.PREFIX_GONE + schema.u32(number), db=store.env.db(schema.META))
+
+
+def exists(store: Store, vm_name: str) -> bool:
+    """Whether there is a replica of that name, or what is left of one."""
+    try:
+        store.vm(vm_name)
+    except NotFoundError:
+        return is_half_done(store, vm_name)
+    return True
