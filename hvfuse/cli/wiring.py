@@ -105,7 +105,7 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
 
     Raises BusyError when another process does, StateError when the VM is not to be replicated.
     """
-    from hvfuse.control import protection
+    from hvfuse.control import protected
     from hvfuse.control.guest import GuardedGuest
     from hvfuse.shipper.policy import CurrentPolicy
     from hvfuse.shipper.service import Shipper
@@ -119,7 +119,7 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
     with system.exclusive_lock(home.shipper_lock(vm)) as had:
         if not had:
             raise BusyError(f"{vm}: another process is replicating it just now", hint="try again in a moment")
-        protection.begin(records, vm, followed.policy)  # with the lock, without which nobody disables it
+        protected.begin(records, vm, followed.policy)  # with the lock, without which nobody disables it
         records.of(vm).count_absence(followed.policy.frequency)
         with Store(home.store) as store, closing(LocalReplica(store, vm)) as replica:
 
@@ -135,7 +135,7 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
                 policy=CurrentPolicy(followed.shipping(), look=followed.shipping),
                 clock=clock,
                 housekeep=keep_house,
-                on_point=protection.Finalizer(
+                on_point=protected.Finalizer(
                     records, vm, store=store, source=source, housekeep=keep_house, clock=clock
                 ),
                 proofs_path=home.proofs(vm),

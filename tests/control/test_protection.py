@@ -15,7 +15,7 @@ from hvfuse.control import database
 from hvfuse.control.config import Config
 from hvfuse.control.home import Home
 from hvfuse.control.job import JobKind, JobState
-from hvfuse.control.protection import FINALIZE_AGAIN, Finalizer
+from hvfuse.control.protected import FINALIZE_AGAIN, Finalizer
 from hvfuse.control.records import Records
 from hvfuse.errors import HvfuseError
 from hvfuse.manifest import RecoveryPoint
