@@ -320,7 +320,8 @@ class TrackedDisk(DiskLogs):
             self._close_image()
 
     def close(self) -> None:
-        """Let go of image, index and state."""
+        """Let go of image, logs, index and state, as they are."""
+        self.close_logs()
         self._let_go()
         self._close_image()
 

@@ -175,6 +175,15 @@ class DiskLogs:
                 with contextlib.suppress(OSError):  # the file is in nobody's way
                     self._discard(log)
 
+    def close_logs(self) -> None:
+        """Let go of the logs as they are; their files stay, unsealed. Nobody writes any more."""
+        retired = self._retired[0] if self._retired else None
+        logs = (self.log, self._standby, retired)
+        self.log = self._standby = self._retired = None
+        for log in logs:
+            if log is not None:
+                log.close()
+
     def drop_retired(self) -> None:
         """Give up a log that could not be sealed."""
         if self._retired is not None:

@@ -38,6 +38,7 @@ class StoredHost(Host):
 
     def __init__(self, tmp_path) -> None:
         super().__init__(tmp_path)
+        _MADE.append(self)
         self.store = Store(str(tmp_path / "store"), map_size=1 << 28)
         self.puts: list[tuple[bytes, int, int]] = []
         self.large: list[tuple[bytes, int, int]] = []
@@ -75,6 +76,9 @@ class StoredHost(Host):
             reader.close()
 
 
+_MADE: list[StoredHost] = []
+
+
 class Counted(LocalReplica):
     """The real replica; notes what it is given and dies where it is told to."""
 
@@ -93,13 +97,19 @@ class Counted(LocalReplica):
             raise Killed
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays_open() -> Iterator[None]:
+    yield
+    while _MADE:
+        host = _MADE.pop()
+        host.replica.close()
+        host.store.close()
+        host.detach()
+
+
 @pytest.fixture
-def host(tmp_path) -> Iterator[StoredHost]:
-    host = StoredHost(tmp_path)
-    yield host
-    host.replica.close()
-    host.store.close()
-    host.detach()
+def host(tmp_path) -> StoredHost:
+    return StoredHost(tmp_path)
 
 
 def test_every_point_reads_as_the_disks_were_before_and_after_merging(host):
