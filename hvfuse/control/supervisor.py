@@ -204,6 +204,13 @@ class Keeper:
                 data={"process": daemon.name, "pid": daemon.pid, "runs": failure is None},
                 now_ns=time.time_ns(),
             )
+            if failure is None and daemon is self.tracker and self.shipper.is_ready:
+                # It may have asked the tracker in vain, and would try again by the ladder, in a minute at the earliest.
+                threading.Thread(target=self._wake_shipper, name=f"wake:{self.vm}", daemon=True).start()
+
+    def _wake_shipper(self) -> None:
+        with contextlib.suppress(HvfuseError):
+            wire.request(self.shipper.socket_path, "wake", timeout=ASK_SECONDS)
 
     def stop_shipper(self, *, force: bool) -> None:
         """Ask the shipper to end, or kill it."""

@@ -19,7 +19,7 @@ from .conftest import Installation, identical
 
 pytestmark = pytest.mark.mount
 
-SECONDS = int(os.environ.get("HVFUSE_SECONDS", "24"))
+SECONDS = int(os.environ.get("HVFUSE_SECONDS", "15"))
 KEPT = max(5, SECONDS // 10)
 """Seconds for which points are kept: short, so that it can be seen that the store stops growing."""
 SIZE = 64 << 20
