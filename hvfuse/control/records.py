@@ -152,8 +152,14 @@ class Records:
         return Orders.from_json(record.orders)
 
     def _change(
-        self, vm: str, changes: Callable[[VmRecord], Mapping[str, Any]], events: tuple[Event, ...] = ()
+        self,
+        vm: str,
+        changes: Callable[[VmRecord], Mapping[str, Any]],
+        events: tuple[Event, ...] = (),
+        *,
+        cycle: CycleRecord | None = None,
     ) -> VmRecord:
+        """What does not change anything is not written: it costs no sync."""
         now_ns = self._clock.now_ns()
 
         def act(txn: Transaction) -> VmRecord:
@@ -172,21 +178,19 @@ class Records:
             owner = system.process_identity(os.getpid())
             change = following.Change(vm=vm, before=before, after=record, events=events, owner=owner, now_ns=now_ns)
             record = replace(record, copy_job=following.follow(txn, change))
-            txn.put(_vm_key(vm), {**(kept or {}), **asdict(record)})
+            if cycle is not None:
+                statistics.add_cycle(txn, vm, cycle, now_ns=now_ns)
+                record = replace(record, counted_ns=now_ns, last_applied_time_ns=now_ns)
+            if kept is None or record != before:
+                txn.put(_vm_key(vm), {**(kept or {}), **asdict(record)})
             return record
 
         return self._database.write(act)
 
-    def add_cycle(self, vm: str, cycle: CycleRecord) -> None:
-        """Keep the statistics of a cycle that the target has just got: until now, none is missed that was not told
-        of. Durable."""
-        now_ns = self._clock.now_ns()
-
-        def act(txn: Transaction) -> None:
-            statistics.add_cycle(txn, vm, cycle, now_ns=now_ns)
-            _change_kept(txn, vm, counted_ns=now_ns, last_applied_time_ns=now_ns)
-
-        self._database.write(act)
+    def add_cycle(self, vm: str, cycle: CycleRecord, /, *events: Event, **changes: Any) -> VmRecord:
+        """Keep the statistics of a cycle that the target has just got, and what changes with it, as `apply` does, in
+        one transaction: until now, none is missed that was not told of. Returns the new record; durable."""
+        return self._change(vm, lambda _: changes, events, cycle=cycle)
 
     def count(self, vm: str, *sums: Sums, until_ns: int | None = None) -> None:
         """Count what happened; `until_ns`: until when missed cycles are counted with it. Durable."""
@@ -269,10 +273,10 @@ class VmRecords:
         """The record's `last_app_consistent_ns`."""
         return self.read().last_app_consistent_ns
 
-    def cycle(self, report: CycleReport) -> None:
-        """Keep the statistics of a committed cycle; durable."""
+    def cycle(self, report: CycleReport, *events: Event, **changes: Any) -> ReplicationState:
+        """Keep the statistics of a committed cycle, and what changes with it; durable, in one step."""
         now_ns = self.clock.now_ns()
-        self.records.add_cycle(
+        return self.records.add_cycle(
             self.vm,
             CycleRecord(
                 cycle=report.cycle,
@@ -288,7 +292,9 @@ class VmRecords:
                 frozen_seconds=report.frozen_seconds,
                 freeze_error=report.freeze_error,
             ),
-        )
+            *events,
+            **changes,
+        ).state
 
     def copied(self, report: CopyReport) -> None:
         """Keep the statistics of a committed copy; durable."""
