@@ -3,8 +3,8 @@
 Hyper-V Replica's rules are for cycles of 5 minutes. Here they scale with the VM's frequency: its hour is LATE_INTERVALS
 intervals. Each row is a reason's id; what a copy that is needed adds is in `hvfuse.control.copy_health`.
 
-    Critical   tracker-damaged, shipper-damaged, logs-damaged, store-damaged, proofs-damaged
-                                      what is asked cannot be read
+    Critical   record-damaged, tracker-damaged, shipper-damaged, logs-damaged, store-damaged, proofs-damaged,
+               folder-damaged         what is asked cannot be read
                store-unreachable      the store does not answer, and the newest point is HUNG_INTERVALS old
                folder-gone            the folder of a VM that is protected is gone
                tracker-failed, tracker-down, shipper-down

@@ -23,7 +23,7 @@ from typing import Any, Self
 from hvfuse import system
 from hvfuse.control import following, statistics
 from hvfuse.control.database import Database, Transaction
-from hvfuse.control.events import Events
+from hvfuse.control.events import Events, add_event
 from hvfuse.control.jobs import Jobs
 from hvfuse.control.statistics import CycleRecord, Failure, Statistics, Sums
 from hvfuse.errors import CorruptError, HvfuseError, StateError, UnreachableError
@@ -210,6 +210,20 @@ class Records:
         def act(txn: Transaction) -> None:
             statistics.drop_sums(txn, vm)
             _change_kept(txn, vm, counted_ns=now_ns, measured_since_ns=now_ns)
+
+        self._database.write(act)
+
+    def tell_health(
+        self, vm: str, health: str, reasons: tuple[str, ...], event: Callable[[str | None], Mapping[str, Any]]
+    ) -> None:
+        """Keep how a VM was told to be, and the event that tells it, in one transaction, if that is news. `event`: its
+        fields, given the health that was told before. Durable."""
+
+        def act(txn: Transaction) -> None:
+            kept = txn.get(_vm_key(vm)) or {}
+            if kept.get("health") != health:
+                add_event(txn, vm=vm, **event(kept.get("health")))
+                txn.put(_vm_key(vm), {**kept, "health": health, "health_reasons": reasons})
 
         self._database.write(act)
 
