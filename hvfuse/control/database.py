@@ -19,8 +19,8 @@ import lmdb
 from hvfuse.errors import CorruptError, HvfuseError, NoSpaceError, UnsupportedError
 
 VERSION = 1
-MAP_SIZE = 1 << 30
-"""Bytes of address space, not of disk: far more than is kept of a thousand VMs."""
+MAP_SIZE = 1 << 34
+"""Bytes of address space, not of disk: more than is kept of a thousand VMs, which is some 3 GB."""
 NUMBER_BYTES = 8
 """A number at the end of a key: big-endian, so that keys sort by it."""
 

@@ -48,7 +48,7 @@ def put_job(txn: Transaction, job: Job, *, now_ns: int) -> None:
     before = txn.get(numbered(_PREFIX, job.id))
     was = None if before is None else before["state"]
     txn.put(numbered(_PREFIX, job.id), job.as_json())
-    if job.state is was:
+    if job.state == was:
         return
     severity = Severity.ERROR if job.state is JobState.FAILED else Severity.INFO
     why = f": {job.errors[-1].message}" if job.state is JobState.FAILED and job.errors else ""
@@ -67,7 +67,7 @@ def find_job(txn: Transaction, job_id: int) -> Job | None:
 def _prune(txn: Transaction, now_ns: int) -> None:
     numbers = txn.numbers(_PREFIX)
     for place, number in enumerate(numbers):
-        job = _readable(txn, number)
+        job = readable_job(txn, number)
         if job is None or not job.has_ended:
             continue  # one that waits for months must not keep those behind it; few do
         is_old = job.ended_ns is not None and now_ns - job.ended_ns > KEPT_SECONDS * 10**9
@@ -77,7 +77,8 @@ def _prune(txn: Transaction, now_ns: int) -> None:
         txn.delete(numbered(_PREFIX, number))
 
 
-def _readable(txn: Transaction, job_id: int) -> Job | None:
+def readable_job(txn: Transaction, job_id: int) -> Job | None:
+    """The job of that id, if it is kept and can be read."""
     try:
         return find_job(txn, job_id)
     except CorruptError as error:
@@ -95,7 +96,7 @@ class Jobs:
     def all(self) -> list[Job]:
         """All jobs that can be read, oldest first, as their processes left them (`bury` first)."""
         with self._database.read() as txn:
-            found = [_readable(txn, number) for number in txn.numbers(_PREFIX)]
+            found = [readable_job(txn, number) for number in txn.numbers(_PREFIX)]
         return [job for job in found if job is not None]
 
     def get(self, job_id: int) -> Job:

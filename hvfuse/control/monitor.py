@@ -99,7 +99,6 @@ class Monitor:
 
         def event(before: str | None) -> dict[str, Any]:
             return {
-                "kind": "health",
                 "severity": _SEVERITY[status.health],
                 "text": f"{before or 'unknown'} → {status.health}{why}",
                 "data": {
@@ -115,7 +114,7 @@ class Monitor:
         try:
             self._records.tell_health(status.name, str(status.health), ids, event)
         except CorruptError:
-            self._records.events.add(vm=status.name, **event(self._unkept.get(status.name)))
+            self._records.events.add(kind="health", vm=status.name, **event(self._unkept.get(status.name)))
             self._unkept[status.name] = str(status.health)
 
 

@@ -217,12 +217,12 @@ class Records:
         self, vm: str, health: str, reasons: tuple[str, ...], event: Callable[[str | None], Mapping[str, Any]]
     ) -> None:
         """Keep how a VM was told to be, and the event that tells it, in one transaction, if that is news. `event`: its
-        fields, given the health that was told before. Durable."""
+        other fields, given the health that was told before. Durable."""
 
         def act(txn: Transaction) -> None:
             kept = txn.get(_vm_key(vm)) or {}
             if kept.get("health") != health:
-                add_event(txn, vm=vm, **event(kept.get("health")))
+                add_event(txn, kind="health", vm=vm, **event(kept.get("health")))
                 txn.put(_vm_key(vm), {**kept, "health": health, "health_reasons": reasons})
 
         self._database.write(act)
@@ -316,16 +316,8 @@ class VmRecords:
 
     def resume(self) -> None:
         """The state of a VM that is not suspended any more, if its orders say so: as it was before."""
-        record, orders = self.read(), self.orders()
-        if orders.paused or orders.suspended:
-            return
-        match record.state:
-            case ReplicationState.RESYNCHRONIZE_SUSPENDED:
-                self.apply(Event.RESUME)
-            case ReplicationState.SUSPENDED if record.point is not None:
-                self.apply(Event.RESUME)
-            case ReplicationState.SUSPENDED:
-                self.apply(Event.NEED_FIRST_COPY if orders.seed is None else Event.AWAIT_FIRST_COPY)
+        record = self.read()
+        self.apply(*resuming(record, Orders.from_json(record.orders)))
 
     def missed(self, count: int) -> None:
         """Cycles were due and did not come; 0: none until now. Counted where one could be expected."""
@@ -354,6 +346,22 @@ class VmRecords:
             self.records.count(self.vm, replace(sums, network_failures=1))
         else:
             self.records.count(self.vm, replace(sums, replication_failures=1))
+
+
+def resuming(record: VmRecord, orders: Orders) -> tuple[Event, ...]:
+    """What happens to a suspended VM whose orders are these; nothing if they suspend it still."""
+    if orders.paused or orders.suspended:
+        return ()
+    match record.state:
+        case ReplicationState.RESYNCHRONIZE_SUSPENDED:
+            return (Event.RESUME,)
+        # With the job of a copy that is not done, that is a first one, whatever points there were before.
+        case ReplicationState.SUSPENDED if record.point is not None and record.copy_job is None:
+            return (Event.RESUME,)
+        case ReplicationState.SUSPENDED:
+            return (Event.NEED_FIRST_COPY if orders.seed is None else Event.AWAIT_FIRST_COPY,)
+        case _:
+            return ()
 
 
 def uncounted(record: VmRecord, now_ns: int, frequency: float) -> int:

@@ -110,7 +110,7 @@ def vm_status(
         name=vm,
         state=state,
         reasons=(*reasons(facts, state), *copy_reasons(facts, state)),
-        allowed=commands(vm, state) if facts.has_record else (),
+        allowed=_allowed(facts, state),
         last_cycle=record.cycle,
         last_replication_time_ns=record.last_replication_time_ns,
         rpo_seconds=facts.rpo_seconds,
@@ -130,6 +130,13 @@ def vm_status(
         tracker=facts.tracker.answer is not None,
         shipper=facts.shipper.answer is not None,
     )
+
+
+def _allowed(facts: Facts, state: ReplicationState) -> tuple[str, ...]:
+    """What may be ordered: by the recorded state where that says that the VM is not replicated, whatever is shown."""
+    if not facts.has_record:
+        return ()
+    return commands(facts.vm, state if is_protected(facts.record) else facts.record.state)
 
 
 def _disks(folder: str, facts: Facts) -> tuple[DiskStatus, ...]:

@@ -336,7 +336,7 @@ class Replication:
             self._house_fault = str(error), error.hint
         if self._house_fault == before:
             return
-        error, hint = self._house_fault or (None, None)
-        if error is not None:
-            _log.warning("%s: after the cycle: %s", self._vm, error)
-        self._records.update(error=error, hint=hint)
+        text, hint = self._house_fault or (None, None)
+        if text is not None:
+            _log.warning("%s: after the cycle: %s", self._vm, text)
+        self._records.update(error=text, hint=hint)
