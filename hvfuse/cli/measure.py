@@ -11,12 +11,12 @@ from typing import Any
 import click
 
 from hvfuse.cli.main import Session
-from hvfuse.cli.output import counted, emit_json, json_option, one_line, time_text
-from hvfuse.cli.status import statuses
+from hvfuse.cli.output import counted, emit_json, json_option, note, one_line, time_text
+from hvfuse.cli.status import health_field, statuses
 from hvfuse.control import measure as measuring
 from hvfuse.control.records import Records
 from hvfuse.control.status import VmStatus
-from hvfuse.errors import NotFoundError, UsageError
+from hvfuse.errors import CorruptError, NotFoundError, UsageError
 from hvfuse.words import bytes_text, duration_text
 
 
@@ -53,7 +53,14 @@ def measure(
                 records.reset(one.name)
             _tell_reset([one.name for one in found], as_json=as_json)
             return
-        rows = [_row(session, records, one, seconds) for one in found]
+        rows = []
+        for one in found:
+            try:
+                rows.append(_row(session, records, one, seconds))
+            except CorruptError as error:  # no reason to keep silent of the others
+                if vm is not None:
+                    raise
+                note(f"hvfuse: {one_line(str(error))}")
     if as_json:
         emit_json({"window_seconds": seconds, "vms": rows})
     elif as_csv:
@@ -82,7 +89,7 @@ def _row(session: Session, records: Records, status: VmStatus, seconds: float) -
     return {
         "name": status.name,
         "state": status.state.value,
-        "health": str(status.health),
+        "health": health_field(status),
         "health_details": [reason.text for reason in status.reasons],
         "pending_bytes": status.pending_bytes,
         **{name.removesuffix("_ns"): _shown(name, value) for name, value in figures.items()},

@@ -16,12 +16,12 @@ from hvfuse.cli.screen import detail, reason_lines, summary, table
 from hvfuse.cli.wiring import store_facts
 from hvfuse.control import measure
 from hvfuse.control.config import Config
-from hvfuse.control.facts import Past
+from hvfuse.control.facts import RECORD_DAMAGED, Past, Trouble
 from hvfuse.control.forecast import LOOK_BACK, Forecast
 from hvfuse.control.records import Records, VmRecord
 from hvfuse.control.status import Health, VmStatus, is_protected, vm_status
 from hvfuse.control.supervisor import find_vms
-from hvfuse.errors import NotFoundError, UsageError
+from hvfuse.errors import CorruptError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from hvfuse.shipper.orders import Orders
@@ -77,35 +77,49 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
     """
     home = session.home
     with ExitStack() as stack:
-        if records is None and os.path.isdir(home.records):
-            records = stack.enter_context(Records(home.records))
+        kept = records
         facts = stack.enter_context(store_facts(home))
 
         def ask() -> list[VmStatus]:
-            known = {vm: records.read(vm) for vm in records.names()} if records is not None else {}
-            protected = {vm for vm, record in known.items() if is_protected(record)}
+            nonlocal kept
+            if kept is None and os.path.isdir(home.records):  # maybe only since this is watched
+                kept = stack.enter_context(Records(home.records))
             now_ns = time.time_ns()
-            return [
-                vm_status(
-                    home,
-                    vm,
-                    record=known.get(vm, VmRecord()),
-                    policy=session.config.policy(vm),
-                    target=facts.facts,
-                    past=_past(records, vm, known.get(vm, VmRecord()), session.config, now_ns=now_ns),
-                    now_ns=now_ns,
-                    config_fault=session.config_file.fault,
+            known = {} if kept is None else {vm: _read(kept, vm, session.config, now_ns) for vm in kept.names()}
+            shown = {vm for vm, (record, _, fault) in known.items() if is_protected(record) or fault is not None}
+            found = []
+            for vm in sorted({*shown, *find_vms(home)}):
+                record, past, fault = known.get(vm, (VmRecord(), Past(), None))
+                found.append(
+                    vm_status(
+                        home,
+                        vm,
+                        record=record,
+                        policy=session.config.policy(vm),
+                        target=facts.facts,
+                        past=past,
+                        now_ns=now_ns,
+                        config_fault=session.config_file.fault,
+                        record_fault=fault,
+                    )
                 )
-                for vm in sorted({*protected, *find_vms(home)})
-            ]
+            return found
 
         yield ask
 
 
-def _past(records: Records | None, vm: str, record: VmRecord, config: Config, *, now_ns: int) -> Past:
+def _read(records: Records, vm: str, config: Config, now_ns: int) -> tuple[VmRecord, Past, Trouble | None]:
+    """What is kept of a VM; that it cannot be read concerns no other."""
+    try:
+        record = records.read(vm)
+        return record, _past(records, vm, record, config, now_ns=now_ns), None
+    except CorruptError as error:
+        hint = "move state/records away while nothing runs: it is made anew, without orders, jobs, events and figures"
+        return VmRecord(), Past(), Trouble(id=RECORD_DAMAGED, text=str(error), hint=hint)
+
+
+def _past(records: Records, vm: str, record: VmRecord, config: Config, *, now_ns: int) -> Past:
     """What the monitoring interval tells of a VM."""
-    if records is None:
-        return Past()
     interval, frequency = config.monitoring.interval, config.policy(vm).frequency
     span = measure.window(record, interval, now_ns)
     sums = records.statistics.over(vm, first=span.begin, last=span.end)
@@ -142,7 +156,7 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
     return {
         "name": status.name,
         "state": status.state.value,
-        "health": str(status.health) if status.is_protected or status.reasons else "NotApplicable",
+        "health": health_field(status),
         "allowed": list(status.allowed),
         "last_cycle": status.last_cycle,
         "last_replication_time": None if last is None else time_text(last),
@@ -175,6 +189,11 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
             for reason in status.reasons
         ],
     }
+
+
+def health_field(status: VmStatus) -> str:
+    """The health as it stands in JSON."""
+    return str(status.health) if status.is_protected or status.reasons else "NotApplicable"
 
 
 def _monitoring_fields(past: Past) -> dict[str, Any]:

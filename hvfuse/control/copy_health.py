@@ -28,8 +28,11 @@ _COPY_NAMES = {
 
 
 def shown_state(facts: Facts) -> ReplicationState:
-    """The recorded state, unless the tracker knows better, or there is no shipper that could have heeded the orders."""
+    """The recorded state, unless the tracker knows better, or there is no shipper that could have heeded the orders. A
+    VM whose record cannot be read counts as one that was to be replicated."""
     recorded = facts.record.state
+    if not facts.has_record:
+        return ReplicationState.ERROR
     if not facts.tracker.is_there and facts.record.tracker_error is not None:
         return ReplicationState.ERROR
     if recorded is ReplicationState.DISABLED and facts.shipper.is_there and facts.record.enabled is not False:

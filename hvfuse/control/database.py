@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +19,8 @@ import lmdb
 from hvfuse.errors import CorruptError, HvfuseError, NoSpaceError, UnsupportedError
 
 VERSION = 1
-MAP_SIZE = 1 << 30
-"""Bytes of address space, not of disk: far more than is kept of a thousand VMs."""
+MAP_SIZE = 1 << 34
+"""Bytes of address space, not of disk: more than is kept of a thousand VMs, which is some 3 GB."""
 NUMBER_BYTES = 8
 """A number at the end of a key: big-endian, so that keys sort by it."""
 
@@ -54,6 +55,12 @@ class Transaction:
     def numbers(self, prefix: bytes) -> list[int]:
         """The numbers behind `prefix`, ascending; far faster than the objects."""
         return [number for number, _ in self._numbered(prefix, 0, False)]
+
+    def drop_below(self, prefix: bytes, number: int) -> None:
+        """Delete what stands under smaller numbers behind `prefix`. Where there is none, it costs next to nothing."""
+        found = itertools.takewhile(lambda one: one[0] < number, self._numbered(prefix, 0, False))
+        for old in [one for one, _ in found]:
+            self.delete(numbered(prefix, old))
 
     def last(self, prefix: bytes) -> int:
         """The greatest number behind `prefix`; 0 if there is none."""

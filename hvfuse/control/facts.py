@@ -30,6 +30,8 @@ ANSWER_SECONDS = 3.0
 """How long to wait for a process to say how it is."""
 FUTURE_SECONDS = 60.0
 """So far clocks may differ; a point that lies further ahead tells nothing of its age."""
+RECORD_DAMAGED = "record-damaged"
+"""Id of the trouble of a VM whose record cannot be read."""
 _EMPTY_LOG = hrl.HEADER_SIZE + hrl.METADATA_SIZE
 """Bytes of a log in which nothing was written."""
 
@@ -114,6 +116,11 @@ class Facts:
     troubles: tuple[Trouble, ...]
 
     @property
+    def has_record(self) -> bool:
+        """Whether the VM's record could be read; else it says nothing."""
+        return all(trouble.id != RECORD_DAMAGED for trouble in self.troubles)
+
+    @property
     def age(self) -> float | None:
         """Seconds since the instant of the newest point; negative if the clock was set back; None without one."""
         last = self.record.last_replication_time_ns
@@ -176,10 +183,12 @@ def gather(
     past: Past,
     now_ns: int,
     config_fault: str | None = None,
+    record_fault: Trouble | None = None,
 ) -> Facts:
-    """Ask everybody how `vm` is doing. `target`: asks the store. Raises OSError alone."""
+    """Ask everybody how `vm` is doing. `target`: asks the store. `record_fault`: `record` could not be read."""
     folder = home.folder(vm)
-    troubles: list[Trouble] = []
+    troubles: list[Trouble] = [] if record_fault is None else [record_fault]
+    unlisted: frozenset[str] | None = frozenset()
     nobody = Process()
     tracker = _tried(troubles, "tracker-damaged", lambda: _ask(home.tracker_socket(vm), record.tracker_process), nobody)
     shipper = _tried(troubles, "shipper-damaged", lambda: _ask(home.shipper_socket(vm), record.shipper_process), nobody)
@@ -195,7 +204,7 @@ def gather(
         policy=policy,
         tracker=tracker,
         shipper=shipper,
-        names=frozenset(os.listdir(folder)) if os.path.isdir(folder) else None,
+        names=_tried(troubles, "folder-damaged", lambda: _listed(folder), unlisted),
         target=_tried(troubles, "store-damaged", lambda: target(vm), unknown),
         verified=_tried(troubles, "proofs-damaged", lambda: proofs.load(home.proofs(vm)).verified(now_ns), unproved),
         past=past,
@@ -238,6 +247,10 @@ def _silent(socket_path: str, last: Mapping[str, Any] | None) -> Process:
     if pid is None:
         return Process()
     return Process(is_busy=True, pid=pid, is_stopped=system.process_is_stopped(pid))
+
+
+def _listed(folder: str) -> frozenset[str] | None:
+    return frozenset(os.listdir(folder)) if os.path.isdir(folder) else None
 
 
 def _sealed_logs(folder: str) -> Sequence[SealedLog]:

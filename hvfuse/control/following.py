@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from hvfuse.control.database import Transaction
 from hvfuse.control.events import Severity, add_event
 from hvfuse.control.job import Job, JobError, JobKind
-from hvfuse.control.jobs import add_job, find_job, put_job
+from hvfuse.control.jobs import add_job, put_job, readable_job
 from hvfuse.states import BEFORE_FIRST_COPY, COPYING, OF_RESYNC, Event, ReplicationState
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def follow(txn: Transaction, change: Change) -> int | None:
     _tell_state(txn, change)
     _tell_error(txn, change)
     open_job = change.before.copy_job
-    job = find_job(txn, open_job) if open_job is not None else None
+    job = readable_job(txn, open_job) if open_job is not None else None
     if job is not None and job.has_ended:
         job = None
     changed = _job_after(job, change) if change.events else job

@@ -3,8 +3,8 @@
 Hyper-V Replica's rules are for cycles of 5 minutes. Here they scale with the VM's frequency: its hour is LATE_INTERVALS
 intervals. Each row is a reason's id; what a copy that is needed adds is in `hvfuse.control.copy_health`.
 
-    Critical   tracker-damaged, shipper-damaged, logs-damaged, store-damaged, proofs-damaged
-                                      what is asked cannot be read
+    Critical   record-damaged, tracker-damaged, shipper-damaged, logs-damaged, store-damaged, proofs-damaged,
+               folder-damaged         what is asked cannot be read
                store-unreachable      the store does not answer, and the newest point is HUNG_INTERVALS old
                folder-gone            the folder of a VM that is protected is gone
                tracker-failed, tracker-down, shipper-down
@@ -13,7 +13,7 @@ intervals. Each row is a reason's id; what a copy that is needed adds is in `hvf
                no-progress            the processes live, nothing fails, and nothing moves for HUNG_INTERVALS
                store-rolled-back      the store lacks a point that it had acknowledged
                replica-suspended      an administrator suspended it at the target
-               guest-frozen           a guest that was frozen for a point could not be thawed
+               guest-stuck            a guest that was frozen for a point could not be thawed
     Warning    replication-failing, store-unreachable
                                       the same for less than that
                cycles-missed          more than MISSED_PART of the cycles in the monitoring interval
@@ -135,7 +135,7 @@ def _hung(facts: Facts) -> float:
 
 def _is_late(facts: Facts) -> bool:
     """Whether too much would be lost by now, as far as one knows here."""
-    return facts.age is None or facts.age > _hung(facts)
+    return facts.age is None or facts.is_from_future or facts.age > _hung(facts)
 
 
 def _processes(facts: Facts) -> Iterator[Reason]:
@@ -186,8 +186,7 @@ def _failures(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
 
 def _progress(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     """The watchdog: everybody is there, nobody complains, and nothing moves."""
-    moves = (ReplicationState.REPLICATING, *COPYING)
-    if state not in moves or not facts.shipper.is_there or facts.record.error is not None:
+    if state in AFTER_FAILOVER or not facts.shipper.is_there or facts.record.error is not None:
         return
     told = facts.shipper.answer or {}
     doing, since = told.get("doing"), told.get("doing_seconds")
@@ -261,7 +260,10 @@ def _limits(facts: Facts) -> Iterator[Reason]:
         f"{bytes_text(round(forecast.rate))}/s: in {duration_text(seconds)} they are given up, and a "
         "resynchronisation is required"
     )
-    yield warning("log-limit", text, None, seconds=seconds, used=forecast.used, limit=forecast.hard_limit)
+    verb = "replication resume" if facts.orders.paused else "replicate"
+    yield warning(
+        "log-limit", text, f"hvfuse {verb} {facts.vm}", seconds=seconds, used=forecast.used, limit=forecast.hard_limit
+    )
 
 
 def _guest(facts: Facts) -> Iterator[Reason]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from hvfuse.errors import HvfuseError
+from hvfuse.errors import CorruptError, HvfuseError
 
 INTERRUPTED = "interrupted"
 """Id of the error of a job whose process ended in the middle."""
@@ -240,18 +240,22 @@ class Job:
 
     @classmethod
     def from_json(cls, job_id: int, values: Mapping[str, Any]) -> Job:
-        """From `as_json`; fields that are missing have their defaults, unknown ones are left out."""
-        return cls(
-            **_known(cls, values)
-            | {
-                "id": job_id,
-                "kind": JobKind(values["kind"]),
-                "state": JobState(values.get("state", JobState.NOT_STARTED)),
-                "steps": tuple(_step(step) for step in values.get("steps", ())),
-                "errors": tuple(_error(error) for error in values.get("errors", ())),
-                "command": tuple(values.get("command", ())),
-            }
-        )
+        """From `as_json`; fields that are missing have their defaults, unknown ones are left out. Raises CorruptError
+        for what is no job, or one of a kind or in a state that only a later version knows."""
+        try:
+            return cls(
+                **_known(cls, values)
+                | {
+                    "id": job_id,
+                    "kind": JobKind(values["kind"]),
+                    "state": JobState(values.get("state", JobState.NOT_STARTED)),
+                    "steps": tuple(_step(step) for step in values.get("steps", ())),
+                    "errors": tuple(_error(error) for error in values.get("errors", ())),
+                    "command": tuple(values.get("command", ())),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptError(f"the record of job {job_id} is not understood: {error}") from None
 
 
 ERRORS_KEPT = 20

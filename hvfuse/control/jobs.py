@@ -3,12 +3,14 @@
     "next/job"         {"number": the last id given out}
     "job/" + u64 BE    the fields of `Job`
 
-Those that ended longer ago than `KEPT_SECONDS` go, and the oldest beyond JOBS_KEPT.
+Those that ended longer ago than `KEPT_SECONDS` go, and the oldest beyond JOBS_KEPT. One whose record is damaged, or
+was written by a later version, is left as it is, and keeps nobody from the others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +19,10 @@ from hvfuse import system
 from hvfuse.control.database import Database, Transaction, numbered
 from hvfuse.control.events import Severity, add_event
 from hvfuse.control.job import Job, JobError, JobKind, JobState
-from hvfuse.errors import HvfuseError, NotFoundError
+from hvfuse.errors import CorruptError, HvfuseError, NotFoundError
 from hvfuse.system import Clock
+
+_log = logging.getLogger(__name__)
 
 KEPT_SECONDS = 30 * 86400
 JOBS_KEPT = 2000
@@ -42,9 +46,9 @@ def add_job(txn: Transaction, job: Job, *, now_ns: int) -> Job:
 def put_job(txn: Transaction, job: Job, *, now_ns: int) -> None:
     """Keep a job as it is now; that it began or ended is an event."""
     before = txn.get(numbered(_PREFIX, job.id))
-    was = None if before is None else JobState(before["state"])
+    was = None if before is None else before["state"]
     txn.put(numbered(_PREFIX, job.id), job.as_json())
-    if job.state is was:
+    if job.state == was:
         return
     severity = Severity.ERROR if job.state is JobState.FAILED else Severity.INFO
     why = f": {job.errors[-1].message}" if job.state is JobState.FAILED and job.errors else ""
@@ -55,7 +59,7 @@ def put_job(txn: Transaction, job: Job, *, now_ns: int) -> None:
 
 
 def find_job(txn: Transaction, job_id: int) -> Job | None:
-    """The job of that id, if it is kept."""
+    """The job of that id, if it is kept. Raises CorruptError."""
     values = txn.get(numbered(_PREFIX, job_id))
     return None if values is None else Job.from_json(job_id, values)
 
@@ -63,15 +67,23 @@ def find_job(txn: Transaction, job_id: int) -> Job | None:
 def _prune(txn: Transaction, now_ns: int) -> None:
     numbers = txn.numbers(_PREFIX)
     for place, number in enumerate(numbers):
-        job = find_job(txn, number)
-        assert job is not None
+        job = readable_job(txn, number)
+        if job is None or not job.has_ended:
+            continue  # one that waits for months must not keep those behind it; few do
         is_old = job.ended_ns is not None and now_ns - job.ended_ns > KEPT_SECONDS * 10**9
         is_beyond = place < len(numbers) - JOBS_KEPT
-        if not job.has_ended:
-            continue  # one that waits for months must not keep those behind it; few do
         if not is_old and not is_beyond:
             return  # they began in this order, and end in about the same
         txn.delete(numbered(_PREFIX, number))
+
+
+def readable_job(txn: Transaction, job_id: int) -> Job | None:
+    """The job of that id, if it is kept and can be read."""
+    try:
+        return find_job(txn, job_id)
+    except CorruptError as error:
+        _log.debug("%s", error)
+        return None
 
 
 class Jobs:
@@ -82,12 +94,13 @@ class Jobs:
         self._clock = clock
 
     def all(self) -> list[Job]:
-        """All jobs, oldest first, as their processes left them (`bury` first)."""
+        """All jobs that can be read, oldest first, as their processes left them (`bury` first)."""
         with self._database.read() as txn:
-            return [Job.from_json(number, values) for number, values in txn.under(_PREFIX)]
+            found = [readable_job(txn, number) for number in txn.numbers(_PREFIX)]
+        return [job for job in found if job is not None]
 
     def get(self, job_id: int) -> Job:
-        """One job. Raises NotFoundError."""
+        """One job. Raises NotFoundError, CorruptError."""
         with self._database.read() as txn:
             job = find_job(txn, job_id)
         if job is None:

@@ -24,6 +24,7 @@ from hvfuse.control.home import Home
 from hvfuse.control.job import INTERRUPTED, JobError, JobKind, JobState
 from hvfuse.control.jobs import Running
 from hvfuse.control.prerequisites import Check, Outcome, demand, make_checks, names
+from hvfuse.control.records import resuming
 from hvfuse.control.site import Site
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError, UnreachableError
 from hvfuse.shipper.orders import Orders
@@ -115,9 +116,13 @@ def resume(site: Site) -> ReplicationState:
     is_ordered = orders.paused or orders.suspended
     if record.state is ReplicationState.DISABLED or not is_ordered:
         next_state(record.state, Event.RESUME, what=site.vm)
-    if not _told_shipper(site, "unpause"):
-        site.records.change_orders(site.vm, Orders.unpause)
-        site.records.of(site.vm).resume()
+    if _told_shipper(site, "unpause"):  # it shows it when it comes to it; a frame may be under way
+        state = record.state
+        for event in resuming(record, orders.unpause()):
+            state = next_state(state, event, what=site.vm)
+        return state
+    site.records.change_orders(site.vm, Orders.unpause)
+    site.records.of(site.vm).resume()
     return site.records.read(site.vm).state
 
 

@@ -23,7 +23,7 @@ from typing import Any, Self
 from hvfuse import system
 from hvfuse.control import following, statistics
 from hvfuse.control.database import Database, Transaction
-from hvfuse.control.events import Events
+from hvfuse.control.events import Events, add_event
 from hvfuse.control.jobs import Jobs
 from hvfuse.control.statistics import CycleRecord, Failure, Statistics, Sums
 from hvfuse.errors import CorruptError, HvfuseError, StateError, UnreachableError
@@ -152,8 +152,14 @@ class Records:
         return Orders.from_json(record.orders)
 
     def _change(
-        self, vm: str, changes: Callable[[VmRecord], Mapping[str, Any]], events: tuple[Event, ...] = ()
+        self,
+        vm: str,
+        changes: Callable[[VmRecord], Mapping[str, Any]],
+        events: tuple[Event, ...] = (),
+        *,
+        cycle: CycleRecord | None = None,
     ) -> VmRecord:
+        """What does not change anything is not written: it costs no sync."""
         now_ns = self._clock.now_ns()
 
         def act(txn: Transaction) -> VmRecord:
@@ -172,21 +178,19 @@ class Records:
             owner = system.process_identity(os.getpid())
             change = following.Change(vm=vm, before=before, after=record, events=events, owner=owner, now_ns=now_ns)
             record = replace(record, copy_job=following.follow(txn, change))
-            txn.put(_vm_key(vm), {**(kept or {}), **asdict(record)})
+            if cycle is not None:
+                statistics.add_cycle(txn, vm, cycle, now_ns=now_ns)
+                record = replace(record, counted_ns=now_ns, last_applied_time_ns=now_ns)
+            if kept is None or record != before:
+                txn.put(_vm_key(vm), {**(kept or {}), **asdict(record)})
             return record
 
         return self._database.write(act)
 
-    def add_cycle(self, vm: str, cycle: CycleRecord) -> None:
-        """Keep the statistics of a cycle that the target has just got: until now, none is missed that was not told
-        of. Durable."""
-        now_ns = self._clock.now_ns()
-
-        def act(txn: Transaction) -> None:
-            statistics.add_cycle(txn, vm, cycle, now_ns=now_ns)
-            _change_kept(txn, vm, counted_ns=now_ns, last_applied_time_ns=now_ns)
-
-        self._database.write(act)
+    def add_cycle(self, vm: str, cycle: CycleRecord, /, *events: Event, **changes: Any) -> VmRecord:
+        """Keep the statistics of a cycle that the target has just got, and what changes with it, as `apply` does, in
+        one transaction: until now, none is missed that was not told of. Returns the new record; durable."""
+        return self._change(vm, lambda _: changes, events, cycle=cycle)
 
     def count(self, vm: str, *sums: Sums, until_ns: int | None = None) -> None:
         """Count what happened; `until_ns`: until when missed cycles are counted with it. Durable."""
@@ -206,6 +210,20 @@ class Records:
         def act(txn: Transaction) -> None:
             statistics.drop_sums(txn, vm)
             _change_kept(txn, vm, counted_ns=now_ns, measured_since_ns=now_ns)
+
+        self._database.write(act)
+
+    def tell_health(
+        self, vm: str, health: str, reasons: tuple[str, ...], event: Callable[[str | None], Mapping[str, Any]]
+    ) -> None:
+        """Keep how a VM was told to be, and the event that tells it, in one transaction, if that is news. `event`: its
+        other fields, given the health that was told before. Durable."""
+
+        def act(txn: Transaction) -> None:
+            kept = txn.get(_vm_key(vm)) or {}
+            if kept.get("health") != health:
+                add_event(txn, kind="health", vm=vm, **event(kept.get("health")))
+                txn.put(_vm_key(vm), {**kept, "health": health, "health_reasons": reasons})
 
         self._database.write(act)
 
@@ -269,10 +287,10 @@ class VmRecords:
         """The record's `last_app_consistent_ns`."""
         return self.read().last_app_consistent_ns
 
-    def cycle(self, report: CycleReport) -> None:
-        """Keep the statistics of a committed cycle; durable."""
+    def cycle(self, report: CycleReport, *events: Event, **changes: Any) -> ReplicationState:
+        """Keep the statistics of a committed cycle, and what changes with it; durable, in one step."""
         now_ns = self.clock.now_ns()
-        self.records.add_cycle(
+        return self.records.add_cycle(
             self.vm,
             CycleRecord(
                 cycle=report.cycle,
@@ -288,7 +306,9 @@ class VmRecords:
                 frozen_seconds=report.frozen_seconds,
                 freeze_error=report.freeze_error,
             ),
-        )
+            *events,
+            **changes,
+        ).state
 
     def copied(self, report: CopyReport) -> None:
         """Keep the statistics of a committed copy; durable."""
@@ -296,16 +316,8 @@ class VmRecords:
 
     def resume(self) -> None:
         """The state of a VM that is not suspended any more, if its orders say so: as it was before."""
-        record, orders = self.read(), self.orders()
-        if orders.paused or orders.suspended:
-            return
-        match record.state:
-            case ReplicationState.RESYNCHRONIZE_SUSPENDED:
-                self.apply(Event.RESUME)
-            case ReplicationState.SUSPENDED if record.point is not None:
-                self.apply(Event.RESUME)
-            case ReplicationState.SUSPENDED:
-                self.apply(Event.NEED_FIRST_COPY if orders.seed is None else Event.AWAIT_FIRST_COPY)
+        record = self.read()
+        self.apply(*resuming(record, Orders.from_json(record.orders)))
 
     def missed(self, count: int) -> None:
         """Cycles were due and did not come; 0: none until now. Counted where one could be expected."""
@@ -334,6 +346,22 @@ class VmRecords:
             self.records.count(self.vm, replace(sums, network_failures=1))
         else:
             self.records.count(self.vm, replace(sums, replication_failures=1))
+
+
+def resuming(record: VmRecord, orders: Orders) -> tuple[Event, ...]:
+    """What happens to a suspended VM whose orders are these; nothing if they suspend it still."""
+    if orders.paused or orders.suspended:
+        return ()
+    match record.state:
+        case ReplicationState.RESYNCHRONIZE_SUSPENDED:
+            return (Event.RESUME,)
+        # With the job of a copy that is not done, that is a first one, whatever points there were before.
+        case ReplicationState.SUSPENDED if record.point is not None and record.copy_job is None:
+            return (Event.RESUME,)
+        case ReplicationState.SUSPENDED:
+            return (Event.NEED_FIRST_COPY if orders.seed is None else Event.AWAIT_FIRST_COPY,)
+        case _:
+            return ()
 
 
 def uncounted(record: VmRecord, now_ns: int, frequency: float) -> int:

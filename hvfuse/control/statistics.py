@@ -185,10 +185,7 @@ def add_cycle(txn: Transaction, vm: str, cycle: CycleRecord, *, now_ns: int) -> 
     prefix = _key(_CYCLES, vm)
     number = txn.last(prefix) + 1
     txn.put(numbered(prefix, number), dataclasses.asdict(cycle))
-    for old in txn.numbers(prefix):
-        if old > number - CYCLES_KEPT:
-            break
-        txn.delete(numbered(prefix, old))
+    txn.drop_below(prefix, number - CYCLES_KEPT + 1)
     add_sums(txn, vm, sums_of(cycle, now_ns=now_ns))
 
 
@@ -198,10 +195,7 @@ def add_sums(txn: Transaction, vm: str, sums: Sums) -> None:
     key = numbered(prefix, sums.begin)
     kept = txn.get(key)
     if kept is None:
-        for old in txn.numbers(prefix):
-            if old >= sums.begin - KEPT_SECONDS:
-                break
-            txn.delete(numbered(prefix, old))
+        txn.drop_below(prefix, sums.begin - KEPT_SECONDS)
     values = dataclasses.asdict(sums if kept is None else _sums(sums.begin, kept).plus(sums))
     del values["begin"]
     txn.put(key, values)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from hvfuse.control.config import VmPolicy
 from hvfuse.control.copy_health import copy_reasons, shown_state
-from hvfuse.control.facts import Facts, Past, TargetFacts, gather
+from hvfuse.control.facts import Facts, Past, TargetFacts, Trouble, gather
 from hvfuse.control.forecast import Forecast
 from hvfuse.control.health import Health, Reason, commands, is_protected, reasons
 from hvfuse.control.home import Home
@@ -89,9 +90,10 @@ def vm_status(
     past: Past,
     now_ns: int,
     config_fault: str | None = None,
+    record_fault: Trouble | None = None,
 ) -> VmStatus:
-    """Ask everybody how `vm` is doing, and judge it. `target`: asks the store. What cannot be had becomes a reason;
-    raises OSError alone."""
+    """Ask everybody how `vm` is doing, and judge it. `target`: asks the store. What cannot be had becomes a reason.
+    `record_fault`: `record` could not be read."""
     facts = gather(
         home,
         vm,
@@ -101,13 +103,14 @@ def vm_status(
         past=past,
         now_ns=now_ns,
         config_fault=config_fault,
+        record_fault=record_fault,
     )
     state = shown_state(facts)
     return VmStatus(
         name=vm,
         state=state,
         reasons=(*reasons(facts, state), *copy_reasons(facts, state)),
-        allowed=commands(vm, state),
+        allowed=_allowed(facts, state),
         last_cycle=record.cycle,
         last_replication_time_ns=record.last_replication_time_ns,
         rpo_seconds=facts.rpo_seconds,
@@ -129,6 +132,13 @@ def vm_status(
     )
 
 
+def _allowed(facts: Facts, state: ReplicationState) -> tuple[str, ...]:
+    """What may be ordered: by the recorded state where that says that the VM is not replicated, whatever is shown."""
+    if not facts.has_record:
+        return ()
+    return commands(facts.vm, state if is_protected(facts.record) else facts.record.state)
+
+
 def _disks(folder: str, facts: Facts) -> tuple[DiskStatus, ...]:
     if facts.tracker.answer is not None:
         return tuple(
@@ -146,8 +156,8 @@ def _disks(folder: str, facts: Facts) -> tuple[DiskStatus, ...]:
 
 def _disk_at_rest(folder: str, name: str, log_bytes: int) -> DiskStatus:
     path = os.path.join(folder, name)
-    try:
+    image_format, size = "unreadable", 0
+    with contextlib.suppress(HvfuseError, OSError):
+        size = os.stat(path).st_size
         image_format = probe_for_tracking(path).format.value
-    except HvfuseError:
-        image_format = "unreadable"
-    return DiskStatus(name=name, format=image_format, size=os.stat(path).st_size, log_bytes=log_bytes)
+    return DiskStatus(name=name, format=image_format, size=size, log_bytes=log_bytes)

@@ -24,7 +24,7 @@ from hvfuse.control.arrivals import Arrivals
 from hvfuse.control.daemon import Daemon, command, serving_pid
 from hvfuse.control.events import Severity
 from hvfuse.control.home import Home, name_fault
-from hvfuse.control.records import Records
+from hvfuse.control.records import Records, VmRecord
 from hvfuse.control.sample import make_sample
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, PrerequisiteError, UnreachableError
 from hvfuse.formats.image import is_disk_name
@@ -166,14 +166,15 @@ class Keeper:
         self._asking: threading.Thread | None = None
         self._home = home
         self._records = records
-        self._told: dict[str, Any] = {}
+        self._record: VmRecord | None = None  # as of the last tick that could read it
         self._is_protected = True
 
     def tick(self) -> None:
         """Keep both alive; the shipper has nothing to do before the tracker first answered, and none is there for a VM
         that is not to be replicated: that one is mounted all the same, until somebody unmounts it."""
         with contextlib.suppress(HvfuseError):  # what cannot be read is as it was: the mount comes first
-            self._is_protected = self._records.read(self.vm).state is not ReplicationState.DISABLED
+            self._record = self._records.read(self.vm)
+            self._is_protected = self._record.state is not ReplicationState.DISABLED
         self.tracker.check()
         if not self._is_protected and not self.tracker.is_running and self.tracker.has_ended_well:
             return
@@ -193,9 +194,8 @@ class Keeper:
         changes = fields(str(failure), failure.hint) if failure is not None else fields(None, None)
         if failure is None:
             changes[f"{daemon.name}_process"] = system.process_identity(daemon.pid)
-        if not changes.items() <= self._told.items():
-            self._records.update(self.vm, **changes)
-            self._told.update(changes)
+        if self._record is None or any(getattr(self._record, name) != value for name, value in changes.items()):
+            self._record = self._records.update(self.vm, **changes)
             self._records.events.add(
                 kind="process",
                 vm=self.vm,

@@ -94,7 +94,7 @@ class Copies:
         self._orders_changed = True
 
     def show_again(self) -> None:
-        """Something else has changed the state that is shown: a copy that waits is to be told of anew."""
+        """Something else has changed what is shown, a failure, say: a copy that waits is to be told of anew."""
         self._told_wait = None
 
     def demand_not_paused(self) -> None:
@@ -104,6 +104,7 @@ class Copies:
                 _log.info("%s: replication is suspended", self._vm)
             self._is_paused, self._told_wait = True, None
             self._records.apply(Event.SUSPEND, error=None, hint=None)
+            self._set_due(None)  # nothing begins by itself, whatever waited for its time
             raise WaitingError(
                 f"{self._vm}: {Cause.PAUSED.value}", Wait(Cause.PAUSED), hint=_hint(self._vm, Cause.PAUSED)
             )

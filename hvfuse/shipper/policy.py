@@ -46,8 +46,8 @@ class Records(Protocol):
     def last_app_consistent_ns(self) -> int | None:
         """What was kept last under that name."""
 
-    def cycle(self, report: CycleReport) -> None:
-        """Keep the statistics of a committed cycle."""
+    def cycle(self, report: CycleReport, *events: Event, **fields: object) -> ReplicationState:
+        """Keep the statistics of a committed cycle, and what changes with it, as `apply` does: all in one step."""
 
     def copied(self, report: CopyReport) -> None:
         """Keep the statistics of a committed copy."""

@@ -75,6 +75,7 @@ class Replication:
         self._doing = doing or Doing(clock)
         self._formats: dict[str, str] = {}
         self._rotated_at = -math.inf
+        self._house_fault: tuple[str, str | None] | None = None  # why the target could not keep house, and its hint
         # Why everything has to be compared, although neither side says so, and the generation of which that is true.
         self._doubt: tuple[str, bytes | None] | None = None
         self._copies = Copies(
@@ -307,12 +308,13 @@ class Replication:
         report = self.freezing.told(report)
         self._doing.begin("waits for the tracker to let the logs go")
         self._source.release(report.generation, report.cycle)
-        self._records.cycle(report)
         joins: dict[str, object] = {"resync_reason": None, "resync_cause": None} if joined else {}
-        self._records.apply(
+        error, hint = self._house_fault or (None, None)
+        self._records.cycle(
+            report,
             *((Event.COMMIT_POINT,) if joined else ()),
-            error=None,
-            hint=None,
+            error=error,
+            hint=hint,
             progress=None,
             copy=None,
             generation=report.generation.hex(),
@@ -324,10 +326,17 @@ class Replication:
         return report
 
     def _keep_house(self) -> None:
-        """The cycle is safe whatever happens here, so a failure is told but does not fail it."""
+        """The cycle is safe whatever happens here, so a failure is told but does not fail it. It stays shown until this
+        succeeds: cycles that succeed meanwhile say nothing of it."""
         self._doing.begin("has the target merge what retention lets go")
+        before, self._house_fault = self._house_fault, None
         try:
             self._housekeep()
         except HvfuseError as error:
-            _log.warning("%s: after the cycle: %s", self._vm, error)
-            self._records.update(error=str(error), hint=error.hint)
+            self._house_fault = str(error), error.hint
+        if self._house_fault == before:
+            return
+        text, hint = self._house_fault or (None, None)
+        if text is not None:
+            _log.warning("%s: after the cycle: %s", self._vm, text)
+        self._records.update(error=text, hint=hint)

@@ -305,6 +305,7 @@ class Shipper:
         _log.warning("%s: %s", self._vm, error)
         lost = isinstance(error, RESYNC_ERRORS)
         self._holds_out = error.recoverable and not lost
+        self._replication.copies.show_again()
         self._schedule.failed(started, now, lasting=not (lost or error.recoverable))
         if isinstance(error, StateError):
             return  # replication was ended, or failed over: there is nothing to tell of that

@@ -50,8 +50,10 @@ class ShownRecords:
     def last_app_consistent_ns(self) -> int | None:
         return self._records.last_app_consistent_ns()
 
-    def cycle(self, report: CycleReport) -> None:
-        self._records.cycle(report)
+    def cycle(self, report: CycleReport, *events: Event, **fields: object) -> ReplicationState:
+        state = self._records.cycle(report, *events, **fields)
+        self._show({**fields, "state": state})
+        return state
 
     def copied(self, report: CopyReport) -> None:
         with self._changing:

@@ -19,7 +19,15 @@ from typing import TypeAlias, TypeVar
 import lmdb
 
 from hvfuse import system
-from hvfuse.errors import BusyError, CorruptError, HvfuseError, NoSpaceError, NotFoundError, UnsupportedError
+from hvfuse.errors import (
+    BusyError,
+    CorruptError,
+    HvfuseError,
+    NoSpaceError,
+    NotFoundError,
+    UnreachableError,
+    UnsupportedError,
+)
 from hvfuse.frames import MAX_PLAIN
 from hvfuse.target import schema
 
@@ -50,6 +58,7 @@ class Environment:
         self.path = path
         self._map_size = map_size
         self._read_only = read_only
+        self._identity: tuple[int, int] | None = None  # of the file that was opened
         self.users = 0
         # Guards _active and _resizing: no transaction begins while the map is resized, and a resize
         # waits for the running ones.
@@ -67,10 +76,12 @@ class Environment:
 
     def _open(self, *, create: bool) -> lmdb.Environment:
         with self._faults():
-            return lmdb.open(
+            opened = lmdb.open(
                 self.path, map_size=self._map_size, max_dbs=len(schema.DATABASES), max_readers=MAX_READERS,
                 mode=0o600, create=create, readonly=self._read_only,
             )  # fmt: skip
+        self._identity = self._found()
+        return opened
 
     def allow_writing(self) -> None:
         """Make an environment that was opened for reading good for both. Waits for running transactions, and
@@ -213,8 +224,23 @@ class Environment:
                 self._resizing = False
                 self._gate.notify_all()
 
+    def _found(self) -> tuple[int, int] | None:
+        """Which file lies where the environment's is to lie; None for none."""
+        try:
+            found = os.stat(os.path.join(self.path, "data.mdb"))
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
     @contextmanager
     def _inside(self) -> Iterator[None]:
+        """Within a transaction. Raises UnreachableError where the file is not what lies at its path any more: what is
+        committed to it then, nobody would find again."""
+        if self._found() != self._identity:
+            raise UnreachableError(
+                f"{self.path}: the store is not there any more: it was moved, deleted, unmounted or replaced",
+                hint="put it back; or, to go on with what lies there now, end `hvfuse run` and start it again",
+            )
         self._enter()
         try:
             yield

@@ -333,3 +333,26 @@ def test_what_is_left_to_an_administrator_is_not_replicated_by_asking_for_a_poin
     assert hvfuse("replicate", "vm") == 0
     assert no_job_is_open(hvfuse, JobKind.FINALIZE)
     assert record(hvfuse).protected_since_ns is not None
+
+
+@pytest.mark.parametrize(
+    ("events", "point", "state"),
+    [
+        ((Event.COMMIT_POINT,), "p-1", "Replicating"),
+        ((), None, "ReadyForInitialReplication"),
+        ((Event.COMMIT_POINT, Event.NEED_RESYNC), "p-1", "WaitingForStartResynchronize"),
+    ],
+)
+def test_resuming_says_what_the_shipper_will_show_and_not_what_it_shows_still(
+    hvfuse: CommandLine, events: tuple[Event, ...], point: str | None, state: str
+) -> None:
+    hvfuse.add_vm("vm")
+    with records_of(hvfuse) as records:
+        records.apply("vm", Event.ENABLE, *events, Event.SUSPEND, point=point, orders=Orders(paused=True))
+    home = Session(str(hvfuse.root)).home
+    home.make_vm("vm")
+    listener = wire.Listener(home.shipper_socket("vm"), lambda message: {"orders": {}}, name="test")
+    try:
+        assert hvfuse.json("replication", "resume", "vm")["state"] == state
+    finally:
+        listener.close()

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import subprocess
+import sys
 
+import lmdb
+import pytest
+
+from hvfuse.cli.main import Session
+from hvfuse.cli.status import statuses
+from hvfuse.control import facts
+from hvfuse.control.records import Records
+from hvfuse.states import Event, ReplicationState
 from tests.cli.conftest import CommandLine
 
 
@@ -36,3 +47,59 @@ def test_json_is_ascii_even_for_a_disk_whose_name_is_not_text(hvfuse: CommandLin
 
 def test_json_that_never_ends_is_refused(hvfuse: CommandLine) -> None:
     assert hvfuse("status", "--watch", "--json") == 2
+
+
+def test_the_damaged_record_of_one_vm_is_shown_as_such_and_the_others_as_ever(hvfuse: CommandLine) -> None:
+    records = hvfuse.root / "state" / "records"
+    for name in ("bad", "good"):
+        hvfuse.add_vm(name)
+        with Records(str(records)) as kept:
+            kept.apply(name, Event.ENABLE)
+    with lmdb.open(str(records), map_size=1 << 20) as env, env.begin(write=True) as txn:
+        txn.put(b"vm/bad", b'{"state": "Dancing"}')
+    bad, good = hvfuse.json("status")["vms"]
+    assert (bad["state"], bad["health"], bad["allowed"]) == ("Error", "Critical", [])
+    assert [reason["id"] for reason in bad["reasons"]] == ["record-damaged"]
+    assert bad["reasons"][0]["next_command"] is not None
+    assert good["state"] == "ReadyForInitialReplication"
+    assert [row["name"] for row in hvfuse.json("measure")["vms"]] == ["good"]
+    assert "bad: unknown state 'Dancing'" in hvfuse.err
+    assert hvfuse("measure", "bad") == 7
+
+
+def test_a_folder_that_cannot_be_read_is_a_reason_of_its_vm_and_keeps_nobody_from_the_others(
+    hvfuse: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bad", "good"):
+        hvfuse.add_vm(name)
+    listdir = os.listdir
+
+    def failing(path: str) -> list[str]:
+        if str(path).endswith("/bad"):
+            raise OSError(errno.EIO, "Input/output error", path)
+        return listdir(path)
+
+    with Records(str(hvfuse.root / "state" / "records")) as kept:
+        kept.apply("bad", Event.ENABLE)
+    monkeypatch.setattr(facts.os, "listdir", failing)
+    bad, good = hvfuse.json("status")["vms"]
+    assert "folder-damaged" in [reason["id"] for reason in bad["reasons"]]
+    assert (good["name"], good["reasons"]) == ("good", [])
+
+
+def test_of_a_vm_that_is_not_replicated_nothing_says_that_it_is_well(hvfuse: CommandLine) -> None:
+    hvfuse.add_vm("vm")
+    assert [vm["health"] for vm in hvfuse.json("status")["vms"]] == ["NotApplicable"]
+    assert [vm["health"] for vm in hvfuse.json("measure")["vms"]] == ["NotApplicable"]
+
+
+def test_what_is_watched_shows_records_that_came_only_then(hvfuse: CommandLine) -> None:
+    hvfuse.add_vm("vm")
+    with statuses(Session(str(hvfuse.root))) as ask:
+        assert [one.state for one in ask()] == [ReplicationState.DISABLED]
+        code = (
+            "import sys; from hvfuse.control.records import Records; from hvfuse.states import Event\n"
+            "with Records(sys.argv[1]) as records: records.apply('vm', Event.ENABLE)"
+        )
+        subprocess.run([sys.executable, "-c", code, str(hvfuse.root / "state" / "records")], check=True)
+        assert [one.state for one in ask()] == [ReplicationState.READY_FOR_INITIAL_REPLICATION]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hvfuse.control.database import numbered
 from hvfuse.control.job import Job, JobKind, JobState
 from hvfuse.control.records import Records
 from hvfuse.errors import StateError
@@ -253,3 +254,21 @@ def test_on_no_way_to_any_state_is_more_than_one_copy_open(records: Records, sta
         records.apply("vm", event, **fields)
         open_jobs = [job.id for job in records.jobs.all() if not job.has_ended]
         assert open_jobs == [job for job in (records.read("vm").copy_job,) if job is not None]
+
+
+def test_a_first_copy_that_is_done_again_is_not_done_because_it_is_resumed(records: Records) -> None:
+    """The store of a VM that had recovery points is gone."""
+    records.apply("vm", Event.ENABLE, Event.COMMIT_POINT, point="p-7")
+    records.apply("vm", Event.NEED_FIRST_COPY, Event.START, progress=0.25, copy=COPY)
+    records.apply("vm", Event.NEED_FIRST_COPY, Event.SUSPEND)
+    records.of("vm").resume()
+    assert records.read("vm").state is ReplicationState.READY_FOR_INITIAL_REPLICATION
+    assert [job.state for job in records.jobs.all()] == [SUSPENDED]
+
+
+def test_the_damaged_job_of_a_copy_does_not_stop_the_replication(records: Records) -> None:
+    job = begun(records)
+    records.jobs._database.write(lambda txn: txn.put(numbered(b"job/", job.id), {"kind": "Dance"}))
+    records.apply("vm", Event.COMMIT_POINT, point="p-1")
+    record = records.read("vm")
+    assert (record.state, record.copy_job) == (ReplicationState.REPLICATING, None)

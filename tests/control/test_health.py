@@ -140,6 +140,11 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
         {**record(state=STATE.RESYNCHRONIZING), **doing("compares and sends what differs", 61)},
         ["no-progress", "copying"], C, "tail /s/shipper.log",
     ),
+    "a first copy that hangs before it begins": (
+        {**record(state=STATE.READY_FOR_INITIAL_REPLICATION, point=None, last_replication_time_ns=None),
+         **doing("asks both sides where they stand", 61)},
+        ["no-progress", "initial-replication"], C, "tail /s/shipper.log",
+    ),
     "a short interval is given time all the same": (
         {**aged(13), **policy(frequency=1.0), **doing("sends cycle 8, frame 1", 10)}, ["stale"], W,
         "hvfuse replicate vm",
@@ -215,7 +220,13 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
         {"forecast": Forecast(rate=1000.0, used=10_000, hard_limit=40_000)}, [], N, None,
     ),
     "the hard limit is nearer": (
-        {"forecast": Forecast(rate=1000.0, used=10_001, hard_limit=40_000)}, ["log-limit"], W, None,
+        {"forecast": Forecast(rate=1000.0, used=10_001, hard_limit=40_000)}, ["log-limit"], W,
+        "hvfuse replicate vm",
+    ),
+    "the hard limit is near while replication is suspended": (
+        {"forecast": Forecast(rate=1000.0, used=10_001, hard_limit=40_000), "orders": Orders(paused=True),
+         **record(state=STATE.SUSPENDED)},
+        ["suspended", "log-limit"], W, "hvfuse replication resume vm",
     ),
     # The guest
     "an app-consistent point failed": (
@@ -241,6 +252,9 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
     # Surroundings
     "hvfuse.toml has a mistake": ({"config_fault": "line 3"}, ["config-fault"], W, "hvfuse policy check"),
     "the clock was set back": (aged(-61), ["clock-set-back"], W, "date"),
+    "attempts fail after the clock was set back": (
+        aged(-61, **FAILS), ["replication-failing", "clock-set-back"], C, "make room",
+    ),
     "the clocks differ a little": (aged(-59), [], N, None),
     "a disk that is not tracked": (
         {"tracker": Process(answer={**ANSWER, "untracked": ["new.vhd"]})}, ["untracked-disk"], W, None,

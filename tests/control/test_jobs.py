@@ -12,11 +12,11 @@ import pytest
 
 from hvfuse import system
 from hvfuse.control import jobs as jobs_module
-from hvfuse.control.database import Database
+from hvfuse.control.database import Database, numbered
 from hvfuse.control.job import INTERRUPTED, Job, JobError, JobKind, JobState
 from hvfuse.control.jobs import JOBS_KEPT, KEPT_SECONDS, Jobs, add_job
 from hvfuse.control.records import Records
-from hvfuse.errors import NoSpaceError, NotFoundError
+from hvfuse.errors import CorruptError, NoSpaceError, NotFoundError
 
 from .children import HandClock
 
@@ -227,3 +227,19 @@ def test_open_jobs_are_found_by_vm_and_kind(jobs: Jobs) -> None:
     with jobs.run(JobKind.VERIFY, "vm") as mine, jobs.run(JobKind.VERIFY, "other"), jobs.run(JobKind.EXPORT, "vm"):
         assert [job.id for job in jobs.open("vm", {JobKind.VERIFY})] == [mine.id]
     assert jobs.open("vm", frozenset(JobKind)) == []
+
+
+def test_a_job_that_is_damaged_or_of_a_later_version_keeps_nobody_from_the_others(jobs: Jobs, tmp_path: Path) -> None:
+    with jobs.run(JobKind.VERIFY, "vm", steps=STEPS) as job:
+        put_raw(jobs, 98, {"kind": "Dance", "vm": "vm", "state": "InProgress"})
+        put_raw(jobs, 99, {})
+        assert [each.id for each in jobs.all()] == [job.id]
+        assert jobs.bury() == []
+    with pytest.raises(CorruptError, match="98"):
+        jobs.get(98)
+    with jobs.run(JobKind.VERIFY, "vm", steps=STEPS) as another:
+        assert [each.id for each in jobs.all()] == [job.id, another.id]
+
+
+def put_raw(jobs: Jobs, job_id: int, values: dict[str, object]) -> None:
+    jobs._database.write(lambda txn: txn.put(numbered(b"job/", job_id), values))

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 
 from hvfuse.control import notify
+from hvfuse.control import records as records_module
 from hvfuse.control.events import EventRecord, Severity
 from hvfuse.control.health import Health, Reason
 from hvfuse.control.job import JobKind
-from hvfuse.control.monitor import HOLD_SECONDS, Monitor
+from hvfuse.control.monitor import CALM_SECONDS, COMINGS, HOLD_SECONDS, Monitor
 from hvfuse.control.notify import Notifier
 from hvfuse.control.records import Records
-from hvfuse.errors import HvfuseError
+from hvfuse.errors import HvfuseError, NoSpaceError
 from hvfuse.states import ReplicationState
 from hvfuse.system import SystemClock
 
@@ -76,7 +78,49 @@ def test_what_lasts_but_a_moment_is_not_told(records: Records) -> None:
     look(monitor, clock, *[Health.NORMAL] * 10)
     for _ in range(10):
         look(monitor, clock, *[Health.CRITICAL] * int(HOLD_SECONDS), *[Health.NORMAL] * 8)
+        clock.at += CALM_SECONDS
     assert told(records) == ["unknown → Normal"]
+
+
+def test_what_lasts_but_a_moment_and_comes_back_again_and_again_is_told(records: Records) -> None:
+    clock = HandClock()
+    monitor = Monitor(records, clock=clock)
+    look(monitor, clock, *[Health.NORMAL] * 10)
+    for _ in range(COMINGS):
+        assert told(records) == ["unknown → Normal"]
+        look(monitor, clock, Health.CRITICAL, *[Health.NORMAL] * 60)
+    assert told(records)[1:] == ["Normal → Critical: it is old, and that again and again", "Critical → Normal"]
+
+
+def test_killed_while_it_tells_a_monitor_leaves_a_change_that_the_next_one_tells(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = HandClock()
+    look(Monitor(records, clock=clock), clock, *[Health.NORMAL] * 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(records_module, "add_event", full)
+        with pytest.raises(NoSpaceError):
+            look(Monitor(records, clock=clock), clock, *[Health.CRITICAL] * 10)
+    assert told(records) == ["unknown → Normal"]
+    look(Monitor(records, clock=clock), clock, *[Health.CRITICAL] * 10)
+    assert told(records) == ["unknown → Normal", "Normal → Critical: it is old"]
+
+
+def full(*_: object, **__: object) -> None:
+    raise NoSpaceError("the disk is full")
+
+
+def test_a_vm_whose_record_is_damaged_is_told_of_and_keeps_nobody_from_hearing_of_others(tmp_path: Path) -> None:
+    Records(str(tmp_path / "r")).close()
+    with lmdb.open(str(tmp_path / "r"), map_size=1 << 20) as env, env.begin(write=True) as txn:
+        txn.put(b"vm/a", b"{")
+    clock = HandClock()
+    with Records(str(tmp_path / "r")) as records:
+        monitor = Monitor(records, clock=clock)
+        for _ in range(20):
+            clock.at += 1
+            monitor.look([Seen("a", Health.CRITICAL), Seen("b", Health.WARNING)])  # type: ignore[list-item]
+        assert told(records) == ["unknown → Critical: it is old", "unknown → Warning: it is old"]
 
 
 def test_a_change_that_came_while_nobody_watched_is_told_and_nothing_twice(records: Records) -> None:

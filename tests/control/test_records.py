@@ -14,7 +14,7 @@ import pytest
 
 from hvfuse.control import statistics
 from hvfuse.control.records import CycleRecord, Records, VmRecord
-from hvfuse.errors import CorruptError, UnsupportedError
+from hvfuse.errors import CorruptError, StateError, UnsupportedError
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.orders import Orders
 from hvfuse.states import Event, ReplicationState
@@ -78,6 +78,39 @@ def test_a_shippers_report_becomes_a_cycle_record(tmp_path: Path) -> None:
     with Records(str(tmp_path), clock=clock) as records:
         records.of("vm").cycle(report)
         assert records.cycles("vm") == [replace(cycle(7), latency=(60 * 10**9 - 7) / 1e9)]
+
+
+def test_a_cycle_and_what_changes_with_it_are_kept_together_or_not_at_all(tmp_path: Path) -> None:
+    with Records(str(tmp_path), clock=HandClock()) as records:
+        records.apply("vm", Event.ENABLE, Event.START)
+        records.add_cycle("vm", cycle(3), Event.COMMIT_POINT, cycle=3, point="p-3")
+        record = records.read("vm")
+        assert (record.state, record.cycle, record.point) == (ReplicationState.REPLICATING, 3, "p-3")
+        assert record.last_applied_time_ns == record.counted_ns == HandClock().now_ns()
+        records.apply("vm", Event.DISABLE, enabled=False)
+        with pytest.raises(StateError, match="disabled"):
+            records.add_cycle("vm", cycle(4), Event.COMMIT_POINT, cycle=4, point="p-4")
+        assert (records.read("vm").cycle, [kept.cycle for kept in records.cycles("vm")]) == (3, [3])
+
+
+def test_what_changes_nothing_is_not_written(tmp_path: Path) -> None:
+    with Records(str(tmp_path)) as records:
+        records.apply("vm", Event.ENABLE, Event.COMMIT_POINT, error="no space", orders=Orders(paused=True))
+        records.apply("vm", Event.SUSPEND, error=None)
+        before = transactions(str(tmp_path))
+        for _ in range(3):
+            records.apply("vm", Event.SUSPEND, error=None)
+            records.update("vm", orders=Orders(paused=True))
+            records.change_orders("vm", Orders.pause)
+        assert transactions(str(tmp_path)) == before
+        records.apply("vm", Event.RESUME)
+        assert transactions(str(tmp_path)) == before + 1
+
+
+def transactions(path: str) -> int:
+    """How many were committed, as another process sees it."""
+    code = "import lmdb, sys; print(lmdb.open(sys.argv[1], readonly=True).info()['last_txnid'])"
+    return int(subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True).stdout)
 
 
 WRITER = """

@@ -10,9 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvfuse.control import statistics
-from hvfuse.control.database import Database, numbered
+from hvfuse.control.database import MAP_SIZE, Database, Transaction, numbered
 from hvfuse.control.records import Records
-from hvfuse.control.statistics import KEPT_SECONDS, STRETCH, CycleRecord, Statistics, Sums, spread, uncounted
+from hvfuse.control.statistics import (
+    CYCLES_KEPT,
+    KEPT_SECONDS,
+    STRETCH,
+    CycleRecord,
+    Statistics,
+    Sums,
+    spread,
+    uncounted,
+)
 from hvfuse.states import Event
 
 from .children import HandClock
@@ -211,3 +220,21 @@ def test_counting_anew_forgets_the_sums_and_keeps_the_cycles(tmp_path: Path) -> 
         assert record.measured_since_ns == record.counted_ns == clock.now_ns()
         assert records.statistics.over("vm", first=0, last=int(clock.at)) == Sums(begin=0)
         assert len(records.cycles("vm")) == 1
+
+
+def test_what_is_kept_of_a_thousand_vms_has_room_in_the_records(tmp_path: Path) -> None:
+    big = 2**40
+    cycle = CycleRecord(
+        cycle=10**6, point="73a4ac11-000001", time_ns=NOW * SECOND, bytes_logged=big, bytes_coalesced=big,
+        bytes_sent=big, seconds=12.3456789, bytes_zero=big, latency=23.456789, frozen_seconds=1.2345678,
+    )  # fmt: skip
+    database = Database(str(tmp_path))
+
+    def keep(txn: Transaction) -> None:
+        for number in range(CYCLES_KEPT):
+            now_ns = (NOW + number * KEPT_SECONDS // CYCLES_KEPT) * SECOND
+            statistics.add_cycle(txn, "vm", cycle, now_ns=now_ns)
+
+    database.write(keep)
+    database.close()
+    assert 1000 * (tmp_path / "data.mdb").stat().st_size < MAP_SIZE / 2

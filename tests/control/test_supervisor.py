@@ -308,6 +308,29 @@ def test_an_error_of_last_time_is_cleared_when_the_tracker_serves(
     assert (records.read("a").tracker_error, records.read("a").shipper_error) == (None, None)
 
 
+def test_why_a_process_does_not_run_is_recorded_again_when_somebody_took_it_back(
+    home: Home, records: Records, make: Callable[[], Supervisor]
+) -> None:
+    add_vm(home, "corrupt")
+    supervisor = make()
+    for _ in range(2):  # as disabling and enabling it does
+        records.update("corrupt", tracker_error=None)
+        until(lambda: supervisor.tick() or records.read("corrupt").tracker_error)
+
+
+def test_a_supervisor_that_adopts_what_runs_has_no_news_of_it(
+    home: Home, records: Records, make: Callable[[], Supervisor]
+) -> None:
+    add_vm(home, "a")
+    first, second = make(), make()
+    until(lambda: all_ready(first, "a"))
+    first.tick()
+    told = [event.text for event in records.events.after(0) if event.kind == "process"]
+    until(lambda: all_ready(second, "a"))
+    second.tick()
+    assert [event.text for event in records.events.after(0) if event.kind == "process"] == told
+
+
 def test_processes_that_outlived_their_supervisor_are_adopted(home: Home, make: Callable[[], Supervisor]) -> None:
     add_vm(home, "a")
     first, second = make(), make()

@@ -447,7 +447,8 @@ class NoRecords:
     def last_app_consistent_ns(self) -> None:
         return None
 
-    def cycle(self, report: object) -> None: ...
+    def cycle(self, report: object, *events: Event, **fields: object) -> ReplicationState:
+        return self.apply(*events, **fields)
 
     def copied(self, report: object) -> None: ...
 

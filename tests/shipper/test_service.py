@@ -21,6 +21,7 @@ from hvfuse.shipper.cycle import CycleReport
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.replication import CurrentPolicy, ShippingPolicy
 from hvfuse.shipper.service import Shipper, StoppedError
+from hvfuse.shipper.window import Resync
 from hvfuse.states import Event, ReplicationState, next_state
 
 from .logs import Killed, MemoryReplica, Tracked, random_bytes, tracked, write
@@ -81,8 +82,9 @@ class Kept:
     def failed(self, error: HvfuseError) -> None:
         self.failures.append(error)
 
-    def cycle(self, report: CycleReport) -> None:
+    def cycle(self, report: CycleReport, *events: Event, **fields: object) -> ReplicationState:
         self.reports.append(report)
+        return self.apply(*events, **fields)
 
     def orders(self) -> Orders:
         return self.fields.get("orders", Orders())
@@ -574,3 +576,89 @@ def test_an_action_that_is_asked_for_is_done_by_the_loops_thread_once_for_all_wh
 def test_states_are_recorded_as_the_words_of_the_product(site):
     site.shipper().cycle_now()
     assert [str(state) for state in site.records.states] == ["InitialReplicationInProgress", "Replicating"]
+
+
+def waiting(site: Site) -> Shipper:
+    """A shipper whose VM needs a resynchronisation, which waits to be asked for."""
+    policy = ShippingPolicy(frequency_seconds=30, resync=Resync(automatic=False))
+    shipper = Shipper(
+        vm="vm1", folder=site.source.folder, source=site.source, replica=site.replica, records=site.records,
+        policy=CurrentPolicy(policy), clock=site.clock, housekeep=site.keep_house,
+    )  # fmt: skip
+    shipper.turn()
+    site.source.resync_required = "changed offline"
+    site.clock.seconds += 30
+    shipper.turn()
+    assert site.records.fields["state"] is ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
+    return shipper
+
+
+def test_what_failed_while_a_copy_waited_is_not_told_for_ever(site):
+    shipper = waiting(site)
+    site.replica.fail_with = UnreachableError("away")
+    site.clock.seconds += 30
+    shipper.turn()
+    assert site.records.fields["error"] == "away"
+    site.replica.fail_with = None
+    site.clock.seconds += 60
+    shipper.turn()
+    assert site.records.fields["error"] is None
+    assert site.records.fields["state"] is ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
+
+
+def test_a_copy_that_waits_is_shown_as_waiting_again_after_an_error_was_mended(site):
+    shipper = waiting(site)
+    site.replica.fail_with = CorruptError("the store is damaged")
+    site.clock.seconds += 30
+    shipper.turn()
+    assert site.records.fields["state"] is ReplicationState.ERROR
+    site.replica.fail_with = None
+    shipper.resume()
+    shipper.turn()
+    assert site.records.fields["state"] is ReplicationState.WAITING_FOR_START_RESYNCHRONIZE
+    assert site.records.fields["error"] is None
+
+
+def test_the_time_of_a_copy_that_passes_while_replication_is_suspended_wakes_nobody(site):
+    shipper = site.shipper()
+    due_ns = site.clock.now_ns() + 100 * 10**9
+    site.records.update(orders=Orders(at_ns=due_ns))
+    shipper.turn()
+    assert site.records.fields["copy_due_ns"] == due_ns
+    site.records.change_orders(Orders.pause)
+    for _ in range(5):
+        site.clock.seconds += 30
+        assert shipper.turn() == 30
+    assert site.records.fields["copy_due_ns"] is None
+    site.records.change_orders(Orders.unpause)
+    site.clock.seconds += 30
+    shipper.turn()
+    assert site.records.fields["state"] is ReplicationState.REPLICATING
+
+
+def test_that_the_target_cannot_keep_house_is_told_once_and_shown_until_it_can(site, monkeypatch):
+    errors, mended = [], False
+
+    def keep_house() -> None:
+        if not mended:
+            raise CorruptError("a frame is damaged")
+
+    monkeypatch.setattr(site, "keep_house", keep_house)
+    shipper = site.shipper()
+    update = site.records.update
+
+    def told(**fields: object) -> None:
+        errors.extend([fields["error"]] if "error" in fields else [])
+        update(**fields)
+
+    monkeypatch.setattr(site.records, "update", told)
+    shipper.turn()
+    errors.clear()
+    for _ in range(3):
+        site.clock.seconds += 30
+        shipper.turn()
+    assert set(errors) == {"a frame is damaged"}, "no cycle that succeeds takes it back"
+    mended = True
+    site.clock.seconds += 30
+    shipper.turn()
+    assert site.records.fields["error"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -13,7 +14,15 @@ from contextlib import contextmanager
 import lmdb
 import pytest
 
-from hvfuse.errors import BusyError, CorruptError, HvfuseError, NoSpaceError, NotFoundError, UnsupportedError
+from hvfuse.errors import (
+    BusyError,
+    CorruptError,
+    HvfuseError,
+    NoSpaceError,
+    NotFoundError,
+    UnreachableError,
+    UnsupportedError,
+)
 from hvfuse.target import environment, schema
 from hvfuse.target.check import check
 from hvfuse.target.local import LocalReplica
@@ -285,3 +294,26 @@ def test_a_writer_joins_a_reader_of_its_process(tmp_path):
             assert writer.raise_epoch() == 1
             assert reader.epoch() == 1
         assert reader.epoch() == 1
+
+
+@pytest.mark.parametrize("what", ["moved", "replaced", "unlinked"])
+def test_nothing_is_committed_to_a_store_that_is_not_there_any_more(tmp_path, what):
+    path, away = tmp_path / "store", tmp_path / "away"
+    with Store(str(path)) as store:
+        assert store.raise_epoch() == 1
+        if what == "unlinked":
+            os.rename(path / "store.lmdb" / "data.mdb", away)
+        else:
+            os.rename(path, away)
+        if what == "replaced":
+            shutil.copytree(away, path)
+        for act in (store.raise_epoch, store.epoch):
+            with pytest.raises(UnreachableError, match="moved, deleted, unmounted or replaced") as raised:
+                act()
+            assert raised.value.hint is not None and raised.value.recoverable
+        if what == "unlinked":
+            os.rename(away, path / "store.lmdb" / "data.mdb")
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            os.rename(away, path)
+        assert store.raise_epoch() == 2, "put back, it goes on"
