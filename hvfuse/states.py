@@ -72,6 +72,11 @@ OBSERVED = frozenset({
     Event.FINISH_FAILBACK,
 })  # fmt: skip
 """Events that nobody orders."""
+NOT_ORDERED_YET = frozenset({
+    Event.PREPARE_FAILOVER, Event.FAIL_OVER, Event.CHANGE_POINT, Event.CANCEL_FAILOVER, Event.COMMIT_FAILOVER,
+    Event.REVERSE, Event.FAIL_BACK,
+})  # fmt: skip
+"""Events of failover, which no command orders yet: nobody is told that they are allowed."""
 
 _S = ReplicationState
 _READY, _INITIAL, _AWAITING = (
@@ -145,7 +150,8 @@ def next_state(state: ReplicationState, event: Event, *, what: str = "replicatio
 
 def allowed_commands(state: ReplicationState) -> tuple[Event, ...]:
     """What somebody may order in `state`, in the order of `Event`."""
-    return tuple(event for event in Event if event not in OBSERVED and (state, event) in TABLE)
+    ordered = (event for event in Event if event not in OBSERVED | NOT_ORDERED_YET)
+    return tuple(event for event in ordered if (state, event) in TABLE)
 
 
 _NUMBERS: Mapping[ReplicationState, str] = {

@@ -12,7 +12,7 @@ import click
 
 from hvfuse.cli.main import Session
 from hvfuse.cli.output import emit_json, json_option, one_line, time_text
-from hvfuse.cli.wiring import kept_records
+from hvfuse.cli.wiring import kept_records, require_known
 from hvfuse.control.events import KINDS, EventRecord, Events
 from hvfuse.control.instants import PAST_FORMS, parse_past
 from hvfuse.control.records import Records
@@ -68,10 +68,14 @@ def list_events(
         session.prepare()
         with Records(home.records) as records:
             records.jobs.bury()
+            if not _last(records.events.after(0), wanted, None):
+                require_known(home, records, vm)
             _follow(records.events, wanted, count, as_json=as_json)
         return
     with kept_records(home) as kept:
         found = [] if kept is None else _last(kept.events.after(0), wanted, count)
+        if not found:
+            require_known(home, kept, vm)
     if as_json:
         emit_json({"events": [each.as_json() for each in found]})
     else:
@@ -106,4 +110,9 @@ def _show(events: Sequence[EventRecord], *, as_json: bool) -> None:
         if as_json:
             emit_json(each.as_json())
         else:
-            click.echo(f"{time_text(each.time_ns)}  {each.severity:7}  {one_line(f'{each.vm}: {each.text}')}")
+            click.echo(f"{time_text(each.time_ns)}  {each.severity:7}  {one_line(f'{each.vm}: {_text(each)}')}")
+
+
+def _text(event: EventRecord) -> str:
+    """What happened, without the VM's name before it."""
+    return event.text.removeprefix(f"{event.vm}: ")

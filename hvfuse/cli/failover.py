@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from hvfuse.cli.main import Session
-from hvfuse.cli.output import emit_json, json_option, time_text
+from hvfuse.cli.output import emit_json, json_option, print_table, time_text
 from hvfuse.control import trial
 from hvfuse.control.home import Home
 from hvfuse.control.job import JobKind
@@ -138,14 +138,27 @@ def _clean_up(home: Home, store: Store, records: Records, pin: Pin, *, force: bo
 @click.pass_obj
 def list_tests(session: Session, vm: str | None, as_json: bool) -> None:
     """List the test failovers that were not cleaned up yet."""
-    with _store(session) as (_, store):
+    with _store(session) as (home, store):
         found = trial.trials(store, vm)
+        if vm is not None and not found and not os.path.isdir(home.folder(vm)):
+            store.point_count(vm)  # raises NotFoundError: there is not even such a VM
     if as_json:
         emit_json({"tests": [{**_fields(pin), "alive": trial.is_alive(pin)} for pin in found]})
         return
-    for pin in found:
-        ended = "" if trial.is_alive(pin) else " (not mounted any more)"
-        click.echo(f"{pin.id}  {pin.vm}  {pin.point_id}  {pin.owner['mountpoint']}{ended}")
+    if not found:
+        click.echo("There is no test failover.")
+        return
+    rows = [
+        (
+            str(pin.id),
+            pin.vm,
+            pin.point_id,
+            time_text(pin.created_ns),
+            pin.owner["mountpoint"] + ("" if trial.is_alive(pin) else " (not mounted any more)"),
+        )
+        for pin in found
+    ]
+    print_table(("ID", "VM", "POINT", "SINCE", "MOUNTED AT"), rows, right=("ID",))
 
 
 def _chosen(store: Store, vm: str | None, test_id: str | None) -> Sequence[Pin]:
@@ -173,6 +186,7 @@ def _fields(pin: Pin) -> dict[str, Any]:
         "vm": pin.vm,
         "id": pin.id,
         "point": pin.point_id,
+        "since": time_text(pin.created_ns),
         "mountpoint": pin.owner["mountpoint"],
         "pid": pin.owner["pid"],
     }

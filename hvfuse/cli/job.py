@@ -12,8 +12,8 @@ import click
 
 from hvfuse import system
 from hvfuse.cli.main import Session, cli
-from hvfuse.cli.output import emit_json, is_terminal, json_option, one_line, time_text
-from hvfuse.cli.wiring import kept_records
+from hvfuse.cli.output import emit_json, json_option, one_line, print_table, time_text
+from hvfuse.cli.wiring import kept_records, require_known
 from hvfuse.control.job import COPY_KINDS, Action, Job, JobKind, JobState
 from hvfuse.control.records import Records
 from hvfuse.errors import BusyError, NotFoundError, StateError
@@ -23,9 +23,8 @@ RECENT_SECONDS = 86400
 """What ended longer ago is only listed with --all."""
 END_SECONDS = 30.0
 """How long to wait for a process that was asked to end."""
-PIPE_WIDTH = 10_000
 _LOOK_SECONDS = 0.1
-_COLUMNS = ("ID", "KIND", "VM", "STATE", "%", "STARTED", "TOOK", "STEP")
+_COLUMNS = ("ID", "KIND", "VM", "STATE", "STARTED", "TOOK")
 
 
 @click.group()
@@ -43,6 +42,8 @@ def list_jobs(session: Session, vm: str | None, everything: bool, as_json: bool)
     now_ns = time.time_ns()
     with kept_records(session.home) as records:
         jobs = [] if records is None else records.jobs.all()
+        if not any(vm in (None, each.vm) for each in jobs):
+            require_known(session.home, records, vm)
     found = [
         each
         for each in jobs
@@ -195,27 +196,24 @@ def _again(ctx: click.Context, job_id: int, action: Action, *, as_json: bool) ->
 
 
 def _print_list(jobs: Sequence[Job], now_ns: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in _COLUMNS:
-        table.add_column(title, no_wrap=True, justify="right" if title in ("ID", "%") else "left")
+    rows = []
     for each in jobs:
         took = _seconds(each, now_ns)
-        cells = (
-            str(each.id),
-            each.kind.value,
-            one_line(each.vm),
-            each.state.value,
-            str(each.percent),
-            "-" if each.started_ns is None else time_text(each.started_ns),
-            "-" if took is None else duration_text(took),
-            one_line(_where(each)),
+        is_open = each.state in (JobState.IN_PROGRESS, JobState.SUSPENDED)
+        rows.append(
+            (
+                str(each.id),
+                each.kind.value,
+                each.vm,
+                f"{each.state} {each.percent}%" if is_open else each.state.value,
+                "-" if each.started_ns is None else time_text(each.started_ns),
+                "-" if took is None else duration_text(took),
+            )
         )
-        table.add_row(*(Text(cell) for cell in cells))
-    Console(width=None if is_terminal() else PIPE_WIDTH).print(table)
+    print_table(_COLUMNS, rows, right=("ID",))
+    for each in jobs:
+        if where := _where(each):
+            click.echo(one_line(f"job {each.id}: {where}"))
 
 
 def _where(job: Job) -> str:

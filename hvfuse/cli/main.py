@@ -27,7 +27,7 @@ from hvfuse.control import config_file
 from hvfuse.control.config import Config
 from hvfuse.control.config_file import ConfigFile
 from hvfuse.control.home import HOME_VARIABLE, Home, home_root
-from hvfuse.errors import BusyError, HvfuseError, NoSpaceError, NotFoundError, UnreachableError, UsageError
+from hvfuse.errors import BusyError, HvfuseError, NoSpaceError, NotFoundError, StateError, UnreachableError, UsageError
 
 _SECTIONS: Mapping[str, Mapping[str, str]] = {
     "Protect": {
@@ -63,6 +63,10 @@ _MODULES = {"umount": "mount", **dict.fromkeys(_HIDDEN, "daemons")}
 """Where a command lies that does not lie in a module of its name."""
 
 
+_GO_ON = frozenset({"status", "event", "job", "measure", "point", "failover", "store", "umount", *_HIDDEN})
+"""Commands that a fault in hvfuse.toml does not stop: what `hvfuse run` read last applies to them too."""
+
+
 class LazyGroup(click.Group):
     """Looks a subcommand up in the tables above and imports its module when it is called."""
 
@@ -95,10 +99,10 @@ class LazyGroup(click.Group):
 class Session:
     """What every command gets as `ctx.obj`: the installation, read when first asked for."""
 
-    def __init__(self, root: str, *, debug: bool = False) -> None:
+    def __init__(self, root: str, *, debug: bool = False, goes_on: bool = False) -> None:
         self.root = root
         self.debug = debug
-        self.config_file = ConfigFile(root)
+        self.config_file = ConfigFile(root, uses_kept=goes_on)
 
     @property
     def config(self) -> Config:
@@ -145,7 +149,7 @@ def cli(ctx: click.Context, home: str | None, debug: bool) -> None:
     and let the guest use them through mnt/. Every write is logged, shipped to the store, and kept as
     recovery points that `hvfuse failover test` shows as disks.
     """
-    ctx.obj = Session(home_root(home), debug=debug)
+    ctx.obj = Session(home_root(home), debug=debug, goes_on=ctx.invoked_subcommand in _GO_ON)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -178,6 +182,8 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
             f"internal error: {type(error).__name__}: {error}",
             hint=None if debug else f"the traceback is in {keep_traceback(error)}; please report it",
         )
+    if isinstance(known, StateError) and not known.hint:
+        known.hint = "hvfuse status"
     note(f"hvfuse: {one_line(str(known))}")
     if known.hint:
         note(f"  hint: {one_line(known.hint)}")

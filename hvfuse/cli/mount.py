@@ -71,7 +71,9 @@ def umount(session: Session, vm: str, force: bool, as_json: bool) -> None:
         else:
             stop_tracker(home, vm)
         if not wait_for_end(pid, END_SECONDS):
-            raise UnreachableError(f"{vm}: the tracker (pid {pid}) does not end", hint=f"see {home.log(vm, 'tracker')}")
+            raise UnreachableError(
+                f"{vm}: the tracker (pid {pid}) does not end", hint=f"tail {home.log(vm, 'tracker')}"
+            )
     if as_json:
         emit_json({"vm": vm, "mountpoint": home.mountpoint(vm)})
     else:

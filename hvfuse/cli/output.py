@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
 
 from hvfuse.words import time_text
 
-__all__ = ["OUTPUT_VERSION", "counted", "emit_json", "is_terminal", "json_option", "note", "one_line", "time_text"]
+__all__ = [
+    "OUTPUT_VERSION", "counted", "emit_json", "is_terminal", "json_option", "note", "one_line", "print_table",
+    "time_text",
+]  # fmt: skip
 
 OUTPUT_VERSION = 1
 
@@ -51,3 +54,16 @@ def counted(count: int, name: str) -> str:
 def is_terminal() -> bool:
     """Whether a person looks at stdout."""
     return sys.stdout.isatty()
+
+
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+    """Print rows aligned below their titles, and cut nothing: what stands there may be wanted for the next command.
+    `right`: the titles of columns of numbers."""
+    shown = [titles, *([one_line(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in shown) for column in range(len(titles))]
+    for row in shown:
+        cells = (
+            cell.rjust(width) if title in right else cell.ljust(width)
+            for title, cell, width in zip(titles, row, widths, strict=True)
+        )
+        click.echo("  ".join(cells).rstrip())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hvfuse.cli.output import emit_json, json_option, time_text
+from hvfuse.cli.output import emit_json, json_option, print_table, time_text
 from hvfuse.cli.store import store_path
 from hvfuse.words import bytes_text
 
@@ -52,14 +52,14 @@ def _fields(point: RecoveryPoint, pinned: set[str]) -> dict[str, object]:
 
 
 def _print(points: Sequence[RecoveryPoint], pinned: set[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in ("point", "time", "kind", "cycle", "size", ""):
-        table.add_column(title, justify="right" if title in ("cycle", "size") else "left", no_wrap=True)
-    for each in points:
-        held = "in use" if each.id in pinned else ""
-        size = bytes_text(each.stored_bytes)
-        table.add_row(each.id, time_text(each.time_ns), each.consistency.value, str(each.cycle), size, held)
-    Console(markup=False, highlight=False).print(table)
+    rows = [
+        (
+            each.id,
+            time_text(each.time_ns),
+            each.consistency.value,
+            bytes_text(each.stored_bytes),
+            "in use" if each.id in pinned else "",
+        )
+        for each in points
+    ]
+    print_table(("POINT", "TIME", "KIND", "SIZE", ""), rows, right=("SIZE",))

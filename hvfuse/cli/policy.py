@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from hvfuse.cli.main import Session
-from hvfuse.cli.output import counted, emit_json, json_option, note, one_line
+from hvfuse.cli.output import counted, emit_json, json_option, note, one_line, print_table
 from hvfuse.control.config import Config
 from hvfuse.control.config_file import decoded
 from hvfuse.control.config_text import Effective, Origins, parse, shown
@@ -96,7 +96,7 @@ def _show_one(vm: str, found: Sequence[Effective], *, as_json: bool) -> None:
     if as_json:
         emit_json({"vm": vm, "settings": _fields(found)})
     else:
-        _print(("SETTING", "VALUE", "FROM"), [_row(each) for each in found])
+        print_table(("SETTING", "VALUE", "FROM"), [_row(each) for each in found])
 
 
 def _print_all(general: Sequence[Effective], settings: Mapping[str, Sequence[Effective]]) -> None:
@@ -106,15 +106,8 @@ def _print_all(general: Sequence[Effective], settings: Mapping[str, Sequence[Eff
     for name, found in settings.items():
         own = [each for each in found if each != usual.get(each.key, Effective(key=each.key, value=[]))]
         rows += [(name, *_row(each)) for each in own] or [(name, "as any VM", "", "")]
-    _print(("VM", "SETTING", "VALUE", "FROM"), rows)
+    print_table(("VM", "SETTING", "VALUE", "FROM"), rows)
 
 
 def _row(each: Effective) -> tuple[str, str, str]:
     return each.key, one_line(shown(each.value)), one_line(each.source)
-
-
-def _print(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Aligned, and never cut: a value is to be copied from here into the file."""
-    widths = [max(len(row[column]) for row in [titles, *rows]) for column in range(len(titles))]
-    for row in [titles, *rows]:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +16,14 @@ from hvfuse.consistency import Consistency
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records
+from hvfuse.control.supervisor import is_supervised
 from hvfuse.errors import UnreachableError
 from hvfuse.words import bytes_text, duration_text
 
 PATIENCE = 30 * 86400.0
+START_SECONDS = 5.0
+"""How long `hvfuse run` may take to start a shipper."""
+_LOOK_SECONDS = 0.1
 """Seconds: the cycle may have to wait for a whole copy of large disks."""
 FELL_BACK = 14
 """Exit code: there is a point, but it is not application-consistent."""
@@ -76,10 +81,21 @@ def _tell(vm: str, report: Mapping[str, Any]) -> None:
 def make_cycle(session: Session, home: Home, vm: str, records: Records, *, application: bool = False) -> dict[str, Any]:
     """Have the VM's shipper make a cycle, after whatever copy it needs, or make it here if none runs. Returns
     the fields of `CycleReport`. `application`: with the guest frozen, if that can be done. Raises HvfuseError."""
-    if serving_pid(home.shipper_socket(vm)) is not None:
+    if _shipper_comes(home, vm):
         return wire.request(home.shipper_socket(vm), "cycle", timeout=PATIENCE, application=application)
     from hvfuse.cli.wiring import shipper
 
     home.make_vm(vm)
     with shipper(home, session.config_file, vm, records) as here:
         return here.cycle_now(application=application).as_json()
+
+
+def _shipper_comes(home: Home, vm: str) -> bool:
+    """Whether a shipper serves the VM. One that `hvfuse run` is just starting, as after `replication enable`, is waited
+    for: two that ship the same VM get in each other's way."""
+    deadline = time.monotonic() + START_SECONDS
+    while serving_pid(home.shipper_socket(vm)) is None:
+        if time.monotonic() > deadline or not is_supervised(home):
+            return False
+        time.sleep(_LOOK_SECONDS)
+    return True

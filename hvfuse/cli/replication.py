@@ -19,8 +19,8 @@ from hvfuse.cli.resync import order_copy
 from hvfuse.control.home import check_vm_name
 from hvfuse.control.instants import FORMS, parse_instant
 from hvfuse.control.records import Records
-from hvfuse.control.supervisor import require_no_supervisor
-from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError, UnreachableError, UsageError
+from hvfuse.control.supervisor import is_supervised
+from hvfuse.errors import HvfuseError, StateError, UnreachableError, UsageError
 from hvfuse.states import Event, ReplicationState, next_state
 from hvfuse.system import SystemClock
 from hvfuse.words import bytes_text
@@ -169,7 +169,11 @@ def resume(session: Session, vm: str, replica: bool, as_json: bool) -> None:
     with _site(session, vm) as site:
         _demand_known(session, site)
         state = protection.resume_replica(site) if replica else protection.resume(site)
-    _told(vm, state, as_json=as_json, replica=replica)
+        is_served = is_supervised(site.home)
+    if replica or as_json:
+        _told(vm, state, as_json=as_json, replica=replica)
+    else:
+        click.echo(f"{vm}: replication goes on" + ("" if is_served else "; it needs: hvfuse run"))
 
 
 @replication.command()
@@ -285,8 +289,6 @@ def _first_point(session: Session, site: Site) -> str | None:
 
 def _next_command(site: Site) -> str | None:
     """What begins the first copy; None if `hvfuse run` does."""
-    try:
-        require_no_supervisor(site.home)
-    except (BusyError, NotFoundError):
+    if is_supervised(site.home):
         return None
     return f"hvfuse replicate {site.vm}" if site.is_mounted else "hvfuse run"

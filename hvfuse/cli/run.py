@@ -107,6 +107,7 @@ def run(session: Session) -> None:
     home = session.prepare()
     interrupts = Interrupts()
     with only_supervisor(home), interrupts.caught(), Records(home.records) as records:
+        session.config_file.keep()
         supervisor = Supervisor(
             home, records, clock=SystemClock(), protects=lambda vm: session.config.policy(vm).protect == "auto"
         )

@@ -70,21 +70,34 @@ def reason_lines(found: Sequence[VmStatus]) -> Iterator[str]:
 def summary(found: Sequence[VmStatus]) -> Iterator[str]:
     """What it comes to, for somebody who reads only one line."""
     protected = [one for one in found if one.is_protected]
+    others = [one.name for one in found if not one.is_protected]
     if not protected:
         if found:
             yield f"nothing is replicated; next: hvfuse replication enable {one_line(found[0].name)}"
         return
+    yield from _summed_up(protected)
+    if others:
+        yield one_line(f"not replicated: {_several(others)}; next: hvfuse replication enable {others[0]}")
+
+
+def _summed_up(protected: Sequence[VmStatus]) -> Iterator[str]:
+    """What it comes to of those that are replicated."""
     safe = [one for one in protected if one.health is Health.NORMAL]
     worst = max(protected, key=lambda one: (one.rpo_seconds is None, one.rpo_seconds or 0.0))
     loss = at_risk(worst)
     if len(protected) == 1:
         verdict = "is safe" if safe else "needs attention"
-        yield one_line(f"{worst.name} {verdict}; if its disks were lost now: {loss}")
+        yield one_line(f"{worst.name} {verdict}; what losing its disks now would cost: {loss}")
         return
-    verdict = f"{len(safe)} of {counted(len(protected), 'VM')} are safe"
-    others = [one_line(one.name) for one in protected if one not in safe]
-    attention = f"; see to {', '.join(others[:5])}{' …' if len(others) > 5 else ''}" if others else ""
+    verdict = f"{len(safe)} of {counted(len(protected), 'VM')} {'is' if len(safe) == 1 else 'are'} safe"
+    unsafe = [one.name for one in protected if one not in safe]
+    attention = f"; see to {_several(unsafe)}" if unsafe else ""
     yield one_line(f"{verdict}{attention}; the most that would be lost now: of {worst.name}, {loss}")
+
+
+def _several(names: Sequence[str]) -> str:
+    """The first few of them."""
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
 
 
 def at_risk(status: VmStatus) -> str:
@@ -92,7 +105,7 @@ def at_risk(status: VmStatus) -> str:
     if status.latest_point is None:
         return "everything: there is no recovery point yet"
     if status.rpo_seconds is None:
-        return "nobody can tell how much"
+        return "nobody can tell how much: the age of what the store has is not known"
     written = "how much was written is not known" if status.pending_bytes is None else bytes_text(status.pending_bytes)
     return f"the last {duration_text(status.rpo_seconds)}, {written}"
 
@@ -106,7 +119,8 @@ def detail(status: VmStatus) -> Iterator[str]:
     steps = [reason.next_command for reason in status.reasons if reason.next_command]
     if not status.is_protected:
         steps = [f"hvfuse replication enable {one_line(status.name)}"]
-    yield _line("next", steps[0] if steps else "nothing to do")
+    nothing = "nothing to do" if status.health is Health.NORMAL else "nothing to type: it is under way, or see below"
+    yield _line("next", steps[0] if steps else nothing)
     for more in dict.fromkeys(steps[1:]):
         if more != steps[0]:
             yield _line("", more)
@@ -136,8 +150,9 @@ def _reason(health: Health, text: str, next_command: str | None) -> Iterator[str
 
 
 def _figures(status: VmStatus) -> Iterator[str]:
-    points = "unknown" if status.points is None else str(status.points)
-    yield _line("points", f"{points} in the store; a new one is due every {duration_text(status.frequency)}")
+    points = "unknown" if status.points is None else f"{status.points} in the store"
+    due = f"a new one is due every {duration_text(status.frequency)}" if status.is_protected else "no new ones are made"
+    yield _line("points", f"{points}; {due}")
     sums = status.past.sums
     if sums.successful or sums.missed:
         yield _line(
@@ -146,7 +161,8 @@ def _figures(status: VmStatus) -> Iterator[str]:
             f"({sums.missed_part:.0%}); mean latency {duration_text(sums.mean_latency)}, "
             f"mean size {bytes_text(round(sums.mean_size))}",
         )
-    yield _line("logs", _logs(status))
+    if status.is_protected:
+        yield _line("logs", _logs(status))
     if status.copy is not None:
         yield _line("copy", copy_text(status.copy))
     if status.tests:
@@ -155,6 +171,8 @@ def _figures(status: VmStatus) -> Iterator[str]:
         yield _line("proved", one_line(status.verified.text))
     for number, disk in enumerate(status.disks):
         yield _line("" if number else "disks", one_line(f"{disk.name}  {disk.format}  {bytes_text(disk.size)}"))
+    for number, name in enumerate(status.excluded, len(status.disks)):
+        yield _line("" if number else "disks", one_line(f"{name}  not replicated: hvfuse.toml excludes it"))
     for number, command in enumerate(status.allowed):
         yield _line("" if number else "allowed", command)
 
@@ -168,8 +186,10 @@ def _logs(status: VmStatus) -> str:
     seconds = forecast.seconds_to_hard_limit
     if seconds is None or forecast.rate is None:
         return limit
-    rate = f"{bytes_text(round(forecast.rate))}/s is written"
-    return f"{limit}; {rate}" + (f": if nothing were sent, in {duration_text(seconds)}" if seconds < _ENOUGH else "")
+    if seconds >= _ENOUGH:
+        return limit
+    # What was written in the last cycles: not what is written at this moment.
+    return f"{limit}: in {duration_text(seconds)} without sending, at {bytes_text(round(forecast.rate))}/s as of late"
 
 
 def _line(label: str, text: str) -> str:

@@ -177,6 +177,7 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
             {"name": disk.name, "format": disk.format, "size": disk.size, "log_bytes": disk.log_bytes}
             for disk in status.disks
         ],
+        "excluded": list(status.excluded),
         "reasons": [
             {
                 "id": reason.id,

@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hvfuse.cli.output import counted, emit_json, is_terminal, json_option, note, time_text
+from hvfuse.cli.output import counted, emit_json, json_option, note, print_table, time_text
 from hvfuse.errors import CorruptError
 from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
     from hvfuse.target.usage import StoreUsage, VmUsage
 
-
-WIDTH = 160
-"""Columns of the table where no terminal says how many there are."""
+_COLUMNS = ("VM", "STATE", "POSITION", "NEWEST POINT", "POINTS", "JOURNAL", "BASE", "PINS")
 
 
 def store_path(ctx: click.Context) -> str:
@@ -113,9 +111,6 @@ def _vm_fields(vm: VmUsage) -> dict[str, object]:
 
 
 def _print_usage(found: StoreUsage) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     click.echo(f"store     {found.path}, format {found.format}, epoch {found.epoch}")
     click.echo(
         f"database  {bytes_text(found.database_bytes)} on disk, map of {bytes_text(found.map_size)}; "
@@ -124,14 +119,17 @@ def _print_usage(found: StoreUsage) -> None:
     if not found.vms:
         click.echo("no VMs yet")
         return
-    table = Table(box=None, pad_edge=False)
-    for title in ("VM", "state", "position", "newest point"):
-        table.add_column(title)
-    for title in ("points", "journal", "base", "pins"):
-        table.add_column(title, justify="right")
-    for vm in found.vms:
-        newest = time_text(vm.newest.time_ns) if vm.newest else "-"
-        row = (vm.name, vm.state, vm.position or "first copy not complete", newest, str(vm.points))
-        table.add_row(*row, bytes_text(vm.journal_bytes), bytes_text(vm.base_bytes), str(vm.pins))
-    width = None if is_terminal() else WIDTH
-    Console(markup=False, highlight=False, width=width).print(table)
+    rows = [
+        (
+            vm.name,
+            vm.state,
+            vm.position or "none yet",
+            time_text(vm.newest.time_ns) if vm.newest else "-",
+            str(vm.points),
+            bytes_text(vm.journal_bytes),
+            bytes_text(vm.base_bytes),
+            str(vm.pins),
+        )
+        for vm in found.vms
+    ]
+    print_table(_COLUMNS, rows, right=_COLUMNS[4:])

@@ -156,6 +156,13 @@ def kept_records(home: Home) -> Iterator[Records | None]:
         yield records
 
 
+def require_known(home: Home, records: Records | None, vm: str | None) -> None:
+    """Raise NotFoundError for a VM that has neither folder nor record: its name is a mistake. None: all VMs."""
+    if vm is None or os.path.isdir(home.folder(vm)) or (records is not None and vm in records.names()):
+        return
+    raise NotFoundError(f"there is no VM {vm}: no directory {home.folder(vm)}", hint="hvfuse status")
+
+
 def drop_staged(home: Home, vm: str) -> None:
     """Drop what the store holds of a copy that was given up. Whoever is just making it has to do that himself."""
     from hvfuse.target.local import LocalReplica

@@ -196,9 +196,9 @@ class Daemon:
                 )
                 return kind(lines[at].removeprefix("hvfuse: "), hint=hint)
         if code is not None and code < 0:
-            return kind(f"the {self.name} was killed by {signal.Signals(-code).name}", hint=f"see {self._log_path}")
+            return kind(f"the {self.name} was killed by {signal.Signals(-code).name}", hint=f"tail {self._log_path}")
         exit_text = f" with exit code {code}" if code is not None else ""
-        return kind(f"the {self.name} ended{exit_text}", hint=f"see {self._log_path}")
+        return kind(f"the {self.name} ended{exit_text}", hint=f"tail {self._log_path}")
 
     def _said(self) -> list[str]:
         try:

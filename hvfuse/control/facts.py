@@ -18,6 +18,7 @@ from hvfuse.control.forecast import Forecast, growth
 from hvfuse.control.home import Home
 from hvfuse.control.records import VmRecord
 from hvfuse.control.statistics import CycleRecord, Sums
+from hvfuse.control.supervisor import is_supervised
 from hvfuse.errors import CorruptError, HvfuseError, UnreachableError
 from hvfuse.formats import hrl
 from hvfuse.shipper import proofs
@@ -96,7 +97,8 @@ class Trouble:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What was found out, at `now_ns`. `names`: what the folder holds, None without one. `target`: None if the store
-    could not be asked. `sealed`: bytes in sealed logs, by disk. `shipper_log`: path of what the shipper said."""
+    could not be asked. `sealed`: bytes in sealed logs, by disk. `shipper_log`: path of what the shipper said.
+    `is_supervised`: `hvfuse run` runs, and starts again what has died."""
 
     vm: str
     now_ns: int
@@ -113,6 +115,7 @@ class Facts:
     sealed: Mapping[str, int]
     shipper_log: str
     config_fault: str | None
+    is_supervised: bool = False
     troubles: tuple[Trouble, ...]
 
     @property
@@ -212,6 +215,7 @@ def gather(
         sealed=_by_disk(sealed),
         shipper_log=home.log(vm, "shipper"),
         config_fault=config_fault,
+        is_supervised=is_supervised(home),
         troubles=(),
     )
     return replace(facts, troubles=tuple(troubles), forecast=_forecast(facts, sealed))

@@ -57,13 +57,13 @@ TEST_SECONDS = 86400.0
 
 _COMMANDS: Mapping[Event, str] = {
     Event.ENABLE: "hvfuse replication enable {vm}",
-    Event.DISABLE: "hvfuse replication disable {vm}",
+    Event.RESUME: "hvfuse replication resume {vm}",
     Event.START: "hvfuse replication start {vm}",
     Event.SUSPEND: "hvfuse replication suspend {vm}",
-    Event.RESUME: "hvfuse replication resume {vm}",
     Event.CANCEL: "hvfuse resync {vm} --cancel",
+    Event.DISABLE: "hvfuse replication disable {vm}",
 }
-"""How an event is ordered; those that are missing here cannot be ordered yet."""
+"""How an event is ordered, what is meant most often first."""
 
 
 class Health(IntEnum):
@@ -94,9 +94,11 @@ def is_protected(record: VmRecord) -> bool:
     return record.state is not ReplicationState.DISABLED
 
 
-def commands(vm: str, state: ReplicationState) -> tuple[str, ...]:
-    """What may be ordered of a VM in that state."""
-    return tuple(_COMMANDS[event].format(vm=vm) for event in allowed_commands(state) if event in _COMMANDS)
+def commands(vm: str, state: ReplicationState, *, paused: bool = False) -> tuple[str, ...]:
+    """What may be ordered of a VM in that state. `paused`: replication is suspended, and first of all to be resumed."""
+    allowed = {Event.RESUME, Event.DISABLE} if paused else _COMMANDS.keys()
+    possible = allowed_commands(state)
+    return tuple(text.format(vm=vm) for event, text in _COMMANDS.items() if event in possible and event in allowed)
 
 
 def warning(reason_id: str, text: str, next_command: str | None = None, **evidence: Any) -> Reason:
@@ -110,7 +112,13 @@ def critical(reason_id: str, text: str, next_command: str | None = None, **evide
 
 
 def reasons(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
-    """All reasons but those of copies, the gravest matters first. `state`: as it is shown."""
+    """All reasons but those of copies. `state`: as it is shown."""
+    found = list(_all(facts, state))
+    hung = next((reason.text for reason in found if reason.id == "no-progress"), "")
+    return (one for one in found if one.id not in ("tracker-busy", "shipper-busy") or one.text not in hung)
+
+
+def _all(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     for trouble in facts.troubles:
         passing = trouble.id == "store-unreachable" and not _is_late(facts)
         yield (warning if passing else critical)(trouble.id, trouble.text, trouble.hint)
@@ -142,7 +150,8 @@ def _processes(facts: Facts) -> Iterator[Reason]:
     record, vm = facts.record, facts.vm
     if facts.names is None:
         if record.point is None:
-            yield critical("folder-gone", "its folder is gone, and nothing of it was replicated")
+            text = "its folder is gone, and nothing of it was replicated"
+            yield critical("folder-gone", text, f"hvfuse replication disable {vm}")
         else:
             text = "its folder is gone; what was replicated is in the store"
             yield critical("folder-gone", text, f"hvfuse failover test {vm} --mount DIR")
@@ -152,12 +161,23 @@ def _processes(facts: Facts) -> Iterator[Reason]:
     elif facts.tracker.answer is None and record.tracker_error is not None:
         yield critical("tracker-failed", record.tracker_error, record.tracker_hint)
     elif facts.tracker.answer is None and is_protected(record):
-        yield critical("tracker-down", "the VM is protected but not mounted: nothing tracks its writes", "hvfuse run")
+        text = f"the VM is protected but not mounted: nothing tracks its writes{_again(facts)}"
+        yield critical("tracker-down", text, _starts(facts))
     if facts.shipper.is_busy:
         yield warning("shipper-busy", _busy_text("shipper", facts.shipper), _wake(facts.shipper))
     elif facts.shipper.answer is None and is_protected(record):
-        why = f": {record.shipper_error}" if record.shipper_error is not None else ""
-        yield critical("shipper-down", f"no shipper runs, so no recovery points are made{why}", "hvfuse run")
+        why = f": {record.shipper_error.removeprefix(f'{vm}: ')}" if record.shipper_error is not None else ""
+        text = f"no shipper runs, so no recovery points are made{why}{_again(facts)}"
+        yield critical("shipper-down", text, _starts(facts))
+
+
+def _again(facts: Facts) -> str:
+    return "; `hvfuse run` is starting it" if facts.is_supervised else ""
+
+
+def _starts(facts: Facts) -> str | None:
+    """What starts the processes: not what says that it runs already."""
+    return None if facts.is_supervised else "hvfuse run"
 
 
 def _busy_text(role: str, process: Process) -> str:
@@ -172,13 +192,13 @@ def _wake(process: Process) -> str | None:
 
 def _failures(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     record = facts.record
-    if record.error is None:
-        return
+    if record.error is None or (_is_held_at_target(facts) and record.hint == _resume_replica(facts.vm)):
+        return  # `_target` says it
     is_critical = _is_late(facts) or state is ReplicationState.ERROR or state in OF_RESYNC - COPYING
     yield Reason(
         id="replication-failing",
         health=Health.CRITICAL if is_critical else Health.WARNING,
-        text=record.error,
+        text=record.error.removeprefix(f"{facts.vm}: "),
         next_command=record.hint,
         evidence={"seconds": facts.age, "limit": _hung(facts)},
     )
@@ -212,11 +232,18 @@ def _target(facts: Facts) -> Iterator[Reason]:
         what = f"its newest point is {newest}" if newest is not None else "it has no point at all"
         text = f"the store lacks recovery point {facts.record.point}, which it had acknowledged: {what}"
         yield critical("store-rolled-back", text, f"hvfuse replicate {facts.vm}", newest=newest)
-    if facts.target is not None and facts.target.state in (
-        ReplicationState.SUSPENDED, ReplicationState.RESYNCHRONIZE_SUSPENDED,
-    ):  # fmt: skip
-        text = "replication was suspended at the target"
-        yield critical("replica-suspended", text, f"hvfuse replication resume {facts.vm} --replica")
+    if _is_held_at_target(facts):
+        text = "the replica is suspended at the target, and takes nothing in"
+        yield critical("replica-suspended", text, _resume_replica(facts.vm))
+
+
+def _is_held_at_target(facts: Facts) -> bool:
+    suspended = (ReplicationState.SUSPENDED, ReplicationState.RESYNCHRONIZE_SUSPENDED)
+    return facts.target is not None and facts.target.state in suspended
+
+
+def _resume_replica(vm: str) -> str:
+    return f"hvfuse replication resume {vm} --replica"
 
 
 def _pauses(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
@@ -293,7 +320,7 @@ def _failover(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
 
 def _surroundings(facts: Facts) -> Iterator[Reason]:
     if facts.config_fault is not None:
-        text = f"what was in effect before goes on: {facts.config_fault}"
+        text = f"hvfuse.toml has a fault, and what it said before still applies: {facts.config_fault}"
         yield warning("config-fault", text, "hvfuse policy check")
     if facts.is_from_future:
         text = "the newest recovery point lies in the future: the clock was set back, so its age is not known"
@@ -303,4 +330,4 @@ def _surroundings(facts: Facts) -> Iterator[Reason]:
         yield warning("untracked-disk", text, None, disk=name)
     for name in sorted(facts.policy.exclude - facts.names) if facts.names is not None else ():
         text = f"hvfuse.toml excludes {name}, but there is no such disk in the folder"
-        yield warning("exclude-unknown", text, None, disk=name)
+        yield warning("exclude-unknown", text, f"hvfuse policy show {facts.vm}", disk=name)

@@ -43,7 +43,8 @@ class VmStatus:
     to be compared with it: together, what would be lost with the source. None where nobody can tell. `points`: recovery
     points in the store. `allowed`: the commands that its state allows.
     `copy`, `copy_due_ns`, `orders`: as in the VM's record. `verified`: None if it never was. `tracker`,
-    `shipper`: whether they answer. `frequency`: seconds from cycle to cycle.
+    `shipper`: whether they answer. `excluded`: disks that are there and, as hvfuse.toml says, not replicated.
+    `frequency`: seconds from cycle to cycle.
     """
 
     name: str
@@ -66,6 +67,7 @@ class VmStatus:
     orders: Orders
     verified: Verified | None = None
     disks: tuple[DiskStatus, ...]
+    excluded: tuple[str, ...] = ()
     tracker: bool
     shipper: bool
 
@@ -109,7 +111,7 @@ def vm_status(
     return VmStatus(
         name=vm,
         state=state,
-        reasons=(*reasons(facts, state), *copy_reasons(facts, state)),
+        reasons=tuple(sorted((*reasons(facts, state), *copy_reasons(facts, state)), key=lambda one: -one.health)),
         allowed=_allowed(facts, state),
         last_cycle=record.cycle,
         last_replication_time_ns=record.last_replication_time_ns,
@@ -126,6 +128,7 @@ def vm_status(
         copy_due_ns=record.copy_due_ns,
         orders=facts.orders,
         verified=facts.verified,
+        excluded=tuple(sorted(facts.policy.exclude & (facts.names or frozenset()))),
         disks=_disks(home.folder(vm), facts),
         tracker=facts.tracker.answer is not None,
         shipper=facts.shipper.answer is not None,
@@ -136,7 +139,9 @@ def _allowed(facts: Facts, state: ReplicationState) -> tuple[str, ...]:
     """What may be ordered: by the recorded state where that says that the VM is not replicated, whatever is shown."""
     if not facts.has_record:
         return ()
-    return commands(facts.vm, state if is_protected(facts.record) else facts.record.state)
+    return commands(
+        facts.vm, state if is_protected(facts.record) else facts.record.state, paused=facts.orders.paused
+    )
 
 
 def _disks(folder: str, facts: Facts) -> tuple[DiskStatus, ...]:

@@ -124,6 +124,15 @@ def require_no_supervisor(home: Home) -> None:
         os.close(fd)
 
 
+def is_supervised(home: Home) -> bool:
+    """Whether `hvfuse run` is running on this home."""
+    try:
+        require_no_supervisor(home)
+    except BusyError:
+        return True
+    return False
+
+
 def _running_here(home: Home) -> BusyError:
     with open(home.run_lock, encoding="ascii", errors="replace") as file:
         pid = file.read().strip() or "unknown"

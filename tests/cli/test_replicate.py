@@ -54,7 +54,7 @@ def test_the_status_of_a_replicated_vm_has_exactly_these_fields(hvfuse: CommandL
     assert list(vm) == [
         "name", "state", "health", "allowed", "last_cycle", "last_replication_time", "rpo_seconds", "pending_bytes",
         "points", "latest_point", "replica_state", "tests", "frequency", "monitoring", "forecast", "copy", "copy_due",
-        "orders", "verified", "disks", "reasons",
+        "orders", "verified", "disks", "excluded", "reasons",
     ]  # fmt: skip
     keys = ["id", "health", "text", "next_command", "allowed", "evidence"]
     assert [list(reason) for reason in vm["reasons"]] == [keys]
@@ -161,7 +161,8 @@ def test_a_test_failover_is_not_to_be_mounted_over_what_is_in_use(hvfuse: Comman
     assert hvfuse("failover", "test", "vm", "--mount", str(disk.parent)) == 6
     assert hvfuse.err.splitlines()[1] == "  hint: choose another directory"
     assert hvfuse("failover", "list") == 0
-    assert hvfuse.out == ""
+    assert hvfuse.out == "There is no test failover.\n"
+    assert hvfuse("failover", "list", "nosuch") == 5
 
 
 def test_cleaning_up_after_a_vm_that_does_not_exist_is_refused(hvfuse: CommandLine, disk: Path) -> None:

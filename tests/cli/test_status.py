@@ -103,3 +103,23 @@ def test_what_is_watched_shows_records_that_came_only_then(hvfuse: CommandLine) 
         )
         subprocess.run([sys.executable, "-c", code, str(hvfuse.root / "state" / "records")], check=True)
         assert [one.state for one in ask()] == [ReplicationState.READY_FOR_INITIAL_REPLICATION]
+
+
+def test_a_fault_in_the_configuration_does_not_hide_how_things_are(hvfuse: CommandLine) -> None:
+    hvfuse.add_vm("vm")
+    Session(str(hvfuse.root)).config_file.keep()
+    (hvfuse.root / "hvfuse.toml").write_text("[replication]\nfrequencyy = 3\n")
+    (vm,) = hvfuse.json("status")["vms"]
+    (reason,) = vm["reasons"]
+    assert reason["id"] == "config-fault"
+    assert "hvfuse.toml:2: [replication] frequencyy" in reason["text"]
+    assert hvfuse("event", "list") == hvfuse("job", "list") == 0
+    assert hvfuse("replicate", "vm") == 2
+
+
+@pytest.mark.parametrize("command", ["event", "job"])
+def test_a_misspelt_vm_is_told_and_does_not_pass_for_one_without_news(hvfuse: CommandLine, command: str) -> None:
+    hvfuse.add_vm("vm")
+    assert hvfuse(command, "list", "vm") == 0
+    assert hvfuse(command, "list", "wm") == 5
+    assert hvfuse.err.endswith("  hint: hvfuse status\n")

@@ -163,3 +163,48 @@ def test_a_change_of_paths_is_told_once_as_one_that_waits_for_a_start(
     assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == [
         f"{edited.path}: a change of [paths] takes effect with the next `hvfuse run`"
     ]
+
+
+class TestKept:
+    """What was applied last, for processes that begin while the file is faulty."""
+
+    FAULTY = "[replication]\nfrequency = 3\n"
+
+    def test_a_process_that_goes_on_has_what_was_kept_and_says_why(self, edited: Edited) -> None:
+        edited.file.keep()
+        edited.write(self.FAULTY)
+        other = ConfigFile(str(edited.path.parent), uses_kept=True)
+        assert other.current().policy("vm").frequency == 60
+        assert other.fault is not None and "hvfuse.toml:2: [replication] frequency" in other.fault
+
+    def test_one_that_needs_a_sound_file_is_refused_with_what_proves_it(self, edited: Edited) -> None:
+        edited.file.keep()
+        edited.write(self.FAULTY)
+        with pytest.raises(UsageError) as refused:
+            ConfigFile(str(edited.path.parent)).current()
+        assert refused.value.hint is not None and "hvfuse policy check" in refused.value.hint
+
+    def test_a_change_that_applies_is_kept_and_a_fault_never(
+        self, edited: Edited, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        edited.file.keep()
+        edited.write('[replication]\nfrequency = "2m"\n')
+        assert edited.after_a_while() == 120
+        edited.write(self.FAULTY)
+        assert edited.after_a_while() == 120
+        caplog.clear()
+        assert ConfigFile(str(edited.path.parent), uses_kept=True).current().policy("vm").frequency == 120
+
+    def test_without_anything_kept_the_fault_is_told(self, edited: Edited) -> None:
+        edited.write(self.FAULTY)
+        with pytest.raises(UsageError, match="frequency"):
+            ConfigFile(str(edited.path.parent), uses_kept=True).current()
+
+    def test_the_fault_ends_with_the_next_sound_text(self, edited: Edited) -> None:
+        edited.file.keep()
+        edited.write(self.FAULTY)
+        edited.file = ConfigFile(str(edited.path.parent), uses_kept=True, monotonic=lambda: edited.seconds)
+        assert edited.frequency() == 60
+        edited.write('[replication]\nfrequency = "3m"\n')
+        assert edited.after_a_while() == 180
+        assert edited.file.fault is None

@@ -95,6 +95,9 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
     # Processes
     "no tracker": ({"tracker": Process()}, ["tracker-down"], C, "hvfuse run"),
     "no shipper": ({"shipper": Process()}, ["shipper-down"], C, "hvfuse run"),
+    "neither, while somebody starts them": (
+        {"tracker": Process(), "shipper": Process(), "is_supervised": True}, ["tracker-down", "shipper-down"], C, None,
+    ),
     "the tracker cannot start": (
         {"tracker": Process(), **record(tracker_error="not a VHD", tracker_hint="rename it")}, ["tracker-failed"], C,
         "rename it",
@@ -106,7 +109,7 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
     "the folder is gone": ({"names": None}, ["folder-gone"], C, "hvfuse failover test vm --mount DIR"),
     "the folder of a new VM is gone": (
         {"names": None, **record(state=STATE.READY_FOR_INITIAL_REPLICATION, point=None, last_replication_time_ns=None)},
-        ["folder-gone", "initial-replication"], C, None,
+        ["folder-gone", "initial-replication"], C, "hvfuse replication disable vm",
     ),
     "a VM that is not protected": (
         {"tracker": Process(), "shipper": Process(), "record": VmRecord()}, [], N, None
@@ -130,11 +133,11 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
     ),
     "idle although due": (aged(61), ["no-progress"], C, "tail /s/shipper.log"),
     "the shipper is stopped, and no point comes": (
-        {**aged(61), "shipper": STOPPED}, ["shipper-busy", "no-progress"], C, "kill -CONT 12",
+        {**aged(61), "shipper": STOPPED}, ["no-progress"], C, "kill -CONT 12",
     ),
     "the tracker is stopped, and no point comes": (
         {"tracker": STOPPED, **doing("waits for the tracker to seal the cycle's logs", 61)},
-        ["tracker-busy", "no-progress"], C, "kill -CONT 12",
+        ["no-progress"], C, "kill -CONT 12",
     ),
     "a copy that hangs": (
         {**record(state=STATE.RESYNCHRONIZING), **doing("compares and sends what differs", 61)},
@@ -171,6 +174,11 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
     ),
     "suspended at the target": (
         target(state=STATE.SUSPENDED), ["replica-suspended"], C, "hvfuse replication resume vm --replica",
+    ),
+    "suspended at the target, as the last attempt has found": (
+        {**target(state=STATE.SUSPENDED),
+         **record(error="suspended", hint="hvfuse replication resume vm --replica")},
+        ["replica-suspended"], C, "hvfuse replication resume vm --replica",
     ),
     # The monitoring interval
     "a fifth is missed": (sums(successful=80, missed=20), [], N, None),
@@ -260,7 +268,7 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
         {"tracker": Process(answer={**ANSWER, "untracked": ["new.vhd"]})}, ["untracked-disk"], W, None,
     ),
     "an excluded disk that is not there": (
-        policy(exclude=frozenset({"swap.raw"})), ["exclude-unknown"], W, None,
+        policy(exclude=frozenset({"swap.raw"})), ["exclude-unknown"], W, "hvfuse policy show vm",
     ),
 }  # fmt: skip
 
@@ -313,5 +321,8 @@ def test_every_command_that_is_said_to_be_allowed_is_one_that_the_state_allows()
         for command in commands("vm", state):
             assert command.startswith("hvfuse re")
     assert "hvfuse replication resume vm" in commands("vm", STATE.SUSPENDED)
+    assert commands("vm", STATE.SUSPENDED, paused=True) == (
+        "hvfuse replication resume vm", "hvfuse replication disable vm",
+    )  # fmt: skip
     assert "hvfuse replication resume vm" not in commands("vm", STATE.REPLICATING)
     assert commands("vm", STATE.DISABLED) == ("hvfuse replication enable vm",)

@@ -52,7 +52,7 @@ def test_point_list_shows_the_newest_last(hvfuse, home):
     }  # fmt: skip
     assert second["cycle"] == 2
     _, out, _ = hvfuse("point", "list", "web01")
-    assert [line.split()[0] for line in out.splitlines()] == ["point", first["id"], second["id"]]
+    assert [line.split()[0] for line in out.splitlines()] == ["POINT", first["id"], second["id"]]
 
 
 def test_a_vm_that_the_store_does_not_have_ends_with_5(hvfuse):
