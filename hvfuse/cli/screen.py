@@ -104,6 +104,8 @@ def at_risk(status: VmStatus) -> str:
     """What would be lost if the source were gone this moment."""
     if status.latest_point is None:
         return "everything: there is no recovery point yet"
+    if status.points == 0:
+        return "everything: the store has no recovery point"
     if status.rpo_seconds is None:
         return "nobody can tell how much: the age of what the store has is not known"
     written = "how much was written is not known" if status.pending_bytes is None else bytes_text(status.pending_bytes)
@@ -139,7 +141,8 @@ def _verdict(status: VmStatus) -> str:
     if status.health is Health.NORMAL:
         return f"yes: {point}"
     assert gravest is not None
-    known = f"; {point}" if status.latest_point is not None else ""
+    is_there = status.latest_point is not None and bool(status.points) and gravest.id != "store-rolled-back"
+    known = f"; {point}" if is_there else ""
     return one_line(f"{'no' if status.health is Health.CRITICAL else 'yes, but'}: {gravest.text}{known}")
 
 

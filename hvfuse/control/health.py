@@ -229,7 +229,7 @@ def _progress(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
 def _target(facts: Facts) -> Iterator[Reason]:
     if facts.is_rolled_back and facts.target is not None:
         newest = facts.target.newest_id
-        what = f"its newest point is {newest}" if newest is not None else "it has no point at all"
+        what = f"its newest point is {newest}" if newest is not None else "it has none; was it moved, or not mounted?"
         text = f"the store lacks recovery point {facts.record.point}, which it had acknowledged: {what}"
         yield critical("store-rolled-back", text, f"hvfuse replicate {facts.vm}", newest=newest)
     if _is_held_at_target(facts):

@@ -311,7 +311,7 @@ def open_environment(
             if create:
                 os.makedirs(key[1], mode=0o700, exist_ok=True)
             elif not os.path.exists(os.path.join(key[1], "data.mdb")):
-                raise NotFoundError(f"{path}: there is no store")
+                raise NotFoundError(f"{path}: there is no store", hint="[paths] in hvfuse.toml says where it lies")
             refuse_unfit_filesystem(key[1])
             environment = _open[key] = Environment(key[1], create=create, map_size=map_size, read_only=read_only)
         elif not read_only:

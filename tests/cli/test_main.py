@@ -193,7 +193,7 @@ def test_a_faulty_configuration_is_told_by_line_whatever_the_command(
     for arguments in (["status"], ["run"], ["mount", "vm"]):
         assert run("--home", str(tmp_path), *arguments) == 2
         line = f"hvfuse: {tmp_path}/hvfuse.toml:2: [replication] freqency: unknown key; did you mean frequency?\n"
-            line += "  hint: mend that line; hvfuse policy check proves the file\n"
+        line += "  hint: mend that line; hvfuse policy check proves the file\n"
         assert capsys.readouterr().err == line
 
 

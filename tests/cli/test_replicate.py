@@ -58,7 +58,7 @@ def test_the_status_of_a_replicated_vm_has_exactly_these_fields(hvfuse: CommandL
     ]  # fmt: skip
     keys = ["id", "health", "text", "next_command", "allowed", "evidence"]
     assert [list(reason) for reason in vm["reasons"]] == [keys]
-    assert vm["allowed"] == ["hvfuse replication disable vm", "hvfuse replication suspend vm"]
+    assert vm["allowed"] == ["hvfuse replication suspend vm", "hvfuse replication disable vm"]
     assert (vm["reasons"][0]["id"], vm["reasons"][0]["next_command"]) == ("shipper-down", "hvfuse run")
     assert (vm["name"], vm["state"], vm["last_cycle"], vm["points"]) == ("vm", "Replicating", report["cycle"], 1)
     assert 0 <= vm["rpo_seconds"] < 60

@@ -123,3 +123,18 @@ def test_a_misspelt_vm_is_told_and_does_not_pass_for_one_without_news(hvfuse: Co
     assert hvfuse(command, "list", "vm") == 0
     assert hvfuse(command, "list", "wm") == 5
     assert hvfuse.err.endswith("  hint: hvfuse status\n")
+
+
+def test_a_store_that_is_moved_away_is_missed_by_whoever_has_it_open_too(hvfuse: CommandLine) -> None:
+    hvfuse.add_vm("vm")
+    assert hvfuse("mount", "vm") == hvfuse("replicate", "vm") == 0
+    store = hvfuse.root / "store"
+    session = Session(str(hvfuse.root))
+    with statuses(session) as ask:
+        assert ask()[0].points == 1
+        os.rename(store, hvfuse.root / "away")
+        (vm,) = ask()
+        assert (vm.points, vm.rpo_seconds) == (None, None)
+        assert "store-unreachable" in [reason.id for reason in vm.reasons]
+        os.rename(hvfuse.root / "away", store)
+        assert ask()[0].points == 1
