@@ -166,7 +166,11 @@ class _Reader:
     def _syntax_error(self, message: str) -> UsageError:
         match = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
         line = match[1] if match and match[1] else len(self._text.splitlines()) or 1
-        return UsageError(f"{self._path}:{line}: {message[: match.start()] if match else message}")
+        what = message[: match.start()] if match else message
+        if twice := re.fullmatch(r"Cannot declare \((.*?),?\) twice", what):
+            table = ".".join(re.findall(r"'(.*?)'", twice[1]))
+            what = f"[{table}] stands here for the second time: its keys belong together"
+        return UsageError(f"{self._path}:{line}: {what}")
 
 
 def _built(values: Mapping[str, Any]) -> VmPolicy:

@@ -376,6 +376,7 @@ FAULTS = {
     "window with seconds": ('[vm.a]\nresync_window = "18:30:00-06:00:00"\n', 2, "[vm.a] resync_window: "),
     "window as a number": ("[vm.a]\nresync_window = 18\n", 2, "18 is not"),
     "digest unknown": ('[replication]\ndigest = "md5"\n', 2, 'digest: "md5" is not "xxh3" or "blake3"'),
+    "table twice": ("[vm.a]\n[retention]\n[vm.a]\n", 3, "[vm.a] stands here for the second time"),
     "key twice": ("[retention]\nhourly = 1\nhourly = 2\n", 3, "Cannot overwrite a value"),
     "no value": ("[retention]\nhourly =\n", 2, "Invalid value"),
     "open string": ('[paths]\nstore = "abc\n', 2, "Illegal character"),
