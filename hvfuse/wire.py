@@ -167,7 +167,7 @@ class Listener:
             answer = {
                 "ok": False,
                 "error": "HvfuseError",
-                "message": f"{type(error).__name__}: {error}",
+                "message": _message(error),
                 "hint": None,
             }
         return json.dumps(answer).encode() + b"\n"
@@ -184,6 +184,13 @@ class Listener:
         self._socket.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
+
+
+def _message(error: Exception) -> str:
+    """What whoever asked is told of an error that nobody foresaw."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _peer_uid(connection: socket.socket) -> int:

@@ -82,7 +82,11 @@ def make_cycle(session: Session, home: Home, vm: str, records: Records, *, appli
     """Have the VM's shipper make a cycle, after whatever copy it needs, or make it here if none runs. Returns
     the fields of `CycleReport`. `application`: with the guest frozen, if that can be done. Raises HvfuseError."""
     if _shipper_comes(home, vm):
-        return wire.request(home.shipper_socket(vm), "cycle", timeout=PATIENCE, application=application)
+        try:
+            return wire.request(home.shipper_socket(vm), "cycle", timeout=PATIENCE, application=application)
+        except KeyboardInterrupt:
+            note(f"{vm}: it goes on all the same; `hvfuse status {vm}` tells how far it is")
+            raise
     from hvfuse.cli.wiring import shipper
 
     home.make_vm(vm)

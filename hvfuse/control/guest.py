@@ -94,13 +94,20 @@ class GuardedGuest:
             raise FreezeError(f"the process that freezes the guest cannot be started: {error.strerror}") from None
 
     def _listen(self, guard: _Guard, seconds: float) -> dict[str, Any]:
-        """What comes of a freeze, or of a thaw; if the guest could not be thawed so far, that is kept."""
+        """What comes of a freeze, or of a thaw; if the guest could not be thawed so far, that is kept. One that did not
+        freeze and cannot be thawed is not waited for: the guard goes on trying."""
         until = time.monotonic() + seconds
+        failure: str | None = None
         while True:
             said = guard.next(until - time.monotonic())
-            if said["event"] != "stuck":
+            if said["event"] == "failing":
+                failure = str(said["error"])
+            elif said["event"] == "stuck":
+                self._stuck = str(said.get("error"))
+                if failure is not None:
+                    return {"event": "failed", "error": failure}
+            else:
                 return said
-            self._stuck = str(said.get("error"))
 
     def _see_off(self, guard: _Guard, stillness: Stillness) -> None:
         """Wait until the guest moves, and note how long it stood."""

@@ -133,6 +133,7 @@ def hold(directory: str, told: str, ended: int) -> None:
             _wait(began + limit - time.monotonic(), ended)
         except (FreezeError, OSError) as error:
             failure, is_frozen = str(error), False
+            _say("failing", error=failure)  # to thaw it may take long
         finally:
             _remove(proof_path(directory))
             broken = _let_go(directory, freezer)

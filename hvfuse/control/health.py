@@ -120,6 +120,8 @@ def reasons(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
 
 def _all(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     for trouble in facts.troubles:
+        if facts.names is None and trouble.id == "tracker-damaged":
+            continue  # it stumbles over the folder that is gone, which is told below
         passing = trouble.id == "store-unreachable" and not _is_late(facts)
         yield (warning if passing else critical)(trouble.id, trouble.text, trouble.hint)
     yield from _processes(facts)
@@ -192,14 +194,19 @@ def _wake(process: Process) -> str | None:
 
 def _failures(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     record = facts.record
-    if record.error is None or (_is_held_at_target(facts) and record.hint == _resume_replica(facts.vm)):
+    if (
+        record.error is None
+        or facts.names is None
+        or (_is_held_at_target(facts) and record.hint == _resume_replica(facts.vm))
+    ):
         return  # `_target` says it
-    is_critical = _is_late(facts) or state is ReplicationState.ERROR or state in OF_RESYNC - COPYING
+    is_stuck = state is ReplicationState.ERROR
+    is_critical = _is_late(facts) or is_stuck or state in OF_RESYNC - COPYING
     yield Reason(
         id="replication-failing",
         health=Health.CRITICAL if is_critical else Health.WARNING,
         text=record.error.removeprefix(f"{facts.vm}: "),
-        next_command=record.hint,
+        next_command=record.hint or (_COMMANDS[Event.RESUME].format(vm=facts.vm) if is_stuck else None),
         evidence={"seconds": facts.age, "limit": _hung(facts)},
     )
 

@@ -265,10 +265,9 @@ class Environment:
         except (lmdb.MapFullError, lmdb.MapResizedError):
             raise
         except lmdb.Error as error:
-            kind = _FAULTS.get(type(error), HvfuseError)
             if error.code in (errno.ENOSPC, errno.EDQUOT) or (error.code == errno.EIO and self._is_full()):
-                kind = NoSpaceError
-            raise kind(f"{self.path}: {error}") from error
+                raise NoSpaceError(f"{self.path}: no space left", hint=f"make room: df -h {self.path}") from error
+            raise _FAULTS.get(type(error), HvfuseError)(f"{self.path}: {error}") from error
 
     def _is_full(self) -> bool:
         """Whether a transaction may have met the disk's end: LMDB tells a write cut short as EIO."""

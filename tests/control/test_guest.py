@@ -178,6 +178,23 @@ def test_a_freeze_that_fails_is_thawed_all_the_same(place: Place) -> None:
     assert not place.note.exists()
 
 
+def test_a_freeze_that_fails_is_told_by_its_own_cause_although_the_guest_cannot_be_thawed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guest, "THAW_SECONDS", 0.5)
+    place.make("fail-freeze")
+    fault = place.make("fail-thaw")
+    began = time.monotonic()
+    one = place.guest()
+    with pytest.raises(FreezeError, match="the freeze command .* exit code 3"), one.frozen():
+        pass
+    assert time.monotonic() - began < guest.START_SECONDS
+    assert "the thaw command" in str(one.stuck())
+    fault.unlink()
+    wait_until(lambda: not place.note.exists(), 15)  # the guard went on trying
+    assert one.stuck() is None
+
+
 def test_a_freeze_that_takes_too_long_is_given_up_and_thawed(place: Place) -> None:
     place.make("hang-freeze")
     began = time.monotonic()

@@ -107,6 +107,11 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
     "the shipper does not answer": ({"shipper": SILENT}, ["shipper-busy"], W, None),
     "the shipper was stopped": ({"shipper": STOPPED}, ["shipper-busy"], W, "kill -CONT 12"),
     "the folder is gone": ({"names": None}, ["folder-gone"], C, "hvfuse failover test vm --mount DIR"),
+    "the folder is gone, and everybody stumbles over that": (
+        {"names": None, **record(**FAILS),
+         "troubles": (Trouble(id="tracker-damaged", text="no such file", hint=None),)},
+        ["folder-gone"], C, "hvfuse failover test vm --mount DIR",
+    ),
     "the folder of a new VM is gone": (
         {"names": None, **record(state=STATE.READY_FOR_INITIAL_REPLICATION, point=None, last_replication_time_ns=None)},
         ["folder-gone", "initial-replication"], C, "hvfuse replication disable vm",
@@ -123,6 +128,9 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
         ["replication-failing", "initial-replication"], C, "make room",
     ),
     "Error": (record(state=STATE.ERROR, **FAILS), ["replication-failing"], C, "make room"),
+    "Error, and nobody knows better": (
+        record(state=STATE.ERROR, error="no such file"), ["replication-failing"], C, "hvfuse replication resume vm",
+    ),
     # The watchdog
     "busy for two intervals": (doing("sends cycle 8, frame 2", 60), [], N, None),
     "busy for longer without a step": (

@@ -202,6 +202,8 @@ def test_on_a_full_disk_nothing_committed_is_lost_and_it_goes_on_once_there_is_r
                 source.write("a.raw", 0, source.random.randbytes(300_000))
                 source.ship_to(replica)
         assert caught.value.recoverable
+        assert str(caught.value).endswith(": no space left")
+        assert caught.value.hint == f"make room: df -h {small_disk}/store/store.lmdb"
         assert len(store.points("vm")) >= 1
         check_points(store, source)
         assert check(store).findings == ()
