@@ -139,9 +139,7 @@ def _allowed(facts: Facts, state: ReplicationState) -> tuple[str, ...]:
     """What may be ordered: by the recorded state where that says that the VM is not replicated, whatever is shown."""
     if not facts.has_record:
         return ()
-    return commands(
-        facts.vm, state if is_protected(facts.record) else facts.record.state, paused=facts.orders.paused
-    )
+    return commands(facts.vm, state if is_protected(facts.record) else facts.record.state, paused=facts.orders.paused)
 
 
 def _disks(folder: str, facts: Facts) -> tuple[DiskStatus, ...]:

@@ -186,7 +186,7 @@ def test_a_freeze_that_fails_is_told_by_its_own_cause_although_the_guest_cannot_
     fault = place.make("fail-thaw")
     began = time.monotonic()
     one = place.guest()
-    with pytest.raises(FreezeError, match="the freeze command .* exit code 3"), one.frozen():
+    with pytest.raises(FreezeError, match=r"the freeze command .* exit code 3"), one.frozen():
         pass
     assert time.monotonic() - began < guest.START_SECONDS
     assert "the thaw command" in str(one.stuck())
