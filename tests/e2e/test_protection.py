@@ -313,3 +313,15 @@ def test_disable_killed_under_a_supervisor_ends_well_when_it_is_repeated(
         installation.hvfuse("replication", "enable", "vm1")
         installation.wait_for_state("vm1")
     assert equal_at_latest(installation, disk, tmp_path / "view")
+
+
+def test_whoever_enables_and_waits_leaves_the_shipping_to_hvfuse_run(installation: Installation) -> None:
+    add_vm(installation)
+    installation.start(frequency="1s")
+    installation.wait_for_state("vm1")
+    for _ in range(3):
+        installation.hvfuse("replication", "disable", "vm1", "--delete-replica", "--yes")
+        assert installation.json("replication", "enable", "vm1", "--wait")["point"] is not None
+        assert installation.status("vm1")["health"] != "Critical"
+    events = installation.json("event", "list", "vm1")["events"]
+    assert not [event["text"] for event in events if "another process" in event["text"]]
