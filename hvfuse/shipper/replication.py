@@ -22,7 +22,7 @@ from hvfuse.shipper.policy import CurrentPolicy, Records, ShippingPolicy
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.source import ResyncScope, Source, SourceStatus
 from hvfuse.spool import SealedCycle
-from hvfuse.states import Event
+from hvfuse.states import COPYING, Event
 from hvfuse.system import Clock
 
 __all__ = ["RESYNC_ERRORS", "CurrentPolicy", "Records", "Replication", "ShippingPolicy"]
@@ -217,13 +217,22 @@ class Replication:
             reports = self._synchronise(asked)
         except UnreachableError as error:
             return self._ship_what_waits(error)
-        reports += self._take_up_first()
         position = self._position()
+        if position.cycle == 0:
+            self._begin_first_point()
+            reports += self._take_up_first()
+            position = self._position()
         self._rotate_to(position)
         waiting = pending(position, self._source.cycles())
         # After a copy, only a barrier after its end is consistent: all logs up to it go as one cycle.
         runs = [waiting] if position.cycle == 0 else [[cycle] for cycle in waiting]
         return total([*reports, *(self._ship(run) for run in runs)])
+
+    def _begin_first_point(self) -> None:
+        """The copy is complete, and goes on with the point that makes it consistent: by this process, if the one that
+        copied has ended."""
+        if self._records.apply() in COPYING:
+            self._records.apply(Event.START)
 
     def _take_up_first(self) -> list[CycleReport]:
         """Finish the first cycle after a copy if an earlier run was interrupted at it.
