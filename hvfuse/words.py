@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import UTC, datetime
 
 
@@ -33,3 +34,8 @@ def time_text(time_ns: int) -> str:
     """An instant (ns since 1970) as ISO 8601 in UTC, to the millisecond: what JSON and text show."""
     instant = datetime.fromtimestamp(time_ns // 10**9, UTC).replace(microsecond=time_ns % 10**9 // 1000)
     return instant.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def room_hint(path: str) -> str:
+    """What to do about a full disk: the command tells which one it is."""
+    return f"make room: df -h {shlex.quote(path)}"

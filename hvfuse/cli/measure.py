@@ -106,7 +106,7 @@ _COLUMNS = (
     "mean_bytes", "max_bytes", "mean_latency_seconds", "max_latency_seconds", "mean_frozen_seconds",
     "max_frozen_seconds", "saved_by_overwriting_bytes", "saved_by_zeroes_bytes", "saved_by_compression_bytes",
     "last_replication_time", "last_applied_time", "last_test_failover", "last_test_failover_point",
-    "last_test_failover_note",
+    "last_test_failover_note", "late_cycles",
 )  # fmt: skip
 """Of the CSV: a new one goes to the end."""
 
@@ -123,8 +123,9 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
 
 def _tell(row: dict[str, Any]) -> None:
     """One VM for a person: a headline, and a line for each kind of figure."""
-    due = row["successful_cycles"] + row["missed_cycles"]
+    due = row["successful_cycles"] - row["late_cycles"] + row["missed_cycles"]
     part = f" ({round(100 * row['missed_cycles'] / due)} % of those due)" if due else ""
+    late = f", {row['late_cycles']} of them late" if row["late_cycles"] else ""
     failures = f"{row['network_failures']} of the network, {row['replication_failures']} others"
     points = counted(row["app_consistent_points"], "app-consistent point")
     saved = ", ".join(
@@ -134,7 +135,7 @@ def _tell(row: dict[str, Any]) -> None:
         f"{one_line(row['name'])}: {row['state']}, {row['health']}, {row['window_begin']} to {row['window_end']}"
     )
     for title, text in (
-        ("cycles", f"{row['successful_cycles']} made, {row['missed_cycles']} missed{part}"),
+        ("cycles", f"{row['successful_cycles']} made{late}, {row['missed_cycles']} missed{part}"),
         ("failures", failures),
         ("size", f"mean {bytes_text(row['mean_bytes'])}, greatest {bytes_text(row['max_bytes'])}"),
         ("latency", _mean_and_greatest(row, "latency")),

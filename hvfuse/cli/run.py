@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import signal
 import threading
@@ -23,12 +24,17 @@ from hvfuse.control.notify import Notifier
 from hvfuse.control.records import Records
 from hvfuse.control.status import VmStatus
 from hvfuse.control.supervisor import TICK_SECONDS, Supervisor, collected, only_supervisor, require_mountable
+from hvfuse.errors import HvfuseError, UnreachableError
 from hvfuse.states import ReplicationState
-from hvfuse.system import SystemClock
+from hvfuse.system import Clock, SystemClock
+
+_log = logging.getLogger(__name__)
 
 SHOW_SECONDS = 1.0
 END_SECONDS = 1.0
 """How long the end waits for an answer that is not needed any more."""
+SILENT_SECONDS = 60.0
+"""So long the statuses may take; with many VMs that hang, their patience adds up."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -131,8 +137,10 @@ class Watch:
     """Asks for the statuses every SHOW_SECONDS, in a thread of its own: asking a VM that hangs takes long,
     and must not keep the others from being supervised."""
 
-    def __init__(self, open_statuses: Callable[[], AbstractContextManager[Ask]]) -> None:
+    def __init__(self, open_statuses: Callable[[], AbstractContextManager[Ask]], *, clock: Clock | None = None) -> None:
         self._open_statuses = open_statuses
+        self._clock: Clock = clock or SystemClock()
+        self._heard_at = self._clock.monotonic()
         self._answers: queue.SimpleQueue[list[VmStatus] | Exception] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="status", daemon=True)
@@ -149,11 +157,18 @@ class Watch:
         self._thread.join(END_SECONDS)
 
     def news(self) -> list[VmStatus] | None:
-        """The next answer, if one has come. Raises what asking failed with."""
+        """The next answer, if one has come. Raises what asking failed with, and UnreachableError where no answer comes
+        for SILENT_SECONDS: what is shown is as old, then."""
         try:
             answer = self._answers.get_nowait()
         except queue.Empty:
+            if self._clock.monotonic() - self._heard_at > SILENT_SECONDS:
+                raise UnreachableError(
+                    f"nobody can tell how the VMs are: no answer for {SILENT_SECONDS:.0f} s; what is shown is old",
+                    hint="hvfuse status",
+                ) from None
             return None
+        self._heard_at = self._clock.monotonic()
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -163,8 +178,11 @@ class Watch:
             while not self._ended.is_set():
                 try:
                     self._answers.put(ask())
-                except Exception as error:  # whoever reads the answers judges what can be lived with
+                except (HvfuseError, OSError) as error:  # whoever reads the answers judges what can be lived with
                     self._answers.put(error)
+                except Exception as error:  # as of a process of another version that is served on
+                    _log.debug("asking for the statuses failed", exc_info=True)
+                    self._answers.put(HvfuseError(f"internal error: {type(error).__name__}: {error}"))
                 self._ended.wait(SHOW_SECONDS)
 
 

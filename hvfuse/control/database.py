@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import lmdb
 
 from hvfuse.errors import CorruptError, HvfuseError, NoSpaceError, UnsupportedError
+from hvfuse.words import room_hint
 
 VERSION = 1
 MAP_SIZE = 1 << 34
@@ -156,14 +157,15 @@ class Database:
         try:
             yield
         except (lmdb.MapFullError, lmdb.DiskError) as error:
-            raise NoSpaceError(f"{self.path}: {error}") from None
+            raise NoSpaceError(f"{self.path}: {error}", hint=room_hint(self.path)) from None
         except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError) as error:
             raise CorruptError(f"{self.path}: {error}") from None
         except lmdb.VersionMismatchError as error:
             raise UnsupportedError(f"{self.path}: {error}") from None
         except lmdb.Error as error:
-            full = getattr(error, "code", None) in (errno.ENOSPC, errno.EDQUOT)
-            raise (NoSpaceError if full else HvfuseError)(f"{self.path}: {error}") from None
+            if getattr(error, "code", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpaceError(f"{self.path}: {error}", hint=room_hint(self.path)) from None
+            raise HvfuseError(f"{self.path}: {error}") from None
 
 
 def _begin(txn: Transaction) -> dict[str, Any]:

@@ -102,7 +102,13 @@ def _copying(job: Job | None, change: Change) -> Job | None:
     if job is None or job.kind is not kind:
         command = ("replication", "start", change.vm)
         job = Job(id=0, kind=kind, vm=change.vm, command=command).planned((COPY_STEP, POINT_STEP))
-    return job.begin(change.owner, change.now_ns).step(COPY_STEP, change.now_ns)
+    step = POINT_STEP if _is_complete(change.after) else COPY_STEP
+    return job.begin(change.owner, change.now_ns).step(step, change.now_ns)
+
+
+def _is_complete(record: VmRecord) -> bool:
+    """Whether only the commit is left of the copy, or the first point after it."""
+    return record.copy is not None and record.copy.get("report") is not None
 
 
 def _with_figures(job: Job, change: Change) -> Job:
@@ -111,7 +117,7 @@ def _with_figures(job: Job, change: Change) -> Job:
     if job.has_ended:
         return job
     if after.copy is not None and after.copy != before.copy and after.copy["kind"] != "export":
-        is_complete = after.copy.get("report") is not None
+        is_complete = _is_complete(after)
         job = job.advanced(100 if is_complete else min(99, int(100 * (after.progress or 0.0))))
         if is_complete:
             job = job.step(POINT_STEP, change.now_ns)

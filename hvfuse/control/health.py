@@ -264,13 +264,12 @@ def _past(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     if state not in (ReplicationState.REPLICATING, ReplicationState.ERROR) or facts.orders.paused:
         return
     frequency, sums, interval = facts.policy.frequency, facts.past.sums, facts.past.interval
-    due = sums.successful + sums.missed
     if sums.missed >= MISSED_LEAST and sums.missed_part > MISSED_PART:
         text = (
-            f"{sums.missed} of {due} cycles in the last {duration_text(interval)} were missed "
+            f"{sums.missed} of {sums.due} cycles in the last {duration_text(interval)} were missed "
             f"({sums.missed_part:.0%}, {MISSED_PART:.0%} is tolerable)"
         )
-        yield warning("cycles-missed", text, f"hvfuse measure {facts.vm}", missed=sums.missed, due=due)
+        yield warning("cycles-missed", text, f"hvfuse measure {facts.vm}", missed=sums.missed, due=sums.due)
     late = max(LATE_INTERVALS * frequency, LEAST_SECONDS)
     if facts.age is not None and facts.age > late:
         text = f"the newest recovery point is {duration_text(facts.age)} old"

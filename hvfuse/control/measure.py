@@ -76,4 +76,5 @@ def fields(sums: Sums, record: VmRecord, span: Window) -> dict[str, Any]:
         "last_test_failover_ns": test.get("started_ns"),
         "last_test_failover_point": test.get("point"),
         "last_test_failover_note": test.get("note"),
+        "late_cycles": sums.late,
     }

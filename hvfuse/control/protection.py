@@ -113,8 +113,8 @@ def suspend(site: Site) -> ReplicationState:
 def resume(site: Site) -> ReplicationState:
     """Go on with all that was suspended, or try again what failed. Returns the state. Raises StateError."""
     record, orders = site.records.read(site.vm), site.records.orders(site.vm)
-    is_ordered = orders.paused or orders.suspended
-    if record.state is ReplicationState.DISABLED or not is_ordered:
+    has_something = orders.paused or orders.suspended or record.error is not None
+    if record.state is ReplicationState.DISABLED or not has_something:
         next_state(record.state, Event.RESUME, what=site.vm)
     if _told_shipper(site, "unpause"):  # it shows it when it comes to it; a frame may be under way
         state = record.state

@@ -305,6 +305,7 @@ class VmRecords:
                 consistency=report.consistency,
                 frozen_seconds=report.frozen_seconds,
                 freeze_error=report.freeze_error,
+                is_late=report.is_late,
             ),
             *events,
             **changes,

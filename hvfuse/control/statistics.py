@@ -43,8 +43,8 @@ class CycleRecord:
     newest; `bytes_zero`: what of that travelled as zeroes; `bytes_sent`: as it travelled. `time_ns`: the barrier's
     instant; `latency`: seconds from there until the target had it. `seconds`: that shipping took. `consistency`: of the
     point. `frozen_seconds`: for which the guest stood still for it; `freeze_error`: why the point is crash-consistent
-    although it was to be more, None if that is not so. `missed`: intervals that had passed without a cycle
-    since the one before."""
+    although it was to be more, None if that is not so. `is_late`: it came behind with others, for an interval
+    that counts as missed, or in which none was due."""
 
     cycle: int
     point: str | None
@@ -58,13 +58,14 @@ class CycleRecord:
     consistency: str = "crash-consistent"
     frozen_seconds: float = 0.0
     freeze_error: str | None = None
-    missed: int = 0
+    is_late: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sums:
     """What happened in a stretch of time that begins at `begin`, seconds since 1970.
 
+    `late`: of the successful cycles, those that came behind with others, and so are no more cycles that were due.
     `size`, `max_size`: bytes sent. `latency`: seconds, summed over the successful cycles. `app_consistent`: points,
     `app_failures`: failed attempts at one. `frozen_seconds`: for which the guest stood still, summed.
     """
@@ -85,6 +86,7 @@ class Sums:
     bytes_logged: int = 0
     bytes_coalesced: int = 0
     bytes_zero: int = 0
+    late: int = 0
 
     def plus(self, other: Sums) -> Sums:
         """Both stretches as one."""
@@ -95,10 +97,14 @@ class Sums:
         return Sums(**{**values, "begin": min(self.begin, other.begin)})
 
     @property
+    def due(self) -> int:
+        """Cycles that were due, or were asked for: made in time, or missed."""
+        return self.successful - self.late + self.missed
+
+    @property
     def missed_part(self) -> float:
         """Of the cycles that were due, 0 to 1."""
-        due = self.successful + self.missed
-        return self.missed / due if due else 0.0
+        return self.missed / self.due if self.due else 0.0
 
     @property
     def mean_size(self) -> float:
@@ -132,6 +138,7 @@ def sums_of(cycle: CycleRecord, *, now_ns: int) -> Sums:
     return Sums(
         begin=stretch(now_ns),
         successful=1,
+        late=int(cycle.is_late),
         app_consistent=int(is_consistent),
         app_failures=int(cycle.freeze_error is not None),
         size=cycle.bytes_sent,

@@ -36,7 +36,8 @@ class CycleReport:
     replica had from an earlier run. `seconds`: from begin to commit. `sealed_ns`: the point's time.
     `notes`: what else had to be done first, in plain words. `consistency`: what the point promises.
     `frozen_seconds`: how long the guest stood still for it, 0.0 if it did not. `freeze_error`: why the point is
-    crash-consistent although it was to be more, None if that is not so.
+    crash-consistent although it was to be more, None if that is not so. `is_late`: it was sealed in an interval of
+    which nothing came in time, and came behind with others.
     """
 
     vm: str
@@ -55,6 +56,7 @@ class CycleReport:
     consistency: Consistency = Consistency.CRASH
     frozen_seconds: float = 0.0
     freeze_error: str | None = None
+    is_late: bool = False
 
     def as_json(self) -> dict[str, object]:
         """The fields, as they are answered over the control socket."""

@@ -22,7 +22,7 @@ from hvfuse.shipper.policy import CurrentPolicy, Records, ShippingPolicy
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.source import ResyncScope, Source, SourceStatus
 from hvfuse.spool import SealedCycle
-from hvfuse.states import Event
+from hvfuse.states import COPYING, Event
 from hvfuse.system import Clock
 
 __all__ = ["RESYNC_ERRORS", "CurrentPolicy", "Records", "Replication", "ShippingPolicy"]
@@ -173,7 +173,7 @@ class Replication:
                     self._copies.announce(decision.reason, status.resync_cause)
                     self._recall_formats()
                     waiting = pending(self._position(), self._source.cycles())
-                    reports += [self._ship([cycle], joined=False) for cycle in waiting]
+                    reports += [self._ship([cycle], joined=False, is_late=True) for cycle in waiting]
                 case Action.START_COPY:
                     self._copies.start(status, decision.reason, decision.scope, asked=asked)
                 case Action.RESUME_COPY:
@@ -217,13 +217,22 @@ class Replication:
             reports = self._synchronise(asked)
         except UnreachableError as error:
             return self._ship_what_waits(error)
-        reports += self._take_up_first()
         position = self._position()
+        if position.cycle == 0:
+            self._begin_first_point()
+            reports += self._take_up_first()
+            position = self._position()
         self._rotate_to(position)
         waiting = pending(position, self._source.cycles())
         # After a copy, only a barrier after its end is consistent: all logs up to it go as one cycle.
         runs = [waiting] if position.cycle == 0 else [[cycle] for cycle in waiting]
-        return total([*reports, *(self._ship(run) for run in runs)])
+        return total([*reports, *(self._ship(run, is_late=run is not runs[-1]) for run in runs)])
+
+    def _begin_first_point(self) -> None:
+        """The copy is complete, and goes on with the point that makes it consistent: by this process, if the one that
+        copied has ended."""
+        if self._records.apply() in COPYING:
+            self._records.apply(Event.START)
 
     def _take_up_first(self) -> list[CycleReport]:
         """Finish the first cycle after a copy if an earlier run was interrupted at it.
@@ -284,7 +293,7 @@ class Replication:
         if not waiting:
             raise unreachable
         self._recall_formats()
-        return total([self._ship([cycle]) for cycle in waiting])
+        return total([self._ship([cycle], is_late=True) for cycle in waiting])
 
     def _position(self) -> Position:
         position = self._replica.position()
@@ -292,8 +301,9 @@ class Replication:
             raise HvfuseError(f"{self._vm}: the replica does not know of the copy that was committed")
         return position
 
-    def _ship(self, run: Sequence[SealedCycle], *, joined: bool = True) -> CycleReport:
-        """Bring a run of cycles over as one. `joined` false: a resynchronisation has to follow all the same."""
+    def _ship(self, run: Sequence[SealedCycle], *, joined: bool = True, is_late: bool = False) -> CycleReport:
+        """Bring a run of cycles over as one. `joined` false: a resynchronisation has to follow all the same.
+        `is_late`: as `CycleReport` tells it."""
         report = ship(
             run,
             vm=self._vm,
@@ -305,7 +315,7 @@ class Replication:
             doing=self._doing.begin,
             consistency=self.freezing.promised(run[-1]),
         )
-        report = self.freezing.told(report)
+        report = replace(self.freezing.told(report), is_late=is_late)
         self._doing.begin("waits for the tracker to let the logs go")
         self._source.release(report.generation, report.cycle)
         joins: dict[str, object] = {"resync_reason": None, "resync_cause": None} if joined else {}

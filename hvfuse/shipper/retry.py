@@ -7,6 +7,7 @@ import errno
 import math
 
 from hvfuse.errors import HvfuseError, NoSpaceError
+from hvfuse.words import room_hint
 
 LADDER = (60.0, 120.0, 240.0, 480.0, 600.0)
 """Seconds after the first failed attempt at which it is tried again."""
@@ -57,5 +58,5 @@ def refusal(error: OSError, path: str | None = None) -> HvfuseError:
     name = path or error.filename
     text = f"{name}: {error.strerror}" if name else str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpaceError(text)
+        return NoSpaceError(text, hint=room_hint(name) if name else None)
     return HvfuseError(text) if error.errno in _LASTING else RefusedError(text)

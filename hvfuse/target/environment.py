@@ -30,6 +30,7 @@ from hvfuse.errors import (
 )
 from hvfuse.frames import MAX_PLAIN
 from hvfuse.target import schema
+from hvfuse.words import room_hint
 
 DEFAULT_MAP_SIZE = 1 << 30
 """Bytes of address space to begin with; the file grows only as it is used."""
@@ -266,7 +267,7 @@ class Environment:
             raise
         except lmdb.Error as error:
             if error.code in (errno.ENOSPC, errno.EDQUOT) or (error.code == errno.EIO and self._is_full()):
-                raise NoSpaceError(f"{self.path}: no space left", hint=f"make room: df -h {self.path}") from error
+                raise NoSpaceError(f"{self.path}: no space left", hint=room_hint(self.path)) from error
             raise _FAULTS.get(type(error), HvfuseError)(f"{self.path}: {error}") from error
 
     def _is_full(self) -> bool:
@@ -356,5 +357,7 @@ def file_faults(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else HvfuseError
-        raise kind(f"{error.filename or path}: {error.strerror or error}") from error
+        name = error.filename or path
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind, hint = (NoSpaceError, room_hint(name)) if is_full else (HvfuseError, None)
+        raise kind(f"{name}: {error.strerror or error}", hint=hint) from error

@@ -356,3 +356,23 @@ def test_resuming_says_what_the_shipper_will_show_and_not_what_it_shows_still(
         assert hvfuse.json("replication", "resume", "vm")["state"] == state
     finally:
         listener.close()
+
+
+def test_what_fails_and_will_be_tried_again_some_time_is_tried_at_once_when_it_is_resumed(hvfuse: CommandLine) -> None:
+    hvfuse.add_vm("vm")
+    with records_of(hvfuse) as records:
+        records.apply("vm", Event.ENABLE, Event.COMMIT_POINT, point="p-1")
+    assert hvfuse("replication", "resume", "vm") == 13
+    with records_of(hvfuse) as records:
+        records.update("vm", error="the disk is full", hint="make room")
+    home = Session(str(hvfuse.root)).home
+    home.make_vm("vm")
+    asked: list[object] = []
+    listener = wire.Listener(
+        home.shipper_socket("vm"), lambda message: asked.append(message["op"]) or {"orders": {}}, name="test"
+    )
+    try:
+        assert hvfuse.json("replication", "resume", "vm")["state"] == "Replicating"
+    finally:
+        listener.close()
+    assert asked == ["unpause"]

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from hvfuse.cli.run import Ask, Interrupts, Watch
+from hvfuse.cli.run import SILENT_SECONDS, Ask, Interrupts, Watch
 from hvfuse.control.status import VmStatus
-from hvfuse.errors import CorruptError
-from tests.control.children import until
+from hvfuse.errors import CorruptError, HvfuseError, UnreachableError
+from tests.control.children import HandClock, until
 
 FLOOD = """
 import os, signal, sys, threading
@@ -90,3 +90,45 @@ def test_statuses_that_fail_are_told_of_and_asked_for_again() -> None:
         with pytest.raises(CorruptError):
             until(watch.news)
         until(lambda: watch.news() == [])
+
+
+def test_what_nobody_foresaw_when_statuses_are_asked_for_ends_nothing() -> None:
+    @contextmanager
+    def statuses() -> Iterator[Ask]:
+        def ask() -> list[VmStatus]:
+            raise KeyError("untracked")
+
+        yield ask
+
+    with Watch(statuses) as watch, pytest.raises(HvfuseError, match="internal error: KeyError: 'untracked'"):
+        until(watch.news)
+
+
+def test_that_no_status_comes_any_more_is_told() -> None:
+    answered = threading.Event()
+    clock = HandClock()
+
+    @contextmanager
+    def statuses() -> Iterator[Ask]:
+        def ask() -> list[VmStatus]:
+            answered.wait()
+            return []
+
+        yield ask
+
+    with Watch(statuses, clock=clock) as watch:
+        clock.at += SILENT_SECONDS
+        assert watch.news() is None
+        clock.at += 1
+        with pytest.raises(UnreachableError, match="what is shown is old"):
+            watch.news()
+        answered.set()
+        until(lambda: is_answered(watch))
+        assert watch.news() in (None, [])
+
+
+def is_answered(watch: Watch) -> bool:
+    try:
+        return watch.news() == []
+    except UnreachableError:
+        return False

@@ -191,6 +191,10 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
     # The monitoring interval
     "a fifth is missed": (sums(successful=80, missed=20), [], N, None),
     "more than a fifth is missed": (sums(successful=79, missed=20), ["cycles-missed"], W, "hvfuse measure vm"),
+    "a fifth is missed, and came behind": (sums(successful=100, late=20, missed=20), [], N, None),
+    "more than a fifth is missed, and came behind": (
+        sums(successful=99, late=20, missed=20), ["cycles-missed"], W, "hvfuse measure vm",
+    ),
     "few are missed of few": (sums(successful=1, missed=4), [], N, None),
     "an interval's latency": (sums(successful=2, latency=60.0), [], N, None),
     "more than an interval's latency": (sums(successful=2, latency=60.2), ["latency"], W, "hvfuse measure vm"),

@@ -66,6 +66,7 @@ def test_figures_are_told_per_cycle_and_what_was_saved_by_cause() -> None:
         "window_end_ns": NOW * SECOND,
         "successful_cycles": 4,
         "missed_cycles": 1,
+        "late_cycles": 0,
         "network_failures": 2,
         "replication_failures": 3,
         "app_consistent_failures": 5,

@@ -60,6 +60,24 @@ def test_an_outage_has_points_at_the_policys_frequency(site, caplog):
     assert "no answer" in caplog.text
 
 
+def test_cycles_that_come_behind_are_no_more_cycles_that_were_due(site):
+    shipper = site.shipper()
+    shipper.turn()
+    go_away(site)
+    begun = site.clock.seconds
+    for _ in range(5):
+        turn(site, shipper)
+    site.replica.fail_with = None
+    site.clock.seconds += 30
+    shipper.resume()
+    shipper.turn()
+    intervals = (site.clock.seconds - begun) // 30
+    reports = site.records.reports[1:]
+    assert [report.is_late for report in reports] == [True] * (len(reports) - 1) + [False]
+    assert len(reports) > 4
+    assert sum(not report.is_late for report in reports) + site.records.misses == intervals
+
+
 def test_a_shipper_that_is_started_during_an_outage_seals_too(site, caplog):
     site.shipper().turn()
     go_away(site)

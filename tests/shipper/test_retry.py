@@ -56,5 +56,7 @@ def test_what_the_system_refuses_is_tried_again_unless_only_an_administrator_can
     assert str(error) == f"/vms/a.raw: {os.strerror(code)}"
 
 
-def test_a_full_disk_is_no_space():
-    assert isinstance(refusal(OSError(errno.ENOSPC, "full", "/x")), NoSpaceError)
+def test_a_full_disk_is_no_space_and_the_next_command_tells_which_one():
+    error = refusal(OSError(errno.ENOSPC, "full", "/vms of mine/x"))
+    assert isinstance(error, NoSpaceError)
+    assert error.hint == "make room: df -h '/vms of mine/x'"
