@@ -108,8 +108,13 @@ def at_risk(status: VmStatus) -> str:
         return "everything: the store has no recovery point"
     if status.rpo_seconds is None:
         return "nobody can tell how much: the age of what the store has is not known"
-    written = "how much was written is not known" if status.pending_bytes is None else bytes_text(status.pending_bytes)
-    return f"the last {duration_text(status.rpo_seconds)}, {written}"
+    last = f"the last {duration_text(status.rpo_seconds)}"
+    if status.pending_bytes is None:
+        return f"{last}, how much was written is not known"
+    if status.doubtful_bytes:
+        logged = bytes_text(status.pending_bytes - status.doubtful_bytes)
+        return f"{last}, {logged}, and what differs in {bytes_text(status.doubtful_bytes)} that are to be compared"
+    return f"{last}, {bytes_text(status.pending_bytes)}"
 
 
 def detail(status: VmStatus) -> Iterator[str]:

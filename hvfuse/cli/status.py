@@ -162,6 +162,7 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
         "last_replication_time": None if last is None else time_text(last),
         "rpo_seconds": None if status.rpo_seconds is None else round(status.rpo_seconds, 3),
         "pending_bytes": status.pending_bytes,
+        "doubtful_bytes": status.doubtful_bytes,
         "points": status.points,
         "latest_point": status.latest_point,
         "replica_state": None if status.replica_state is None else status.replica_state.value,

@@ -155,8 +155,14 @@ class Facts:
         """What was written and the target lacks, or is not known to have; None where the tracker does not say."""
         if self.tracker.answer is None:
             return None
-        in_doubt: int = sum(disk.get("resync_bytes", 0) for disk in self.tracker.answer["disks"])
-        return self.logged_bytes + in_doubt
+        return self.logged_bytes + self.doubtful_bytes
+
+    @property
+    def doubtful_bytes(self) -> int:
+        """What has to be compared with the replica, or is being compared, as far as the tracker says: how much of it
+        differs, nobody knows."""
+        disks = self.tracker.answer["disks"] if self.tracker.answer is not None else ()
+        return sum(disk.get("resync_bytes", 0) for disk in disks)
 
     @property
     def logged_bytes(self) -> int:

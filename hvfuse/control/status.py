@@ -55,6 +55,7 @@ class VmStatus:
     last_replication_time_ns: int | None
     rpo_seconds: float | None
     pending_bytes: int | None
+    doubtful_bytes: int
     points: int | None
     latest_point: str | None
     replica_state: ReplicationState | None
@@ -117,6 +118,7 @@ def vm_status(
         last_replication_time_ns=record.last_replication_time_ns,
         rpo_seconds=facts.rpo_seconds,
         pending_bytes=facts.rpo_bytes,
+        doubtful_bytes=facts.doubtful_bytes,
         points=None if facts.target is None else facts.target.points,
         latest_point=record.point,
         replica_state=None if facts.target is None else facts.target.state,

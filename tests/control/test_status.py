@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hvfuse import wire
+from hvfuse.cli.screen import at_risk
 from hvfuse.control import facts
 from hvfuse.control.config import Config, VmPolicy
 from hvfuse.control.facts import Past, StandingTest, TargetFacts
@@ -388,3 +389,10 @@ def test_a_vm_whose_folder_is_gone_points_to_the_store(ask: Ask, home: Home) -> 
     status = ask(vm="other")
     assert reasons(status)[0] == "folder-gone"
     assert status.disks == ()
+
+
+def test_what_is_to_be_compared_is_not_told_as_if_it_were_all_lost(ask: Ask) -> None:
+    disks = [{**TRACKER["disks"][0], "resync_bytes": 3 << 20}]
+    status = ask(tracker={**TRACKER, "disks": disks}, target=TargetFacts(points=3, newest_id="p-7", newest_ns=NOW_NS))
+    assert (status.pending_bytes, status.doubtful_bytes) == (700 + (3 << 20), 3 << 20)
+    assert at_risk(status) == "the last 12 s, 700 B, and what differs in 3 MiB that are to be compared"
