@@ -102,7 +102,8 @@ def nothing_stays_open() -> Iterator[None]:
     yield
     while _MADE:
         host = _MADE.pop()
-        host.replica.close()
+        if isinstance(host.replica, LocalReplica):  # it has shipped
+            host.replica.close()
         host.store.close()
         host.detach()
 
