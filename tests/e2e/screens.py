@@ -108,7 +108,7 @@ def screens(installation: Installation) -> dict[str, str]:
     wait(installation, has(installation))
 
     with stopped(installation, "shipper"):
-        wait(installation, has(installation, "shipper-busy", "no-progress"))
+        wait(installation, has(installation, "no-progress"))
         found["critical"] = both(installation)
     wait(installation, has(installation))
 
