@@ -181,10 +181,7 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
         "excluded": list(status.excluded),
         "reasons": [
             {
-                "id": reason.id,
-                "health": str(reason.health),
-                "text": reason.text,
-                "next_command": reason.next_command,
+                **reason.as_json(),
                 "allowed": list(status.allowed),
                 "evidence": dict(reason.evidence),
             }

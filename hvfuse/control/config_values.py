@@ -43,8 +43,8 @@ class Key:
 
 
 def _seconds(value: Any) -> float | None:
-    match = re.fullmatch(r"(\d{1,9})(s|m|h|d)", value, re.ASCII) if isinstance(value, str) else None
-    return float(int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]) if match else None
+    seconds = instants.parse_span(value) if isinstance(value, str) else None
+    return None if seconds is None else float(seconds)
 
 
 def _duration(low: float, high: float, span: str, *, word: str | None = None) -> Parser:

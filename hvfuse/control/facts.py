@@ -158,17 +158,20 @@ class Facts:
         return self.logged_bytes + self.doubtful_bytes
 
     @property
+    def tracked(self) -> Sequence[Mapping[str, Any]]:
+        """The disks as the tracker tells of them; none where it does not answer."""
+        return self.tracker.answer["disks"] if self.tracker.answer is not None else ()
+
+    @property
     def doubtful_bytes(self) -> int:
         """What has to be compared with the replica, or is being compared, as far as the tracker says: how much of it
         differs, nobody knows."""
-        disks = self.tracker.answer["disks"] if self.tracker.answer is not None else ()
-        return sum(disk.get("resync_bytes", 0) for disk in disks)
+        return sum(disk.get("resync_bytes", 0) for disk in self.tracked)
 
     @property
     def logged_bytes(self) -> int:
         """What the logs hold that the target lacks; of those being written, as far as the tracker says."""
-        disks = self.tracker.answer["disks"] if self.tracker.answer is not None else ()
-        active: int = sum(max(0, disk["log_bytes"] - _EMPTY_LOG) for disk in disks)
+        active: int = sum(max(0, disk["log_bytes"] - _EMPTY_LOG) for disk in self.tracked)
         return active + sum(self.sealed.values())
 
     @property

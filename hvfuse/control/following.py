@@ -15,10 +15,11 @@ often it is interrupted, makes no difference:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hvfuse import system
 from hvfuse.control.database import Transaction
 from hvfuse.control.events import Severity, add_event
 from hvfuse.control.job import Job, JobError, JobKind
@@ -41,13 +42,12 @@ _BAD = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A change of a VM's record, by `events` or of fields alone. `owner`: `system.process_identity` of who makes it."""
+    """A change of a VM's record, by `events` or of fields alone, that this process makes."""
 
     vm: str
     before: VmRecord
     after: VmRecord
     events: tuple[Event, ...]
-    owner: Mapping[str, Any]
     now_ns: int
 
 
@@ -103,7 +103,7 @@ def _copying(job: Job | None, change: Change) -> Job | None:
         command = ("replication", "start", change.vm)
         job = Job(id=0, kind=kind, vm=change.vm, command=command).planned((COPY_STEP, POINT_STEP))
     step = POINT_STEP if _is_complete(change.after) else COPY_STEP
-    return job.begin(change.owner, change.now_ns).step(step, change.now_ns)
+    return job.begin(system.process_identity(os.getpid()), change.now_ns).step(step, change.now_ns)
 
 
 def _is_complete(record: VmRecord) -> bool:

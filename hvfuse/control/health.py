@@ -88,6 +88,10 @@ class Reason:
     next_command: str | None = None
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
+    def as_json(self) -> dict[str, Any]:
+        """What of it is told wherever it is told: not the figures behind it."""
+        return {"id": self.id, "health": str(self.health), "text": self.text, "next_command": self.next_command}
+
 
 def is_protected(record: VmRecord) -> bool:
     """Whether the VM is to be replicated, so that processes must run for it."""

@@ -18,10 +18,9 @@ FORMS = '"18:30" (the next time it is that late), "2026-11-22 18:30", or ISO 860
 PAST_FORMS = (
     '"2h" (so long ago; s, m, h or d), "18:30" (the last time it was that late), "2026-11-22 18:30", or ISO 8601'
 )
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-"""In each unit that a span of time may be written in."""
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
-_AGO = re.compile(r"(\d{1,9})([smhd])")
+_SPAN = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
 _TIME = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
 
 
@@ -42,11 +41,17 @@ def parse_instant(text: str, *, now_ns: int, zone: tzinfo | None = None) -> int:
     return instant
 
 
+def parse_span(text: str) -> int | None:
+    """ "30s", "5m", "12h" or "7d" in seconds; None if `text` is no span of time."""
+    match = _SPAN.fullmatch(text)
+    return int(match[1]) * _SECONDS[match[2]] if match else None
+
+
 def parse_past(text: str, *, now_ns: int, zone: tzinfo | None = None) -> int:
     """The instant that `text` (see PAST_FORMS) names, ns since 1970. Raises UsageError unless it names one."""
-    ago = _AGO.fullmatch(text)
-    if ago:
-        return now_ns - int(ago[1]) * SECONDS[ago[2]] * 10**9
+    ago = parse_span(text)
+    if ago is not None:
+        return now_ns - ago * 10**9
     match = _TIME.fullmatch(text)
     if match:
         day_ns = 86400 * 10**9

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hvfuse.control.instants import SECONDS
+from hvfuse.control.instants import parse_span
 from hvfuse.control.records import VmRecord, uncounted
 from hvfuse.control.statistics import STRETCH, Sums, spread, total
 from hvfuse.errors import UsageError
@@ -26,8 +25,7 @@ class Window:
 
 def parse_window(text: str) -> float:
     """ "12h" as seconds. Raises UsageError."""
-    match = re.fullmatch(r"(\d{1,9})([smhd])", text)
-    seconds = int(match[1]) * SECONDS[match[2]] if match else 0
+    seconds = parse_span(text) or 0
     if not LEAST_SECONDS <= seconds <= MOST_SECONDS:
         raise UsageError(f"{text!r} is not a window of time", hint='write "5m" to "7d", such as "12h"')
     return float(seconds)

@@ -12,7 +12,7 @@ from typing import Any
 
 from hvfuse.control.events import Severity
 from hvfuse.control.records import Records
-from hvfuse.control.status import Health, Reason, VmStatus
+from hvfuse.control.status import Health, VmStatus
 from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.system import Clock
 
@@ -105,7 +105,7 @@ class Monitor:
                     "from": before,
                     "to": str(status.health),
                     "state": status.state.value,
-                    "reasons": [_told_reason(reason) for reason in status.reasons],
+                    "reasons": [reason.as_json() for reason in status.reasons],
                 },
                 "now_ns": now_ns,
             }
@@ -116,12 +116,3 @@ class Monitor:
         except CorruptError:
             self._records.events.add(kind="health", vm=status.name, **event(self._unkept.get(status.name)))
             self._unkept[status.name] = str(status.health)
-
-
-def _told_reason(reason: Reason) -> dict[str, Any]:
-    return {
-        "id": reason.id,
-        "health": str(reason.health),
-        "text": reason.text,
-        "next_command": reason.next_command,
-    }

@@ -14,13 +14,11 @@ that for its jobs is kept in the same transaction (`hvfuse.control.following`). 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import TracebackType
 from typing import Any, Self
 
-from hvfuse import system
 from hvfuse.control import following, statistics
 from hvfuse.control.database import Database, Transaction
 from hvfuse.control.events import Events, add_event
@@ -175,8 +173,7 @@ class Records:
             record = replace(before, **changes(before), state=state)
             if state in COUNTED and before.state not in COUNTED:
                 record = replace(record, counted_ns=now_ns)
-            owner = system.process_identity(os.getpid())
-            change = following.Change(vm=vm, before=before, after=record, events=events, owner=owner, now_ns=now_ns)
+            change = following.Change(vm=vm, before=before, after=record, events=events, now_ns=now_ns)
             record = replace(record, copy_job=following.follow(txn, change))
             if cycle is not None:
                 statistics.add_cycle(txn, vm, cycle, now_ns=now_ns)

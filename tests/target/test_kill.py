@@ -21,6 +21,7 @@ from hvfuse.target.check import check
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.retention import RetentionPolicy
 from hvfuse.target.store import Store
+from tests.dying import done_until
 from tests.target.model import Source, check_points, contents, send
 
 LATEST_ONLY = RetentionPolicy(keep_all_seconds=0, hourly=0)
@@ -70,24 +71,7 @@ def told_until(story: Story, path: str, step: int) -> bool:
 
     Returns whether it came to the end instead.
     """
-    child = os.fork()
-    if child == 0:
-        calls = itertools.count(1)
-
-        def injector(label: str, call: str, size: int) -> int | None:
-            if next(calls) == step:
-                os._exit(9)
-            return None
-
-        try:
-            system.install(injector)
-            story.tell(path)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9)
-    return status == 0
+    return done_until(step, lambda: story.tell(path))
 
 
 def check_end(story: Story, path: str) -> None:

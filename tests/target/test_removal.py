@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 
-from hvfuse import system
 from hvfuse.errors import BusyError
 from hvfuse.target import removal, schema
 from hvfuse.target.check import check
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.store import Store
+from tests.dying import done_until
 from tests.target.model import Source, check_points
 from tests.target.test_kill import folder  # noqa: F401
 
@@ -110,25 +110,12 @@ def test_killed_at_every_step_a_deletion_goes_on_to_the_same_end_and_touches_nob
 
 def removed_until(path: str, step: int) -> bool:
     """Delete in a process of its own that dies at the labelled call number `step`; whether it came to the end."""
-    child = os.fork()
-    if child == 0:
-        calls = itertools.count(1)
 
-        def injector(label: str, call: str, size: int) -> int | None:
-            if next(calls) == step:
-                os._exit(9)
-            return None
+    def remove() -> None:
+        with Store(path) as store:
+            removal.remove(store, "vm")
 
-        try:
-            system.install(injector)
-            with Store(path) as store:
-                removal.remove(store, "vm")
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9)
-    return status == 0
+    return done_until(step, remove)
 
 
 def test_a_replica_that_is_read_stays_and_one_whose_reader_died_does_not(tmp_path):

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from hvfuse import spool, system
+from hvfuse import spool
 from hvfuse.errors import ResyncRequiredError
 from hvfuse.formats.tracking import Scope
 from hvfuse.tracker.service import TrackerControl
+from hvfuse.tracker.vm import TrackedVm
+from tests.dying import done_until
 from tests.tracker.test_vm import GENERATION, MIB, attached, make_folder, marked
 
 NEXT = uuid.UUID(int=8).bytes
@@ -86,22 +88,9 @@ def test_killed_at_every_step_the_logs_go_on_or_everything_is_compared(tmp_path:
 
 def ended_until(folder: str, step: int) -> bool:
     """Disable in a process that dies at the labelled call of that number; whether it came to the end."""
-    child = os.fork()
-    if child == 0:
-        calls = itertools.count(1)
+    vms: list[TrackedVm] = []
 
-        def die(label: str, call: str, size: int) -> int | None:
-            if next(calls) == step:
-                os._exit(9)
-            return None
+    def end() -> None:
+        vms[0].end()
 
-        try:
-            vm = attached(folder, begin=False)
-            system.install(die)
-            vm.end()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, 9)
-    return status == 0
+    return done_until(step, end, prepare=lambda: vms.append(attached(folder, begin=False)))
