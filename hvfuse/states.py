@@ -60,23 +60,23 @@ class Event(StrEnum):
     PREPARE_FAILOVER = "prepare failover"
     FAIL_OVER = "fail over"
     CHANGE_POINT = "change point"
+    FAIL_BACK = "fail back"
+    """The same as `fail over`, of a VM that comes home: to where it was replicated from before."""
     CANCEL_FAILOVER = "cancel failover"
     COMMIT_FAILOVER = "commit failover"
+    TAKE_OVER = "take over"
+    """A side that was the target of a committed failover has the disks now."""
     REVERSE = "reverse"
-    FAIL_BACK = "fail back"
-    FINISH_FAILBACK = "finish failback"
+    """It begins to ship them in the other direction."""
+    GIVE_WAY = "give way"
+    """The side that was failed over from becomes the target: its disks are a replica from now on."""
 
 
 OBSERVED = frozenset({
     Event.NEED_FIRST_COPY, Event.AWAIT_FIRST_COPY, Event.NEED_RESYNC, Event.COMMIT_POINT, Event.FAIL,
-    Event.FINISH_FAILBACK,
+    Event.TAKE_OVER,
 })  # fmt: skip
 """Events that nobody orders."""
-NOT_ORDERED_YET = frozenset({
-    Event.PREPARE_FAILOVER, Event.FAIL_OVER, Event.CHANGE_POINT, Event.CANCEL_FAILOVER, Event.COMMIT_FAILOVER,
-    Event.REVERSE, Event.FAIL_BACK,
-})  # fmt: skip
-"""Events of failover, which no command orders yet: nobody is told that they are allowed."""
 
 _S = ReplicationState
 _READY, _INITIAL, _AWAITING = (
@@ -91,12 +91,16 @@ BEFORE_FIRST_COPY = frozenset({_READY, _INITIAL, _AWAITING})
 OF_RESYNC = frozenset({_NEEDED, _RESYNCING, _HELD_UP})
 """States in which logs do not continue the replica."""
 COPYING = frozenset({_INITIAL, _RESYNCING})
-AFTER_FAILOVER = frozenset({
-    _S.PREPARED_FOR_FAILOVER, _S.FAILED_OVER_WAITING_COMPLETION, _S.FAILED_OVER, _S.FAILBACK_IN_PROGRESS,
-    _S.FAILBACK_COMPLETE,
-})  # fmt: skip
+FAILOVER_OPEN = frozenset({_S.FAILED_OVER_WAITING_COMPLETION, _S.FAILBACK_IN_PROGRESS})
+"""States of a failover that can still be cancelled."""
+FAILOVER_DONE = frozenset({_S.FAILED_OVER, _S.FAILBACK_COMPLETE})
+"""States of a failover from which nothing leads back but reverse replication."""
+AFTER_FAILOVER = frozenset({_S.PREPARED_FOR_FAILOVER, *FAILOVER_OPEN, *FAILOVER_DONE})
 """States in which nothing is shipped, as a failover is under way or done."""
 
+_CAN_FAIL_OVER = (
+    _S.REPLICATING, _S.PREPARED_FOR_FAILOVER, _S.SUSPENDED, _S.ERROR, _NEEDED, _RESYNCING, _HELD_UP,
+)  # fmt: skip
 _SHIPPING = (_READY, _INITIAL, _AWAITING, _S.REPLICATING, _S.SUSPENDED, _S.ERROR, _NEEDED, _RESYNCING, _HELD_UP)
 
 
@@ -119,18 +123,20 @@ _BY_EVENT: Mapping[Event, Mapping[ReplicationState, ReplicationState]] = {
     # What failed is tried again at once, and whether that helps is seen then.
     Event.RESUME: _to(_S.REPLICATING, _S.SUSPENDED) | _to(_NEEDED, _HELD_UP) | _to(_S.ERROR, _S.ERROR),
     Event.CANCEL: _to(_READY, _READY, _INITIAL, _AWAITING, _S.SUSPENDED) | _to(_NEEDED, _NEEDED, _RESYNCING, _HELD_UP),
-    Event.COMMIT_POINT: _to(_S.REPLICATING, *_SHIPPING),
+    # The last cycles of a planned failover go over while the source is prepared.
+    Event.COMMIT_POINT: _to(_S.REPLICATING, *_SHIPPING) | _to(_S.PREPARED_FOR_FAILOVER, _S.PREPARED_FOR_FAILOVER),
     Event.FAIL: _to(_S.ERROR, *_SHIPPING),
-    Event.PREPARE_FAILOVER: _to(_S.PREPARED_FOR_FAILOVER, _S.REPLICATING),
-    Event.FAIL_OVER: _to(
-        _S.FAILED_OVER_WAITING_COMPLETION, _S.REPLICATING, _S.SUSPENDED, _S.ERROR, _NEEDED, _RESYNCING, _HELD_UP
+    Event.PREPARE_FAILOVER: _to(_S.PREPARED_FOR_FAILOVER, _S.REPLICATING, _S.PREPARED_FOR_FAILOVER),
+    Event.FAIL_OVER: _to(_S.FAILED_OVER_WAITING_COMPLETION, *_CAN_FAIL_OVER),
+    Event.CHANGE_POINT: {state: state for state in FAILOVER_OPEN},
+    Event.FAIL_BACK: _to(_S.FAILBACK_IN_PROGRESS, *_CAN_FAIL_OVER),
+    Event.CANCEL_FAILOVER: _to(_S.REPLICATING, _S.PREPARED_FOR_FAILOVER, *FAILOVER_OPEN),
+    Event.COMMIT_FAILOVER: (
+        _to(_S.FAILED_OVER, _S.FAILED_OVER_WAITING_COMPLETION) | _to(_S.FAILBACK_COMPLETE, _S.FAILBACK_IN_PROGRESS)
     ),
-    Event.CHANGE_POINT: _to(_S.FAILED_OVER_WAITING_COMPLETION, _S.FAILED_OVER_WAITING_COMPLETION),
-    Event.CANCEL_FAILOVER: _to(_S.REPLICATING, _S.PREPARED_FOR_FAILOVER, _S.FAILED_OVER_WAITING_COMPLETION),
-    Event.COMMIT_FAILOVER: _to(_S.FAILED_OVER, _S.FAILED_OVER_WAITING_COMPLETION),
-    Event.REVERSE: _to(_NEEDED, _S.FAILED_OVER, _S.FAILBACK_COMPLETE),
-    Event.FAIL_BACK: _to(_S.FAILBACK_IN_PROGRESS, _S.REPLICATING),
-    Event.FINISH_FAILBACK: _to(_S.FAILBACK_COMPLETE, _S.FAILBACK_IN_PROGRESS),
+    Event.TAKE_OVER: _to(_S.FAILED_OVER, _S.DISABLED),
+    Event.REVERSE: _to(_NEEDED, *FAILOVER_DONE),
+    Event.GIVE_WAY: _to(_S.DISABLED, *FAILOVER_DONE),
 }
 
 TABLE: Mapping[tuple[ReplicationState, Event], ReplicationState] = {
@@ -150,7 +156,7 @@ def next_state(state: ReplicationState, event: Event, *, what: str = "replicatio
 
 def allowed_commands(state: ReplicationState) -> tuple[Event, ...]:
     """What somebody may order in `state`, in the order of `Event`."""
-    ordered = (event for event in Event if event not in OBSERVED | NOT_ORDERED_YET)
+    ordered = (event for event in Event if event not in OBSERVED)
     return tuple(event for event in ordered if (state, event) in TABLE)
 
 
@@ -171,7 +177,9 @@ _ALIKE: Mapping[Event, frozenset[ReplicationState]] = {
     Event.CANCEL: frozenset(COPYING),
     Event.COMMIT_POINT: frozenset({*COPYING, _S.ERROR}),
     Event.FAIL: frozenset({_S.REPLICATING}),
-    Event.FAIL_OVER: frozenset({_S.REPLICATING}),
+    Event.FAIL_OVER: frozenset({_S.REPLICATING, _S.PREPARED_FOR_FAILOVER}),
+    Event.FAIL_BACK: frozenset({_S.PREPARED_FOR_FAILOVER}),
+    Event.GIVE_WAY: frozenset({_S.FAILED_OVER}),
 }
 """Events that mean the same in many states, and from which of these the diagram draws them; `rules` tells the rest."""
 
