@@ -10,6 +10,7 @@ Exit codes (stable; `docs/exit-codes.md` is for users):
                                            13 not possible in this state
                                            14 less than was asked for
                                            15 suspended at the target
+                                           16 failed over: another side has the VM
 """
 
 from __future__ import annotations
@@ -99,3 +100,9 @@ class SuspendedError(HvfuseError):
 
     exit_code = 15
     recoverable = True
+
+
+class FencedError(HvfuseError):
+    """The VM was failed over, or belongs to another home: this side may neither write its disks nor ship them."""
+
+    exit_code = 16

@@ -14,7 +14,7 @@ for a disk that the replica does not know yet. While it is open, digests tell wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hvfuse.errors import CorruptError, HvfuseError
@@ -23,11 +23,12 @@ from hvfuse.formats.digests import DigestKey, Digests
 from hvfuse.frames import Frame, unpack_header
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint
 from hvfuse.position import Position, PositionMismatchError
-from hvfuse.target import cycles, relation, schema, staging, unsynced
+from hvfuse.target import cycles, failing_over, relation, schema, staging, unsynced
 from hvfuse.target.admission import admit_frame, check_manifest, check_name, is_same
 from hvfuse.target.digests import HeldBlocks, held_ends
 from hvfuse.target.direct import DirectCopy
 from hvfuse.target.environment import Txn
+from hvfuse.target.failing_over import Claim
 from hvfuse.target.index import Entered, enter
 from hvfuse.target.merge import merge
 from hvfuse.target.retention import RetentionPolicy, retain
@@ -71,13 +72,17 @@ class _Admitted:
 class LocalReplica:
     """The replica of VM `vm` in `store`. For one thread at a time; several processes may each have one.
 
+    `claim`: asked for who ships, each time that something is taken in; it has to have the VM, or get it
+    (`hvfuse.target.failing_over`). None: nobody says who.
+
     What is asked of it, and what it raises, is the shipper's `Replica`; beyond that BusyError when
-    another process takes in the same VM's cycle, IncompleteCycleError, and SuspendedError from whatever takes
-    something in, while an administrator has suspended the replica.
+    another process takes in the same VM's cycle, IncompleteCycleError, and from whatever takes something in
+    SuspendedError, while an administrator has suspended the replica, and FencedError.
     """
 
-    def __init__(self, store: Store, vm: str) -> None:
+    def __init__(self, store: Store, vm: str, *, claim: Callable[[], Claim] | None = None) -> None:
         check_name(vm, "VM")
+        self._claim: Callable[[], Claim | None] = claim or (lambda: None)
         self._store = store
         self._env = store.env
         self._vm = vm
@@ -127,7 +132,9 @@ class LocalReplica:
         """
         self._check_manifest(manifest)
         self.close()
-        opened, held = self._store.write("store:begin", lambda txn: staging.begin(txn, self._store, self._vm, manifest))
+        opened, held = self._store.write(
+            "store:begin", lambda txn: staging.begin(txn, self._store, self._vm, manifest, self._claim())
+        )
         try:
             if opened is not None:
                 held = self._prepare(opened, held)
@@ -218,7 +225,7 @@ class LocalReplica:
         self._written_at = self._store.clock.monotonic()
 
     def _stage_frames(self, txn: Txn, frames: Sequence[_Admitted]) -> None:
-        vm = staging.load_open(txn, self._store, self._vm, self._open)
+        vm = staging.load_open(txn, self._store, self._vm, self._open, self._claim())
         assert self._open is not None
         for each in frames:
             number = each.frame.header.number
@@ -259,6 +266,7 @@ class LocalReplica:
     def _commit(self, txn: Txn, manifest: CycleManifest, frame_count: int) -> PointRecord:
         vm = self._store.load_vm(txn, self._vm)
         relation.demand_open(vm)
+        failing_over.demand_claim(vm, self._claim())
         if vm.position == manifest.position():
             return self._store.load_cycle(txn, vm, vm.head_seq)
         opened = self._store.load_staging(txn, vm)

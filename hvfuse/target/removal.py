@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -21,6 +22,7 @@ from hvfuse.target import schema, unsynced
 from hvfuse.target.environment import Txn, file_faults
 from hvfuse.target.images import ReplicaImages
 from hvfuse.target.index import scan
+from hvfuse.target.schema import VmRecord
 from hvfuse.target.store import Store, holder_is_alive
 
 BATCH = 512
@@ -45,11 +47,22 @@ def remove(store: Store, vm_name: str) -> bool:
         is_known = store.find_vm(txn, vm_name) is not None or store.half_deleted(txn, vm_name)
     if not is_known:
         return False
+    _remove(store, vm_name, lambda txn: _mark(txn, store, vm_name))
+    return True
+
+
+def empty(store: Store, vm_name: str, keep: Callable[[VmRecord], VmRecord], *, own_pin: int) -> None:
+    """Delete what a replica holds but for its record, as `keep` makes it, and with it the pin `own_pin`; or go on with
+    that. As `remove`."""
+    _remove(store, vm_name, lambda txn: _renew(txn, store, vm_name, keep, own_pin))
+
+
+def _remove(store: Store, vm_name: str, mark: Callable[[Txn], None]) -> None:
     folder = store.replica_folder(vm_name)
     with file_faults(folder):
         os.makedirs(os.path.dirname(folder), mode=0o700, exist_ok=True)
     with ReplicaImages(folder) as images, images.lock():
-        store.write("removal:mark", lambda txn: _mark(txn, store, vm_name))
+        store.write("removal:mark", mark)
         with store.env.read() as txn:
             numbers = store.half_deleted(txn, vm_name)
         unsynced.drop(store.unsynced_path(vm_name))
@@ -62,7 +75,6 @@ def remove(store: Store, vm_name: str) -> bool:
             while store.write("removal:keys", partial(_drop, store, database, number)):
                 pass
         store.write("removal:end", partial(_forget, store, number))
-    return True
 
 
 def is_half_done(store: Store, vm_name: str) -> bool:
@@ -90,6 +102,22 @@ def _mark(txn: Txn, store: Store, vm_name: str) -> None:
         txn.delete(schema.u64(pin.id), db=store.env.db(schema.PINS))
     txn.delete(schema.vm_key(vm_name), db=store.env.db(schema.VMS))
     txn.put(schema.PREFIX_GONE + schema.u32(vm.id), os.fsencode(vm_name), db=store.env.db(schema.META))
+
+
+def _renew(txn: Txn, store: Store, vm_name: str, keep: Callable[[VmRecord], VmRecord], own_pin: int) -> None:
+    """The record goes on under another number: nothing that hangs on the old one is the VM's any more."""
+    vm = store.load_vm(txn, vm_name)
+    if vm.position is None and not vm.head_seq:
+        return
+    store.delete_pin(txn, own_pin)
+    _mark(txn, store, vm_name)
+    number = store.next_vm_number(txn)
+    blank = VmRecord(id=number, name=vm_name)
+    kept = replace(
+        vm, id=number, position=None, head_seq=blank.head_seq, base_seq=blank.base_seq, floor_seq=blank.floor_seq,
+        next_disk=blank.next_disk, disks=(),
+    )  # fmt: skip
+    store.save_vm(txn, keep(kept))
 
 
 def _holders(txn: Txn, store: Store, vm_name: str) -> Iterator[schema.Pin]:

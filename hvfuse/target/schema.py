@@ -7,7 +7,7 @@ point's u64 seq and u64 time (ns since 1970), and entries are an array, each beh
 
     database    key                              value
     meta        "format"                         u32: FORMAT
-                "epoch"                          u64: raised by every failover
+                "epoch"                          u64: the highest epoch of any VM: raised by every failover
                 "next-vm", "next-pin"            u64: the next number to give out
                 "gone/", vm u32                  name of a VM that is being deleted (`hvfuse.target.removal`)
     vms         name of the VM, bytes            VmRecord
@@ -324,6 +324,9 @@ class VmRecord:
     give to a disk.
 
     `disks` are those of head_seq. The three seqs are explained in the module's docstring; 0: none yet.
+    What says who has the VM is kept by `hvfuse.target.failing_over`: `primary`, the id of the home that may write and
+    ship it, empty before anybody did; `epoch`, raised by every failover and by what takes one back; `source`, which
+    home that is, `prepared`, `failover`, `returns_to`: see there.
     """
 
     id: int
@@ -335,6 +338,12 @@ class VmRecord:
     floor_seq: int = 0
     next_disk: int = 1
     disks: tuple[DiskRecord, ...] = ()
+    primary: str = ""
+    epoch: int = 0
+    source: Mapping[str, Any] | None = None
+    prepared: Mapping[str, Any] | None = None
+    failover: Mapping[str, Any] | None = None
+    returns_to: Mapping[str, Any] | None = None
 
     def pack(self) -> bytes:
         """The value in `vms`."""

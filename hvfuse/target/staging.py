@@ -9,22 +9,28 @@ from dataclasses import replace
 from hvfuse.errors import BusyError, ResyncRequiredError
 from hvfuse.manifest import CycleKind, CycleManifest
 from hvfuse.position import PositionMismatchError
-from hvfuse.target import cycles, relation, schema
+from hvfuse.target import cycles, failing_over, relation, schema
 from hvfuse.target.admission import is_same
 from hvfuse.target.environment import Txn
+from hvfuse.target.failing_over import Claim
 from hvfuse.target.schema import STAGE_ID_SIZE, UNKNOWN_DISK, DiskRecord, StagingRecord, VmRecord
 from hvfuse.target.store import Store
 
 
-def begin(txn: Txn, store: Store, vm_name: str, manifest: CycleManifest) -> tuple[StagingRecord | None, frozenset[int]]:
+def begin(
+    txn: Txn, store: Store, vm_name: str, manifest: CycleManifest, claim: Claim | None = None
+) -> tuple[StagingRecord | None, frozenset[int]]:
     """Open a cycle, or take an interrupted one up again. Returns its record, None if the replica stands at it
-    already, and the numbers of the frames held.
+    already, and the numbers of the frames held. From then on the VM is `claim`'s.
 
     Raises PositionMismatchError, ResyncRequiredError (a disk that the replica does not know), SuspendedError,
-    StateError, and BusyError (the replica before it is not wholly deleted).
+    FencedError, StateError, and BusyError (the replica before it is not wholly deleted).
     """
-    vm = store.find_vm(txn, vm_name) or store.create_vm(txn, vm_name)
-    relation.demand_open(vm)
+    kept = store.find_vm(txn, vm_name) or store.create_vm(txn, vm_name)
+    relation.demand_open(kept)
+    vm = failing_over.claimed(txn, store, kept, claim)
+    if vm != kept:
+        store.save_vm(txn, vm)
     if vm.position == manifest.position():
         return None, _staged_numbers(txn, store, vm, vm.head_seq)
     if manifest.previous is not None and manifest.previous != vm.position:
@@ -57,10 +63,14 @@ def drop(txn: Txn, store: Store, vm: VmRecord) -> VmRecord:
     return replace(vm, disks=by_name([*vm.disks, *staging.disks]))  # those that may have an image by now
 
 
-def load_open(txn: Txn, store: Store, vm_name: str, opened: StagingRecord | None) -> VmRecord:
-    """The VM, whose staged cycle must still be the one that was opened. Raises BusyError, SuspendedError."""
+def load_open(
+    txn: Txn, store: Store, vm_name: str, opened: StagingRecord | None, claim: Claim | None = None
+) -> VmRecord:
+    """The VM, whose staged cycle must still be the one that was opened. Raises BusyError, SuspendedError,
+    FencedError."""
     vm = store.load_vm(txn, vm_name)
     relation.demand_open(vm)
+    failing_over.demand_claim(vm, claim)
     staging = store.load_staging(txn, vm)
     if staging is None or staging != opened:
         raise BusyError(

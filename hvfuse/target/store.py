@@ -125,9 +125,13 @@ class Store:
                 f"{name}: the replica that it had is not wholly deleted yet",
                 hint=f"hvfuse replication disable {name} --delete-replica",
             )
-        vm = VmRecord(id=self._next(txn, schema.KEY_NEXT_VM), name=name)
+        vm = VmRecord(id=self.next_vm_number(txn), name=name)
         self.save_vm(txn, vm)
         return vm
+
+    def next_vm_number(self, txn: Txn) -> int:
+        """The number of a VM that is new, or begins anew."""
+        return self._next(txn, schema.KEY_NEXT_VM)
 
     def half_deleted(self, txn: Txn, name: str) -> list[int]:
         """The numbers of VMs of that name whose deletion was begun (`hvfuse.target.removal`)."""
@@ -246,19 +250,22 @@ class Store:
 
         def act(txn: Txn) -> int:
             record = self.load_vm(txn, vm)
-            cycle = self.load_point(txn, record, point_id)
-            pin = Pin(
-                id=self._next(txn, schema.KEY_NEXT_PIN),
-                vm=vm,
-                point_id=point_id,
-                seq=cycle.seq,
-                created_ns=self.clock.now_ns(),
-                owner=filled,
-            )
-            txn.put(schema.u64(pin.id), pin.pack(), db=self.env.db(schema.PINS))
-            return pin.id
+            return self.put_pin(txn, record, self.load_point(txn, record, point_id), filled)
 
         return self.env.write("store:pin", act)
+
+    def put_pin(self, txn: Txn, vm: VmRecord, cycle: PointRecord, owner: Mapping[str, Any]) -> int:
+        """Pin a cycle. Returns the pin's id."""
+        pin = Pin(
+            id=self._next(txn, schema.KEY_NEXT_PIN),
+            vm=vm.name,
+            point_id=cycle.id,
+            seq=cycle.seq,
+            created_ns=self.clock.now_ns(),
+            owner=owner,
+        )
+        txn.put(schema.u64(pin.id), pin.pack(), db=self.env.db(schema.PINS))
+        return pin.id
 
     def update_pin(self, pin_id: int, owner: Mapping[str, Any]) -> Pin:
         """Change fields of a pin's owner: a "pid" brings its boot and start along. Raises NotFoundError."""
@@ -278,11 +285,11 @@ class Store:
 
     def unpin(self, pin_id: int) -> None:
         """Take a pin away; one that is gone already is no error."""
+        self.env.write("store:unpin", lambda txn: self.delete_pin(txn, pin_id))
 
-        def act(txn: Txn) -> None:
-            txn.delete(schema.u64(pin_id), db=self.env.db(schema.PINS))
-
-        self.env.write("store:unpin", act)
+    def delete_pin(self, txn: Txn, pin_id: int) -> None:
+        """As `unpin`."""
+        txn.delete(schema.u64(pin_id), db=self.env.db(schema.PINS))
 
     def pins(self, vm: str | None = None) -> list[Pin]:
         """The pins of one VM, or of all, oldest first."""
@@ -298,13 +305,16 @@ class Store:
     # The epoch
 
     def epoch(self) -> int:
-        """How many failovers there were."""
+        """The highest epoch of any VM."""
         with self.env.read() as txn:
             return schema.number_of(txn.get(schema.KEY_EPOCH, db=self.env.db(schema.META)))
 
-    def raise_epoch(self) -> int:
-        """One more; durable when it returns the new epoch."""
-        return self.env.write("store:epoch", lambda txn: self._next(txn, schema.KEY_EPOCH))
+    def raise_epoch(self, txn: Txn, *, above: int = 0) -> int:
+        """A new epoch, higher than all before it and than `above`, which may come from another store."""
+        meta = self.env.db(schema.META)
+        epoch = max(schema.number_of(txn.get(schema.KEY_EPOCH, db=meta)), above) + 1
+        txn.put(schema.KEY_EPOCH, schema.u64(epoch), db=meta)
+        return epoch
 
     def write(self, label: str, act: Callable[[Txn], _Result]) -> _Result:
         """See `Environment.write`."""

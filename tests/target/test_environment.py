@@ -56,7 +56,7 @@ def test_opening_twice_in_a_process_shares_one_environment(tmp_path):
         assert first.env is second.env
         first.close()
         first.close()
-        assert second.raise_epoch() == 1
+        assert second.write("test:epoch", second.raise_epoch) == 1
     with Store(path, create=False) as third:
         assert third.epoch() == 1
 
@@ -290,10 +290,10 @@ def test_a_writer_joins_a_reader_of_its_process(tmp_path):
     Store(path).close()
     with Store(path, create=False, read_only=True) as reader:
         with pytest.raises(AssertionError, match="opened for reading"):
-            reader.raise_epoch()
+            reader.write("test:epoch", reader.raise_epoch)
         with Store(path) as writer:
             assert writer.env is reader.env
-            assert writer.raise_epoch() == 1
+            assert writer.write("test:epoch", writer.raise_epoch) == 1
             assert reader.epoch() == 1
         assert reader.epoch() == 1
 
@@ -302,14 +302,14 @@ def test_a_writer_joins_a_reader_of_its_process(tmp_path):
 def test_nothing_is_committed_to_a_store_that_is_not_there_any_more(tmp_path, what):
     path, away = tmp_path / "store", tmp_path / "away"
     with Store(str(path)) as store:
-        assert store.raise_epoch() == 1
+        assert store.write("test:epoch", store.raise_epoch) == 1
         if what == "unlinked":
             os.rename(path / "store.lmdb" / "data.mdb", away)
         else:
             os.rename(path, away)
         if what == "replaced":
             shutil.copytree(away, path)
-        for act in (store.raise_epoch, store.epoch):
+        for act in (lambda: store.write("test:epoch", store.raise_epoch), store.epoch):
             with pytest.raises(UnreachableError, match="moved, deleted, unmounted or replaced") as raised:
                 act()
             assert raised.value.hint is not None and raised.value.recoverable
@@ -318,4 +318,4 @@ def test_nothing_is_committed_to_a_store_that_is_not_there_any_more(tmp_path, wh
         else:
             shutil.rmtree(path, ignore_errors=True)
             os.rename(away, path)
-        assert store.raise_epoch() == 2, "put back, it goes on"
+        assert store.write("test:epoch", store.raise_epoch) == 2, "put back, it goes on"
