@@ -67,7 +67,8 @@ Node = str | OpenFile
 """What an operation is about: a path from the mount's root ("/a/b"), or an open file."""
 
 
-def _read_only() -> OSError:
+def read_only() -> OSError:
+    """EROFS."""
     return OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
@@ -94,42 +95,42 @@ class Filesystem:
         raise OSError(errno.EINVAL, path)
 
     def create(self, path: str, flags: int, mode: int, *, uid: int, gid: int) -> OpenFile:
-        raise _read_only()
+        raise read_only()
 
     def mknod(self, path: str, mode: int, device: int, *, uid: int, gid: int) -> None:
-        raise _read_only()
+        raise read_only()
 
     def mkdir(self, path: str, mode: int, *, uid: int, gid: int) -> None:
-        raise _read_only()
+        raise read_only()
 
     def symlink(self, target: str, path: str, *, uid: int, gid: int) -> None:
-        raise _read_only()
+        raise read_only()
 
     def link(self, existing: str, path: str) -> None:
-        raise _read_only()
+        raise read_only()
 
     def unlink(self, path: str) -> None:
-        raise _read_only()
+        raise read_only()
 
     def rmdir(self, path: str) -> None:
-        raise _read_only()
+        raise read_only()
 
     def rename(self, old: str, new: str, flags: int) -> None:
         """renameat2(2): `flags` may hold RENAME_NOREPLACE or RENAME_EXCHANGE."""
-        raise _read_only()
+        raise read_only()
 
     def truncate(self, path: str, size: int) -> None:
-        raise _read_only()
+        raise read_only()
 
     def chmod(self, node: Node, mode: int) -> None:
-        raise _read_only()
+        raise read_only()
 
     def chown(self, node: Node, uid: int, gid: int) -> None:
         """-1 leaves the user or the group as it is."""
-        raise _read_only()
+        raise read_only()
 
     def utimens(self, node: Node, accessed: TimeSpec, modified: TimeSpec) -> None:
-        raise _read_only()
+        raise read_only()
 
     def getxattr(self, path: str, name: str) -> bytes:
         raise OSError(errno.EOPNOTSUPP, name)

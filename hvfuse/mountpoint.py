@@ -126,16 +126,18 @@ def _umount2(path: str, flags: int) -> int:
     return ctypes.get_errno()
 
 
-def holders(mountpoint: str) -> list[Holder]:
-    """Who keeps the mount busy, by open files, working directory, maps or loop devices on its files."""
-    path = _canonical(mountpoint)
+def holders(*paths: str) -> list[Holder]:
+    """Who keeps these mounts, or files of mounts, busy: by open files, working directory, maps or loop devices on
+    what is there."""
+    wanted = [_canonical(path) for path in paths]
     found = []
     for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
-        if any(_is_within(used, path) for used in _used_by(pid)):
+        if any(_is_within(used, path) for used in _used_by(pid) for path in wanted):
             found.append(Holder(pid, _command(pid)))
     for name in sorted(os.listdir("/sys/block")):
         with contextlib.suppress(OSError), open(f"/sys/block/{name}/loop/backing_file") as file:
-            if _is_within(file.read().rstrip("\n"), path):
+            backing = file.read().rstrip("\n")
+            if any(_is_within(backing, path) for path in wanted):
                 found.append(Holder(0, f"/dev/{name}"))
     return found
 
@@ -244,16 +246,21 @@ def _noted(_number: int, _frame: object) -> None:
     """The wake-up descriptor has told the watcher already."""
 
 
+def write_back(mountpoint: str) -> None:
+    """Have the kernel write what programs have mapped and changed, if something is mounted there."""
+    with contextlib.suppress(OSError):
+        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _libc.syncfs(fd)
+        os.close(fd)
+
+
 def stop(mountpoint: str) -> None:
     """End the mount whoever uses it: politely if nobody does, else after writing back what is dirty.
 
     Files that are still open in it give ENOTCONN from then on.
     """
     path = _canonical(mountpoint)
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        _libc.syncfs(fd)
-        os.close(fd)
+    write_back(path)
     try:
         unmount(path)
     except NotFoundError:

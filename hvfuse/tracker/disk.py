@@ -33,10 +33,12 @@ import numpy as np
 
 from hvfuse import system
 from hvfuse.extent import Buffer, Extent
+from hvfuse.filesystem import read_only
 from hvfuse.formats.companion import AddressSpace, Kind
 from hvfuse.formats.image import ImageFormat, ImageInfo
 from hvfuse.formats.tracking import DIRTY, HOT
 from hvfuse.tracker.disk_logs import DiskLogs
+from hvfuse.tracker.holding import Hold
 from hvfuse.tracker.log import MAX_LOG_SIZE, ReplicationLog
 from hvfuse.tracker.regions import MAX_REGIONS, RegionMap, region_size
 from hvfuse.tracker.state import TrackingState
@@ -60,6 +62,8 @@ class Tracking(Protocol):
     gate: threading.Lock
     """Held during every write and during the switch of all logs: no write completes between the
     first disk's switch and the last's."""
+    held: Hold | None
+    """While there is one, nothing of the disk's content or size may change. Changes under the gate."""
 
     def degrade(self, reason: str, *, full: bool = False) -> None:
         """End logging, durably; `full`: the region maps cannot be relied on. Caller holds the gate."""
@@ -91,8 +95,10 @@ class TrackedDisk(DiskLogs):
 
     def write(self, data: Buffer, offset: int) -> int:
         """Log and write all of `data`; a write past the end extends the image. Raises OSError only
-        for the image's sake."""
+        for the image's sake, or because the VM is held."""
         with self._gate:
+            if self._vm.held is not None:
+                raise read_only()
             log = self.log
             if log is not None:
                 try:
@@ -125,6 +131,8 @@ class TrackedDisk(DiskLogs):
 
     def _clear(self, kind: Kind, offset: int, length: int) -> None:
         with self._gate:
+            if self._vm.held is not None:
+                raise read_only()
             length = min(length, self.size() - offset)
             if length <= 0:
                 return
@@ -146,6 +154,13 @@ class TrackedDisk(DiskLogs):
                 self._clear_image(kind, offset, length)
         if log is not None and log.size > MAX_LOG_SIZE:
             self._vm.rotate_for(self, None)
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Have the file system keep room for a range; content and size stay."""
+        with self._gate:
+            if self._vm.held is not None:
+                raise read_only()
+            system.fallocate("disk:allocate", self.fd, system.FALLOC_FL_KEEP_SIZE, offset, length)
 
     def _cover(self, offset: int, length: int, mark: int) -> None:
         """Mark the regions of a range durably. Caller holds the gate. Raises OSError."""
@@ -227,8 +242,11 @@ class TrackedDisk(DiskLogs):
                     raise
         system.write_zeroes("disk:trim", self.fd, offset, length)
 
-    def about_to_shrink(self, size: int) -> None:
-        """What is cut off reads as zeroes should the disk grow again: mark it. Caller holds the gate."""
+    def about_to_resize(self, size: int) -> None:
+        """What is cut off reads as zeroes should the disk grow again: mark it. Caller holds the gate, and `_rotation`
+        until the size is changed. Raises OSError if the VM is held."""
+        if self._vm.held is not None:
+            raise read_only()
         cut = self.size() - size
         if cut <= 0:
             return
@@ -245,6 +263,8 @@ class TrackedDisk(DiskLogs):
         """Resize the image explicitly: a rotation, so that the new size begins a cycle."""
         if size != self.size():
             self._vm.rotate_for(self, size)
+        elif self._vm.held is not None:
+            raise read_only()
 
     def sync(self, *, datasync: bool) -> None:
         """Make all answered writes durable: log and index first, then the image.

@@ -277,9 +277,13 @@ class Folder(Filesystem):
         return self._remember(fd)
 
     def _remember(self, fd: int) -> PlainFile:
-        file = PlainFile(self, fd)
+        file = self.opened_as(fd)
         self.hold(file)
         return file
+
+    def opened_as(self, fd: int) -> PlainFile:
+        """What an open file is served as, if a subclass does not serve it otherwise."""
+        return PlainFile(self, fd)
 
     def hold(self, file: HeldFile) -> None:
         """Know that `file` is open, until `forget`."""

@@ -4,6 +4,10 @@ What is refused for the sake of tracking, always with EBUSY: removing a disk, re
 link to it (a second name that would bypass the log), and opening it with O_TRUNC. Giving a disk another size
 is allowed. A disk that is not tracked is a file like any other. The files of `hvfuse.spool` are not shown (ENOENT)
 and such names cannot be made (EPERM).
+
+While the VM is held (`hvfuse.tracker.holding`), EROFS refuses what would change the content or the size of a disk file,
+tracked or not, and that such a name is made, removed, renamed, renamed over or linked; opening one for writing, too.
+Attributes can be changed, and files that are no disks.
 """
 
 from __future__ import annotations
@@ -11,13 +15,15 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Protocol
 
 from hvfuse import fuse, spool, system
-from hvfuse.filesystem import Node, OpenFile
+from hvfuse.filesystem import Node, OpenFile, read_only
 from hvfuse.tracker.folder import Folder, PlainFile
+from hvfuse.tracker.holding import Hold, is_disk_path
 
+_CHANGES = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 _FALLOC_SERVED = system.FALLOC_FL_KEEP_SIZE | system.FALLOC_FL_PUNCH_HOLE | system.FALLOC_FL_ZERO_RANGE
 
 
@@ -36,6 +42,8 @@ class Disk(Protocol):
     def trim(self, offset: int, length: int) -> None: ...
 
     def truncate(self, size: int) -> None: ...
+
+    def allocate(self, offset: int, length: int) -> None: ...
 
     def sync(self, *, datasync: bool) -> None: ...
 
@@ -79,7 +87,7 @@ class DiskFile:
             self._disk.trim(offset, length)
             return
         if not mode & system.FALLOC_FL_ZERO_RANGE:  # first, so that a full disk leaves the size as it was
-            system.fallocate("disk:allocate", self.fd, system.FALLOC_FL_KEEP_SIZE, offset, length)
+            self._disk.allocate(offset, length)
         if not mode & system.FALLOC_FL_KEEP_SIZE and offset + length > self._disk.size():
             self._disk.truncate(offset + length)
         if mode & system.FALLOC_FL_ZERO_RANGE:
@@ -97,8 +105,8 @@ class DiskFile:
 
 
 class Vm(Protocol):
-    """What a mount needs of a tracked VM: its disks by their names in the folder, which change only under `names`, and
-    somewhere to say which files are open."""
+    """What a mount needs of a tracked VM: its disks by their names in the folder, which change only under `names`;
+    whether it is held, which changes under `names` and the gate; and somewhere to say which files are open."""
 
     is_open: Callable[[tuple[int, int]], bool]
 
@@ -107,6 +115,40 @@ class Vm(Protocol):
 
     @property
     def names(self) -> AbstractContextManager[Any]: ...
+
+    @property
+    def gate(self) -> AbstractContextManager[Any]: ...
+
+    @property
+    def held(self) -> Hold | None: ...
+
+
+class FileBeside(PlainFile):
+    """An open file that is no tracked disk. It may be another one all the same, and held."""
+
+    def __init__(self, folder: Folder, fd: int, vm: Vm) -> None:
+        super().__init__(folder, fd)
+        self._vm = vm
+
+    def write(self, data: memoryview, offset: int) -> int:
+        with self._vm.gate:
+            self._refuse_held()
+            return super().write(data, offset)
+
+    def truncate(self, size: int) -> None:
+        with self._vm.gate:
+            self._refuse_held()
+            super().truncate(size)
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        with self._vm.gate:
+            self._refuse_held()
+            super().fallocate(mode, offset, length)
+
+    def _refuse_held(self) -> None:
+        held = self._vm.held
+        if held is not None and self.inode in held.disks:
+            raise read_only()
 
 
 class VmFolder(Folder):
@@ -125,9 +167,27 @@ class VmFolder(Folder):
         assert isinstance(file, PlainFile | DiskFile)
         return file.fd
 
+    def opened_as(self, fd: int) -> PlainFile:
+        return FileBeside(self, fd, self._vm)
+
     def _refuse(self, *paths: str) -> None:
+        """Names of disks are not to be made, removed or given away."""
+        if self._vm.held is not None and any(map(is_disk_path, paths)):
+            raise read_only()
         if any(path[1:] in self._vm.disks for path in paths):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    def _refuse_change(self, path: str) -> None:
+        """The content of a held disk is not to change, whatever name leads to it."""
+        held = self._vm.held
+        if held is None:
+            return
+        if is_disk_path(path):
+            raise read_only()
+        with suppress(FileNotFoundError):
+            status = super().stat(path)
+            if (status.st_dev, status.st_ino) in held.disks:
+                raise read_only()
 
     def stat(self, node: Node) -> os.stat_result:
         if not isinstance(node, str):
@@ -138,6 +198,8 @@ class VmFolder(Folder):
 
     def open(self, path: str, flags: int) -> OpenFile:
         with self._vm.names:
+            if flags & _CHANGES:
+                self._refuse_change(path)
             disk = self._vm.disks.get(path[1:])
             if disk is None:
                 return super().open(path, flags)
@@ -153,8 +215,19 @@ class VmFolder(Folder):
             self._refuse(path)
             return super().create(path, flags, mode, uid=uid, gid=gid)
 
+    def mknod(self, path: str, mode: int, device: int, *, uid: int, gid: int) -> None:
+        with self._vm.names:
+            self._refuse(path)
+            super().mknod(path, mode, device, uid=uid, gid=gid)
+
+    def symlink(self, target: str, path: str, *, uid: int, gid: int) -> None:
+        with self._vm.names:
+            self._refuse(path)
+            super().symlink(target, path, uid=uid, gid=gid)
+
     def truncate(self, path: str, size: int) -> None:
         with self._vm.names:
+            self._refuse_change(path)
             disk = self._vm.disks.get(path[1:])
             if disk is None:
                 super().truncate(path, size)
@@ -167,7 +240,7 @@ class VmFolder(Folder):
 
     def link(self, existing: str, path: str) -> None:
         with self._vm.names:
-            self._refuse(existing)
+            self._refuse(existing, path)
             super().link(existing, path)
 
     def unlink(self, path: str) -> None:

@@ -2,7 +2,8 @@
 
 The main thread belongs to FUSE; one thread of the control socket takes requests (`hvfuse.wire`):
 
-    status                          -> `TrackedVm.status`, and "mountpoint", "pid"
+    status                          -> `TrackedVm.status`, and "mountpoint", "pid". Of it, "held": why the disks refuse
+                                       changes, or null; "open_disks": number of handles on disks
     regions                         -> "scope", "disks": what the copy under way, or required, compares
     begin    generation, scope      -> begin a generation; as status. scope: "full" (default), "regions"
     resynced generation             -> {}; the target has the copy that began it
@@ -17,6 +18,10 @@ The main thread belongs to FUSE; one thread of the control socket takes requests
     configure exclude, hard_limit,  -> {}; new values of what the process was started with
               soft_limit
     end                             -> {}; replication was disabled: nothing is logged or marked any more
+    hold     reason,                -> {}; all disk files refuse every change (EROFS) until `unhold`; a second
+             only_if_unused            one replaces the reason. only_if_unused (default false): BusyError naming who
+                                       has disks open through the mount, if anybody has
+    unhold                          -> {}; also if it was not held
     stop     force (default false)  -> {}; BusyError while somebody uses the mount, unless forced
 
 In "touched" and "doubt", "disks" is {disk id, hexadecimal: [[offset, length], ...]}, in bytes.
@@ -34,15 +39,19 @@ from typing import Any
 
 from hvfuse import wire
 from hvfuse.consistency import Consistency
-from hvfuse.errors import UsageError
+from hvfuse.errors import BusyError, UsageError
 from hvfuse.formats.tracking import Scope
-from hvfuse.mountpoint import check_mountpoint, clear_dead_mount, stop, unmount
-from hvfuse.tracker import touched
+from hvfuse.mountpoint import check_mountpoint, clear_dead_mount, stop, unmount, write_back
+from hvfuse.tracker import holding, touched
 from hvfuse.tracker.budget import HARD_LIMIT, SOFT_LIMIT
 from hvfuse.tracker.mount import serve
 from hvfuse.tracker.vm import TrackedVm
 
 SOCKET_NAME = "tracker.sock"
+
+_CLOSING = 2.0
+"""Seconds that a handle may take to be closed which no process has any more: the kernel tells us later."""
+_LOOK_AGAIN = 0.02
 
 _CONSISTENCIES = {each.name.lower(): each for each in Consistency}
 
@@ -57,11 +66,13 @@ def run_tracker(
     hard_limit: float = HARD_LIMIT,
     soft_limit: float = SOFT_LIMIT,
     disabled: bool = False,
+    held: str | None = None,
 ) -> None:
     """Serve one VM until it is unmounted or told to stop. Blocks; belongs in the main thread.
 
     `hard_limit`: part of the disks' size that logs may take before they are given up; `soft_limit`: the same while
     a copy is under way. `disabled`: replication was ended, and whoever did it may not have come to say so here.
+    `held`: why the disks are to refuse every change from the start, if they are.
 
     Raises NotFoundError, BusyError, CorruptError, UnsupportedError or PrerequisiteError before
     anything is mounted.
@@ -72,6 +83,8 @@ def run_tracker(
     tracked.attach()
     if disabled:
         tracked.end()
+    if held is not None:
+        tracked.hold(held)
     control = TrackerControl(tracked, mountpoint)
     listener: wire.Listener | None = None
 
@@ -112,6 +125,8 @@ class TrackerControl:
             "take_in": lambda request: dataclasses.asdict(vm.take_in()),
             "configure": self._configure,
             "end": self._end,
+            "hold": self._hold,
+            "unhold": self._unhold,
             "stop": self._stop,
         }
 
@@ -168,6 +183,26 @@ class TrackerControl:
 
     def _end(self, _request: wire.Message) -> dict[str, Any]:
         self._vm.end()
+        return {}
+
+    def _hold(self, request: wire.Message) -> dict[str, Any]:
+        reason, only_if_unused = request.get("reason"), request.get("only_if_unused", False)
+        if not isinstance(reason, str) or not reason:
+            raise UsageError("a hold needs a reason, in words")
+        if not isinstance(only_if_unused, bool):
+            raise UsageError("only_if_unused is true or false")
+        vm, begun = self._vm, self._vm.clock.monotonic()
+        write_back(self._mountpoint)  # what is stored in maps by now could not be written any more
+        while not vm.hold(reason, only_if_unused=only_if_unused):
+            users = holding.users(vm, self._mountpoint)
+            if users or vm.clock.monotonic() - begun > _CLOSING:
+                names = ", ".join(map(str, users)) or "a process that cannot be seen from here"
+                raise BusyError(f"{vm.name}: its disks are in use by {names}", hint="shut the VM down, then try again")
+            vm.clock.sleep(_LOOK_AGAIN)
+        return {}
+
+    def _unhold(self, _request: wire.Message) -> dict[str, Any]:
+        self._vm.unhold()
         return {}
 
     def _stop(self, request: wire.Message) -> dict[str, Any]:

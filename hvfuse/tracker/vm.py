@@ -2,12 +2,12 @@
 
 Locks, always taken in this order:
 
-- `_rotation` serialises what changes logs: begin, rotate, resize, release, doubt, configure, take in, detach. Whoever
-  seals holds it, so a log is sealed before the next switch needs its index map.
+- `_rotation` serialises what changes logs: begin, rotate, resize, release, doubt, configure, take in, detach. The VM
+  becomes held under it (`hvfuse.tracker.holding`), while no resize is under way. Whoever seals holds it, so a log is sealed before the next switch needs its index map.
 - `names` is held while a name is looked up and opened through the mount, or made to lead to another file, and while the
-  set of disks changes. It forbids that a file is opened as a plain one while it becomes a disk.
-- `gate` is held by every write, by the switch, and by whatever changes marks or ends logging. It forbids that
-  a write lands between the switch of one disk and that of the next, and that a payload goes to a log while
+  set of disks changes, or the VM becomes held. It forbids that a file is opened as a plain one while it becomes a disk.
+- `gate` is held by every write, by the switch, and by whatever changes marks, ends logging or holds the VM. It forbids
+  that a write lands between the switch of one disk and that of the next, and that a payload goes to a log while
   it is switched away. Logs are sealed and images synced outside of it, so the barrier itself lasts
   microseconds; it waits for a write that is marking a cold region, which takes a sync. Where a generation begins,
   it also keeps writes out while the marks change sides: what is written is in the copy, or in its logs.
@@ -29,7 +29,7 @@ from hvfuse.errors import BusyError, HvfuseError, NotFoundError, ResyncRequiredE
 from hvfuse.formats.companion import APPLICATION
 from hvfuse.formats.image import probe_for_tracking
 from hvfuse.formats.tracking import HOT, NOT_TRACKED, Scope
-from hvfuse.tracker import history, recovery, report, resync, touched
+from hvfuse.tracker import history, holding, recovery, report, resync, touched
 from hvfuse.tracker.budget import HARD_LIMIT, SOFT_LIMIT, Budget
 from hvfuse.tracker.disk import TrackedDisk, address_space
 from hvfuse.tracker.membership import Membership, Settled
@@ -75,6 +75,7 @@ class TrackedVm:
         self.names = threading.RLock()
         self.is_open: Callable[[tuple[int, int]], bool] = lambda inode: False
         self.disks: dict[str, TrackedDisk] = {}
+        self.held: holding.Hold | None = None
         self.recovered: str | None = None
         self.clock: system.Clock = clock or system.SystemClock()
         self.lost: str | None = None
@@ -326,14 +327,14 @@ class TrackedVm:
         with self._rotation:
             if new_size is not None:
                 with self.gate:
-                    disk.about_to_shrink(new_size)
+                    disk.about_to_resize(new_size)
             if disk.log is not None:
                 # Where logging ends, durably noted, the guest's operation goes on without it.
                 with contextlib.suppress(ResyncRequiredError):
                     self._rotate(resized=disk if new_size is not None else None, new_size=new_size or 0)
             if new_size is not None and disk.size() != new_size:
                 with self.gate:
-                    disk.about_to_shrink(new_size)
+                    disk.about_to_resize(new_size)
                 system.truncate("disk:truncate", disk.fd, new_size)
 
     def _rotate(
@@ -452,6 +453,16 @@ class TrackedVm:
                 self._budget.set_limits(hard_limit=hard_limit, soft_limit=soft_limit)
             self._members.exclude = exclude
             self._members.settle()
+
+    def hold(self, reason: str, *, only_if_unused: bool = False) -> bool:
+        """Have all disks refuse every change; see `holding.hold`."""
+        with self._rotation:
+            return holding.hold(self, reason, only_if_unused=only_if_unused)
+
+    def unhold(self) -> None:
+        """The disks may be changed again. Idempotent."""
+        with self._rotation, self.gate:
+            self.held = None
 
     def stop_logging(
         self,
@@ -589,4 +600,5 @@ class TrackedVm:
             "excluded": [name for name in self._members.present() if name in exclude],
             "disks": report.tracked_status(disks),
             **self._budget.status(disks),
+            **holding.status(self),
         }

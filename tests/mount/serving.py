@@ -53,6 +53,9 @@ class PassthroughDisk:
         self._note("truncate", size)
         os.ftruncate(self.fd, size)
 
+    def allocate(self, offset: int, length: int) -> None:
+        system.fallocate("test:allocate", self.fd, system.FALLOC_FL_KEEP_SIZE, offset, length)
+
     def sync(self, *, datasync: bool) -> None:
         self._note("sync", datasync)
         os.fsync(self.fd)
@@ -67,6 +70,8 @@ class PassthroughDisk:
 class PassthroughVm:
     def __init__(self, folder: Path, journals: Path) -> None:
         self.names = threading.RLock()
+        self.gate = threading.Lock()
+        self.held = None
         self.is_open: Callable[[tuple[int, int]], bool] = lambda inode: False
         self.disks = {
             path.name: PassthroughDisk(path, journals / path.name)
