@@ -246,21 +246,16 @@ def _noted(_number: int, _frame: object) -> None:
     """The wake-up descriptor has told the watcher already."""
 
 
-def write_back(mountpoint: str) -> None:
-    """Have the kernel write what programs have mapped and changed, if something is mounted there."""
-    with contextlib.suppress(OSError):
-        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        _libc.syncfs(fd)
-        os.close(fd)
-
-
 def stop(mountpoint: str) -> None:
     """End the mount whoever uses it: politely if nobody does, else after writing back what is dirty.
 
     Files that are still open in it give ENOTCONN from then on.
     """
     path = _canonical(mountpoint)
-    write_back(path)
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        _libc.syncfs(fd)
+        os.close(fd)
     try:
         unmount(path)
     except NotFoundError:

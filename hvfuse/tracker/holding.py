@@ -5,6 +5,7 @@ go on, and so does what the tracker does for its own sake: rotations, copies, ta
 count on how a handle was opened: one that could write gets EROFS from then on. There is no writeback cache
 (`hvfuse.fuse`), so that a write is refused while it is made. What a program changes in a map of a held disk is refused
 when it is written back (msync tells an error), and may be read through the mount until the kernel forgets the page.
+What it had changed before is written by `write_back`.
 
 How nothing slips through: `TrackedVm.held` changes under `names` and the gate. Whatever opens a name, or has it lead
 elsewhere, looks at it under `names`; whatever changes content through a handle looks at it under the gate, and has
@@ -79,6 +80,18 @@ def open_disks(vm: TrackedVm) -> int:
     tracked = vm.disks
     others = (inode for name, inode in _disk_files(vm.folder) if name not in tracked)
     return sum(disk.open_handles for disk in tracked.values()) + sum(map(vm.is_open, others))
+
+
+def write_back(vm: TrackedVm, mountpoint: str) -> None:
+    """Have the kernel write what programs have changed in maps of the disks, as far as it can; syncfs(2) would not wait
+    for that. Caller holds no lock: the mount has to serve it."""
+    for name, _ in _disk_files(vm.folder):
+        with contextlib.suppress(OSError):
+            fd = os.open(os.path.join(mountpoint, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
 
 
 def users(vm: TrackedVm, mountpoint: str) -> list[Holder]:

@@ -41,7 +41,7 @@ from hvfuse import wire
 from hvfuse.consistency import Consistency
 from hvfuse.errors import BusyError, UsageError
 from hvfuse.formats.tracking import Scope
-from hvfuse.mountpoint import check_mountpoint, clear_dead_mount, stop, unmount, write_back
+from hvfuse.mountpoint import check_mountpoint, clear_dead_mount, stop, unmount
 from hvfuse.tracker import holding, touched
 from hvfuse.tracker.budget import HARD_LIMIT, SOFT_LIMIT
 from hvfuse.tracker.mount import serve
@@ -192,7 +192,8 @@ class TrackerControl:
         if not isinstance(only_if_unused, bool):
             raise UsageError("only_if_unused is true or false")
         vm, begun = self._vm, self._vm.clock.monotonic()
-        write_back(self._mountpoint)  # what is stored in maps by now could not be written any more
+        if not only_if_unused:  # as who has mapped a disk uses it
+            holding.write_back(vm, self._mountpoint)
         while not vm.hold(reason, only_if_unused=only_if_unused):
             users = holding.users(vm, self._mountpoint)
             if users or vm.clock.monotonic() - begun > _CLOSING:

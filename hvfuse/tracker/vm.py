@@ -3,7 +3,8 @@
 Locks, always taken in this order:
 
 - `_rotation` serialises what changes logs: begin, rotate, resize, release, doubt, configure, take in, detach. The VM
-  becomes held under it (`hvfuse.tracker.holding`), while no resize is under way. Whoever seals holds it, so a log is sealed before the next switch needs its index map.
+  becomes held under it (`hvfuse.tracker.holding`), while no resize is under way. Whoever seals holds it, so a log is
+  sealed before the next switch needs its index map.
 - `names` is held while a name is looked up and opened through the mount, or made to lead to another file, and while the
   set of disks changes, or the VM becomes held. It forbids that a file is opened as a plain one while it becomes a disk.
 - `gate` is held by every write, by the switch, and by whatever changes marks, ends logging or holds the VM. It forbids
