@@ -197,7 +197,7 @@ def loop(vm: Tracked, tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mkfs.ext4", "-q", "-F", vm.mnt / "os.raw"], check=True)
     mounted = tmp_path / "guest"
     mounted.mkdir()
-    subprocess.run(["mount", "-o", "loop,errors=remount-ro", vm.mnt / "os.raw", mounted], check=True)
+    subprocess.run(["mount", "-o", "loop,commit=1,errors=remount-ro", vm.mnt / "os.raw", mounted], check=True)
     yield mounted
     subprocess.run(["umount", mounted], check=True)
 

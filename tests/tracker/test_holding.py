@@ -16,7 +16,6 @@ import pytest
 from hvfuse import spool, system
 from hvfuse.errors import BusyError, HvfuseError, UsageError
 from hvfuse.filesystem import OpenFile
-from hvfuse.formats.tracking import Scope
 from hvfuse.tracker import holding, membership
 from hvfuse.tracker.mount import VmFolder
 from hvfuse.tracker.service import TrackerControl
@@ -35,13 +34,14 @@ class Host:
     """A tracked VM and what its mount would ask it: `a.raw` is tracked, `swap.raw` excluded, `alias.bin` another name
     of the latter, and `notes.txt` no disk."""
 
-    def __init__(self, tmp_path: Path) -> None:
+    def __init__(self, tmp_path: Path, *, exclude: frozenset[str] = EXCLUDED, logs: bool = True) -> None:
         self.folder = make_folder(tmp_path, a=MIB, swap=MIB)
         with open(os.path.join(self.folder, "notes.txt"), "wb") as file:
             file.write(b"notes")
         os.link(os.path.join(self.folder, "swap.raw"), os.path.join(self.folder, "alias.bin"))
-        self.vm = attached(self.folder, exclude=EXCLUDED)
-        self.vm.resynced(GENERATION)
+        self.vm = attached(self.folder, exclude=exclude, begin=logs)
+        if logs:
+            self.vm.resynced(GENERATION)
         self.root = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         self.mount = VmFolder(self.root, self.vm)
         self.control = TrackerControl(self.vm, "/none")
@@ -268,6 +268,25 @@ def test_a_change_under_way_is_whole_before_the_vm_is_held(host: Host, label: st
     file.release()
 
 
+@pytest.mark.parametrize(
+    ("exclude", "label", "what"),
+    [(EXCLUDED, "disk:truncate", "shrink"), (EXCLUDED | {"a.raw"}, "folder:fallocate", "trim")],
+)
+def test_so_it_is_where_nothing_is_logged_or_no_disk_is_tracked(
+    tmp_path: Path, exclude: frozenset[str], label: str, what: str
+) -> None:
+    host = Host(tmp_path, exclude=exclude, logs=False)
+    with closing(host):
+        file = host.mount.open("/a.raw", os.O_RDWR)
+        begins = Beginning(host, label)
+        system.install(begins)
+        assert code(lambda: CONTENT[what](file)) == 0
+        begins.end()
+        assert not begins.early and begins.found == host.looks()
+        assert code(lambda: CONTENT[what](file)) == errno.EROFS
+        file.release()
+
+
 def test_once_it_is_held_logs_and_images_are_synced(host: Host) -> None:
     host.vm.disks["a.raw"].write(DATA, 0)
     calls: list[str] = []
@@ -393,5 +412,4 @@ def test_a_vm_whose_replication_was_disabled_is_held_as_well(tmp_path: Path) -> 
     assert code(lambda: vm.disks["a.raw"].write(b"x", 0)) == errno.EROFS
     vm.unhold()
     vm.disks["a.raw"].write(b"x", 0)
-    assert vm.status()["resync_scope"] is None or vm.status()["resync_scope"] == Scope.FULL.name.lower()
     vm.detach()
