@@ -90,6 +90,13 @@ def is_reserved(name: str) -> bool:
     return _RESERVED.match(os.fsencode(name)) is not None
 
 
+def forget(folder: str, disk: str) -> None:
+    """Remove everything that belongs to a disk which is not in its folder any more. Raises OSError."""
+    for name in os.listdir(folder):
+        if disk_of(name) == disk:
+            system.unlink("spool:forget", os.path.join(folder, name), missing_ok=True)
+
+
 @dataclass(frozen=True, slots=True)
 class SealedLog:
     """One sealed log. `folder`: absolute path of the VM's folder; `disk`: the image's file name."""

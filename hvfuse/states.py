@@ -98,10 +98,9 @@ FAILOVER_DONE = frozenset({_S.FAILED_OVER, _S.FAILBACK_COMPLETE})
 AFTER_FAILOVER = frozenset({_S.PREPARED_FOR_FAILOVER, *FAILOVER_OPEN, *FAILOVER_DONE})
 """States in which nothing is shipped, as a failover is under way or done."""
 
-_CAN_FAIL_OVER = (
-    _S.REPLICATING, _S.PREPARED_FOR_FAILOVER, _S.SUSPENDED, _S.ERROR, _NEEDED, _RESYNCING, _HELD_UP,
-)  # fmt: skip
 _SHIPPING = (_READY, _INITIAL, _AWAITING, _S.REPLICATING, _S.SUSPENDED, _S.ERROR, _NEEDED, _RESYNCING, _HELD_UP)
+
+_CAN_FAIL_OVER = (*_SHIPPING, _S.PREPARED_FOR_FAILOVER)
 
 
 def _to(state: ReplicationState, *froms: ReplicationState) -> dict[ReplicationState, ReplicationState]:

@@ -49,9 +49,9 @@ cancel            . R R R . . . . R . X X X . .
 commit point      . N N N N P . . N N N N N . .
 fail              . E E E E . . . E E E E E . .
 prepare failover  . . . . P P . . . . . . . . .
-fail over         . . . . W W . . W W W W W . .
+fail over         . W W W W W . . W W W W W . .
 change point      . . . . . . W . . . . . . B .
-fail back         . . . . B B . . B B B B B . .
+fail back         . B B B B B . . B B B B B . .
 cancel failover   . . . . . N N . . . . . . N .
 commit failover   . . . . . . F . . . . . . C .
 take over         F . . . . . . . . . . . . . .

@@ -28,26 +28,20 @@ def _log_to_stderr() -> None:
 @click.pass_obj
 def tracker(session: Session, vm: str) -> None:
     """Serve VM's mount until it is unmounted."""
+    from hvfuse.cli import serving
     from hvfuse.control.records import Records
-    from hvfuse.tracker.service import run_tracker
 
     _log_to_stderr()
     home = session.home_with(vm)
     home.make_vm(vm)
-    policy = session.config.policy(vm)
-    disabled = False
-    with suppress(HvfuseError), Records(home.records) as records:  # a guest must start, whatever became of the records
-        disabled = records.read(vm).enabled is False
-    run_tracker(
-        vm=vm,
-        folder=home.folder(vm),
-        mountpoint=home.mountpoint(vm),
-        state_dir=home.state_dir(vm),
-        exclude=policy.exclude,
-        hard_limit=policy.hard_limit / 100,
-        soft_limit=policy.soft_limit / 100,
-        disabled=disabled,
-    )
+    with ExitStack() as stack:
+        records: Records | None = None
+        with suppress(HvfuseError):  # a guest must start, whatever became of the records
+            records = stack.enter_context(Records(home.records))
+        if records is not None and serving.is_failed_over(home, vm):
+            serving.serve_failed_over(session, home, vm, records)
+        else:
+            serving.serve_tracked(session, home, vm, records)
 
 
 @click.command(hidden=True)
@@ -73,10 +67,11 @@ def shipper(session: Session, vm: str) -> None:
 
 
 @click.command(hidden=True)
+@click.argument("path")
 @click.argument("pin_id", type=int)
 @click.pass_obj
-def view(session: Session, pin_id: int) -> None:
-    """Serve the view of a pinned recovery point until it is unmounted."""
+def view(session: Session, path: str, pin_id: int) -> None:
+    """Serve the view of a recovery point that is pinned in the store at PATH until it is unmounted."""
     from hvfuse import wire
     from hvfuse.control import trial
     from hvfuse.target.journal import PointReader
@@ -86,10 +81,10 @@ def view(session: Session, pin_id: int) -> None:
 
     _log_to_stderr()
     home = session.home
-    with Store(home.store, create=False) as store, ExitStack() as stack:
+    with Store(path, create=False) as store, ExitStack() as stack:
         pin = trial.find(store, pin_id)
         store.update_pin(pin_id, {"pid": os.getpid()})
-        shown = View(PointReader(store, pin.vm, pin.point_id), overlays=trial.overlay_path(home, pin_id))
+        shown = View(PointReader(store, pin.vm, pin.point_id), overlays=trial.overlay_path(store, pin_id))
         stack.callback(shown.close)
 
         def ready() -> None:

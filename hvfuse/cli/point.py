@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from hvfuse.cli.output import emit_json, json_option, print_table, time_text
-from hvfuse.cli.store import store_path
+from hvfuse.cli import wiring
+from hvfuse.cli.main import Session
 from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ def point() -> None:
 @point.command(name="list")
 @click.argument("vm", metavar="VM")
 @json_option
-@click.pass_context
-def list_points(ctx: click.Context, vm: str, as_json: bool) -> None:
+@click.pass_obj
+def list_points(session: Session, vm: str, as_json: bool) -> None:
     """List a VM's recovery points, the newest last."""
     from hvfuse.target.store import Store
 
-    with Store(store_path(ctx), create=False, read_only=True) as store:
+    with wiring.kept_records(session.home) as records:
+        path = wiring.store_of(session, vm, records)
+    with Store(path, create=False, read_only=True) as store:
         points = store.points(vm)
         pinned = {pin.point_id for pin in store.pins(vm)}
     if as_json:

@@ -45,6 +45,30 @@ def showing_copy(records: Records, vm: str, *, tell: Callable[[int], None] = lam
         thread.join()
 
 
+@contextmanager
+def showing(what: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show on stderr how far something is, as it tells (done, total) of itself: a bar on a terminal, else a line every
+    tenth. `quiet`: nothing."""
+    if quiet:
+        yield lambda done, total: None
+        return
+    told = -1
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        tenth = 10 * done // total if total else 10
+        if tenth != told and not sys.stderr.isatty():
+            note(f"{what}: {10 * tenth} %")
+        elif sys.stderr.isatty():
+            sys.stderr.write(f"\r{what}: {100 * done // total if total else 100} % ")
+            sys.stderr.flush()
+        told = tenth
+
+    yield tell
+    if sys.stderr.isatty() and told >= 0:
+        sys.stderr.write("\n")
+
+
 def _bar(progress: Callable[[], Copy | None], vm: str, done: threading.Event) -> None:
     from rich.console import Console
     from rich.live import Live

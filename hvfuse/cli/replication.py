@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -16,6 +15,7 @@ from hvfuse.cli.output import counted, emit_json, json_option, note
 from hvfuse.cli.progress import showing_copy
 from hvfuse.cli.replicate import make_cycle
 from hvfuse.cli.resync import order_copy
+from hvfuse.cli.sites import open_site
 from hvfuse.control.home import check_vm_name
 from hvfuse.control.instants import FORMS, parse_instant
 from hvfuse.control.records import Records
@@ -26,8 +26,6 @@ from hvfuse.system import SystemClock
 from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from hvfuse.control.prerequisites import Check
     from hvfuse.control.site import Site
 
@@ -56,7 +54,7 @@ def enable(ctx: click.Context, vm: str, wait: bool, as_json: bool) -> None:
     from hvfuse.control import protection
 
     checks: list[Check] = []
-    with _site(ctx.obj, vm) as site:
+    with open_site(ctx.obj, vm) as site:
         try:
             protection.enable(site, tell=lambda found: _tell(checks, found, quiet=as_json))
         except HvfuseError as error:
@@ -84,7 +82,7 @@ def check(ctx: click.Context, vm: str, as_json: bool) -> None:
     """Check everything that protecting VM needs. Changes nothing of it."""
     from hvfuse.control.prerequisites import demand, make_checks
 
-    with _site(ctx.obj, vm) as site:
+    with open_site(ctx.obj, vm) as site:
         checks = make_checks(site)
         if not as_json:
             _print(checks)
@@ -114,7 +112,7 @@ def start(session: Session, vm: str, at: str | None, as_json: bool) -> None:
         raise UsageError("--at needs a time", hint=f"write {FORMS}")
     at_ns = None if at is None else parse_instant(at, now_ns=time.time_ns())
     session.home_with(vm)
-    with _site(session, vm) as site:
+    with open_site(session, vm) as site:
         if site.records.orders(vm).paused:
             state = site.records.read(vm).state
             raise StateError(
@@ -147,7 +145,7 @@ def suspend(session: Session, vm: str, replica: bool, as_json: bool) -> None:
     """
     from hvfuse.control import protection
 
-    with _site(session, vm) as site:
+    with open_site(session, vm) as site:
         _demand_known(session, site)
         state = protection.suspend_replica(site) if replica else protection.suspend(site)
     side = " --replica" if replica else ""
@@ -166,7 +164,7 @@ def resume(session: Session, vm: str, replica: bool, as_json: bool) -> None:
     """
     from hvfuse.control import protection
 
-    with _site(session, vm) as site:
+    with open_site(session, vm) as site:
         _demand_known(session, site)
         state = protection.resume_replica(site) if replica else protection.resume(site)
         is_served = is_supervised(site.home)
@@ -190,7 +188,7 @@ def disable(session: Session, vm: str, delete_replica: bool, yes: bool, as_json:
     """
     from hvfuse.control import protection
 
-    with _site(session, vm) as site:
+    with open_site(session, vm) as site:
         _demand_known(session, site)
         there = protection.replica(site)
         protection.demand_disablable(site, delete_replica=delete_replica)
@@ -224,20 +222,6 @@ def _what(there: object) -> str:
     if there.is_half_deleted:
         return "what is left of one that was being deleted"
     return f"{counted(there.points, 'recovery point')}, {bytes_text(there.bytes)}"
-
-
-@contextmanager
-def _site(session: Session, vm: str) -> Iterator[Site]:
-    from hvfuse.control.site import Site
-
-    check_vm_name(vm)
-    if not os.path.isdir(session.root):
-        session.home  # noqa: B018  raises NotFoundError
-    home = session.prepare()
-    if os.path.isdir(home.folder(vm)):
-        home.make_vm(vm)
-    with Records(home.records) as records:
-        yield Site(home=home, policy=session.config.policy(vm), vm=vm, records=records, clock=SystemClock())
 
 
 def _demand_known(session: Session, site: Site) -> None:

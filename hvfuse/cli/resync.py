@@ -163,7 +163,7 @@ class _Target:
 
     def has_seed_arrived(self, orders: Orders) -> bool:
         """Whether the replica stands where a seed brings it: the one that was exported, or any that was imported."""
-        with store_facts(self.home) as facts:
+        with store_facts(self.session, lambda: self.records) as facts:
             position = facts.position(self.vm)
         return position is not None and orders.seed in (None, position.generation.hex())
 
@@ -346,7 +346,7 @@ def _cancel(target: _Target, _: _Wish) -> Outcome:
     if not orders.cancelled:
         return Outcome(("the order was taken back; replication goes on",), _fields(target, orders, dropped=None))
     if not target.has_shipper:
-        drop_staged(target.home, vm)
+        drop_staged(target.home, target.session.config.policy(vm), vm, target.records)
         cancelled = (Event.CANCEL,) if (record.state, Event.CANCEL) in TABLE else ()
         target.records.apply(vm, *cancelled, copy=None, progress=None)
     dropped = None if _is_export(record.copy) else record.copy

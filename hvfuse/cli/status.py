@@ -13,7 +13,7 @@ import click
 from hvfuse.cli.main import Session
 from hvfuse.cli.output import emit_json, is_terminal, json_option, one_line, time_text
 from hvfuse.cli.screen import detail, reason_lines, summary, table
-from hvfuse.cli.wiring import store_facts
+from hvfuse.cli.wiring import StoreFacts, store_facts
 from hvfuse.control import measure
 from hvfuse.control.config import Config
 from hvfuse.control.facts import RECORD_DAMAGED, Past, Trouble
@@ -21,7 +21,7 @@ from hvfuse.control.forecast import LOOK_BACK, Forecast
 from hvfuse.control.records import Records, VmRecord
 from hvfuse.control.status import Health, VmStatus, is_protected, vm_status
 from hvfuse.control.supervisor import find_vms
-from hvfuse.errors import CorruptError, NotFoundError, UsageError
+from hvfuse.errors import CorruptError, HvfuseError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
     from hvfuse.shipper.orders import Orders
@@ -78,7 +78,7 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
     home = session.home
     with ExitStack() as stack:
         kept = records
-        facts = stack.enter_context(store_facts(home))
+        facts = stack.enter_context(store_facts(session, lambda: kept))
 
         def ask() -> list[VmStatus]:
             nonlocal kept
@@ -88,7 +88,7 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
             known = {} if kept is None else {vm: _read(kept, vm, session.config, now_ns) for vm in kept.names()}
             shown = {vm for vm, (record, _, fault) in known.items() if is_protected(record) or fault is not None}
             found = []
-            for vm in sorted({*shown, *find_vms(home)}):
+            for vm in sorted({*shown, *find_vms(home), *_failed_over(facts, session)}):
                 record, past, fault = known.get(vm, (VmRecord(), Past(), None))
                 found.append(
                     vm_status(
@@ -106,6 +106,14 @@ def statuses(session: Session, records: Records | None = None) -> Iterator[Calla
             return found
 
         yield ask
+
+
+def _failed_over(facts: StoreFacts, session: Session) -> list[str]:
+    """The VMs of the home's own store that it does not have itself: replicas, and what was failed over to here."""
+    try:
+        return facts.held(session.home.store)
+    except (HvfuseError, OSError):  # told of each VM that it is asked for
+        return []
 
 
 def _read(records: Records, vm: str, config: Config, now_ns: int) -> tuple[VmRecord, Past, Trouble | None]:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from hvfuse import system
+from hvfuse.control import location
 from hvfuse.control.config import VmPolicy
 from hvfuse.control.config_file import ConfigFile
 from hvfuse.control.home import Home
-from hvfuse.control.records import Records
+from hvfuse.control.records import Records, VmRecord
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, UnreachableError
 from hvfuse.states import ReplicationState
 
 if TYPE_CHECKING:
+    from hvfuse.cli.main import Session
     from hvfuse.control.facts import TargetFacts
+    from hvfuse.control.fence import Fence
     from hvfuse.position import Position
     from hvfuse.shipper.policy import ShippingPolicy
     from hvfuse.shipper.service import Shipper
     from hvfuse.shipper.source import Source
+    from hvfuse.target.failing_over import Party
     from hvfuse.target.store import Store
 
 _log = logging.getLogger(__name__)
@@ -100,8 +105,8 @@ def shipping_policy(policy: VmPolicy) -> ShippingPolicy:
 
 @contextmanager
 def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator[Shipper]:
-    """The shipper of a VM, into the home's own store; nobody else ships the VM meanwhile. It follows what the
-    configuration says of the VM.
+    """The shipper of a VM, into the store that its replica lies in; nobody else ships the VM meanwhile. It follows what
+    the configuration says of the VM.
 
     Raises BusyError when another process does, StateError when the VM is not to be replicated.
     """
@@ -110,6 +115,7 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
     from hvfuse.shipper.policy import CurrentPolicy
     from hvfuse.shipper.service import Shipper
     from hvfuse.shipper.source import TrackerSource
+    from hvfuse.target.failing_over import Claim
     from hvfuse.target.local import LocalReplica
     from hvfuse.target.store import Store
 
@@ -121,7 +127,14 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
             raise BusyError(f"{vm}: another process is replicating it just now", hint="try again in a moment")
         protected.begin(records, vm, followed.policy)  # with the lock, without which nobody disables it
         records.of(vm).count_absence(followed.policy.frequency)
-        with Store(home.store) as store, closing(LocalReplica(store, vm)) as replica:
+        path = location.store_path(home, followed.policy, records.read(vm), vm)
+        location.demand_usable(home, path, records.read(vm))
+        this, fence = party(home), fence_of(home, file, vm, records)
+
+        def claim() -> Claim:
+            return Claim(party=this, epoch=records.read(vm).epoch)
+
+        with Store(path) as store, closing(LocalReplica(store, vm, claim=claim)) as replica:
 
             def keep_house() -> None:
                 replica.housekeep(followed.policy.retention, clock.now_ns())
@@ -140,9 +153,33 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
                 ),
                 proofs_path=home.proofs(vm),
                 guest=GuardedGuest(vm, lambda: followed.policy.guest, home.guest(vm)),
+                on_fenced=lambda: fence.enforce().held is not None,
             )
             here.thaw_leftover()
             yield here
+
+
+def party(home: Home) -> Party:
+    """This home as others know it."""
+    from hvfuse.target.failing_over import Party
+
+    return Party(home=home.identity(), root=home.root, host=socket.gethostname())
+
+
+def fence_of(home: Home, file: ConfigFile, vm: str, records: Records) -> Fence:
+    """The fence of a VM that is shipped from this home."""
+    from hvfuse.control.fence import Fence
+
+    def policy() -> VmPolicy:
+        return file.current().policy(vm)
+
+    return Fence(
+        home,
+        vm,
+        records,
+        store_path=lambda: location.store_path(home, policy(), records.read(vm), vm),
+        is_strict=lambda: policy().fence == "strict",
+    )
 
 
 @contextmanager
@@ -163,7 +200,7 @@ def require_known(home: Home, records: Records | None, vm: str | None) -> None:
     raise NotFoundError(f"there is no VM {vm}: no directory {home.folder(vm)}", hint="hvfuse status")
 
 
-def drop_staged(home: Home, vm: str) -> None:
+def drop_staged(home: Home, policy: VmPolicy, vm: str, records: Records) -> None:
     """Drop what the store holds of a copy that was given up. Whoever is just making it has to do that himself."""
     from hvfuse.target.local import LocalReplica
     from hvfuse.target.store import Store
@@ -171,16 +208,17 @@ def drop_staged(home: Home, vm: str) -> None:
     home.make_vm(vm)
     with system.exclusive_lock(home.shipper_lock(vm)) as had, suppress(NotFoundError):
         if had:
-            with Store(home.store, create=False) as store, closing(LocalReplica(store, vm)) as replica:
+            path = location.store_path(home, policy, records.read(vm), vm)
+            with Store(path, create=False) as store, closing(LocalReplica(store, vm)) as replica:
                 replica.abandon()
 
 
 class StoreFacts:
-    """What the store tells of VMs; one that is not there yet knows nothing of any."""
+    """What the stores tell of VMs; one that is not there yet knows nothing of any. `path`: of the store of a VM."""
 
-    def __init__(self, home: Home) -> None:
-        self._home = home
-        self._store: Store | None = None
+    def __init__(self, path: Callable[[str], str]) -> None:
+        self._path = path
+        self._stores: dict[str, Store] = {}
 
     def facts(self, vm: str) -> TargetFacts:
         """What the health rules want to know."""
@@ -188,8 +226,9 @@ class StoreFacts:
         from hvfuse.control.facts import StandingTest, TargetFacts
 
         try:
-            store = self._open()
+            store = self._open(vm)
             count, newest, state = store.summary(vm)
+            record = store.vm(vm)
         except NotFoundError:
             return TargetFacts()
         tests = tuple(
@@ -202,30 +241,56 @@ class StoreFacts:
             newest_ns=None if newest is None else newest.time_ns,
             state=ReplicationState(state) if state else None,
             tests=tests,
+            replica=record,
         )
 
     def position(self, vm: str) -> Position | None:
         """Where the replica of a VM stands; None if it has none."""
         try:
-            return self._open().vm(vm).position
+            return self._open(vm).vm(vm).position
         except NotFoundError:
             return None
 
     def close(self) -> None:
-        """Let the store go."""
-        if self._store is not None:
-            self._store.close()
+        """Let the stores go."""
+        for store in self._stores.values():
+            store.close()
+        self._stores.clear()
 
-    def _open(self) -> Store:
+    def held(self, path: str) -> list[str]:
+        """The VMs of the store at `path` that were replicated to it, or failed over from it. Raises HvfuseError."""
+        try:
+            found = self._open_at(path).vms()
+        except NotFoundError:
+            return []
+        return [vm.name for vm in found if vm.position is not None or vm.failover is not None]
+
+    def _open(self, vm: str) -> Store:
+        return self._open_at(self._path(vm))
+
+    def _open_at(self, path: str) -> Store:
         from hvfuse.target.store import Store
 
-        if self._store is None:
-            self._store = Store(self._home.store, create=False, read_only=True)
-        return self._store
+        if path not in self._stores:
+            self._stores[path] = Store(path, create=False, read_only=True)
+        return self._stores[path]
+
+
+def store_of(session: Session, vm: str, records: Records | None) -> str:
+    """The directory of the store that a VM's replica lies in."""
+    record = VmRecord() if records is None else records.read(vm)
+    return location.store_path(session.home, session.config.policy(vm), record, vm)
+
+
+def stores_of(session: Session, records: Records | None) -> list[str]:
+    """The home's own store, and those that its VMs are sent to."""
+    names = [] if records is None else records.names()
+    return list(dict.fromkeys([session.home.store, *(store_of(session, vm, records) for vm in names)]))
 
 
 @contextmanager
-def store_facts(home: Home) -> Iterator[StoreFacts]:
-    """What asks the home's store, which is opened when it is there, and closed at the end."""
-    with closing(StoreFacts(home)) as facts:
+def store_facts(session: Session, records: Callable[[], Records | None]) -> Iterator[StoreFacts]:
+    """What asks the stores, which are opened when they are there, and closed at the end. `records`: as far as there are
+    any by now."""
+    with closing(StoreFacts(lambda vm: store_of(session, vm, records()))) as facts:
         yield facts

@@ -31,6 +31,9 @@ TEMPLATE = """\
 [replication]
 # protect = "auto"            # `hvfuse run` protects a new VM by itself; "manual": it mounts it, and protects
                               # it when told to by `hvfuse replication enable VM`
+# target = "own"              # where cycles are sent: this home's own store, or the directory of another home's
+# fence = "local"             # when the store cannot be asked whether a VM was failed over: "local" serves its disks as
+                              # what is known here says; "strict" holds them, read-only, until it could be asked
 # frequency = "30s"           # how often a recovery point is made: "1s" to "1h"
 # compression = 1             # zstd level, 1 to 22; 0 = off
 # throttle = "none"           # how fast data travels: "10MB/s", or a list of which the first that fits applies (local
@@ -73,9 +76,13 @@ TEMPLATE = """\
 """
 
 
+CONFIG_TARGET_HINT = "check target in [replication] of hvfuse.toml, and that its disk is mounted"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmPolicy:
-    """How one VM is replicated. `protect`: whether `hvfuse run` protects it by itself. `frequency`: seconds from cycle
+    """How one VM is replicated. `protect`: whether `hvfuse run` protects it by itself. `target`: the store that it is sent
+    to, as the file says; None: the home's own. `fence`: see `hvfuse.control.fence`. `frequency`: seconds from cycle
     to cycle. `compression`: zstd level, 0 = off. `throttle`: how fast frames travel. `soft_limit`, `hard_limit`:
     percent of the disks' size that logs may take before they are compacted or given up. `initial`: how the first copy
     begins. `resync`: when resynchronisations do. `digest`: by what blocks are compared. `app_consistent`: seconds from
@@ -83,6 +90,8 @@ class VmPolicy:
     `guest`: how the guest is asked to hold still; a VM's is never None with `app_consistent`."""
 
     protect: Literal["auto", "manual"] = "auto"
+    target: str | None = None
+    fence: Literal["local", "strict"] = "local"
     frequency: float = 30.0
     compression: int = 1
     throttle: Throttle = field(default_factory=Throttle)

@@ -77,6 +77,14 @@ def _path(value: Any) -> str:
     return value
 
 
+def _target(value: Any) -> str | None:
+    if value == "own":
+        return None
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise BadValueError('"own", or the directory of another home\'s store, such as "/srv/target/store"')
+    return value
+
+
 def _socket(value: Any) -> str:
     if not isinstance(value, str) or not os.path.isabs(value) or "\0" in value:
         raise BadValueError('the absolute path of the guest agent\'s socket, such as "/run/web01/qga.sock"')
@@ -208,6 +216,8 @@ def _throttle(value: Any) -> Throttle:
 PATHS: Mapping[str, Key] = {name: Key(_path, name) for name in ("disks", "mnt", "store", "state")}
 REPLICATION: Mapping[str, Key] = {
     "protect": Key(_one_of("auto", "manual"), "auto"),
+    "target": Key(_target, "own"),
+    "fence": Key(_one_of("local", "strict"), "local"),
     "frequency": Key(_duration(1, HOUR, 'from "1s" to "1h", such as "30s" or "5m"'), "30s"),
     "compression": Key(_whole(0, 22), 1),
     "throttle": Key(_throttle, "none"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hvfuse import spool, system, wire
 from hvfuse.control.config import VmPolicy
@@ -26,6 +26,9 @@ from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.proofs import Verified
 from hvfuse.spool import SealedLog
 from hvfuse.states import ReplicationState
+
+if TYPE_CHECKING:
+    from hvfuse.target import schema
 
 ANSWER_SECONDS = 3.0
 """How long to wait for a process to say how it is."""
@@ -51,13 +54,14 @@ class StandingTest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetFacts:
     """What the store tells of a VM. `points`: how many recovery points it has; `newest_ns`: the instant of the newest,
-    None if there is none. `state`: the replica's own, None if it has none."""
+    None if there is none. `state`: the replica's own, None if it has none. `replica`: its record: who has the VM."""
 
     points: int = 0
     newest_id: str | None = None
     newest_ns: int | None = None
     state: ReplicationState | None = None
     tests: tuple[StandingTest, ...] = ()
+    replica: schema.VmRecord | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@
     HOME/mnt/VM/                the same folder, mounted: what the guest uses
     HOME/store/                 the target store
     HOME/state/                 mode 0700
+        home-id                 which home this is, to others: 32 hexadecimal digits
         run.lock                held by `hvfuse run`; its content is the holder's pid
         records/                LMDB: the control plane's records (`hvfuse.control.records`)
         vms/VM/                 mode 0700
@@ -21,10 +22,13 @@ a process that mounts has changed its working directory.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import uuid
 from dataclasses import dataclass
 
-from hvfuse.errors import NotFoundError, UsageError
+from hvfuse.errors import CorruptError, NotFoundError, UsageError
 
 CONFIG_NAME = "hvfuse.toml"
 DEFAULT_HOME = "hvfuse-home"
@@ -120,6 +124,23 @@ class Home:
         """What the VM's process `role` ("tracker", "shipper") said."""
         return os.path.join(self.state_dir(vm), f"{role}.log")
 
+    def identity(self) -> str:
+        """Which home this is, wherever its directory lies: 32 hexadecimal digits, made durably when first asked for.
+        Raises OSError, CorruptError."""
+        path = os.path.join(self.state, "home-id")
+        with contextlib.suppress(FileNotFoundError):
+            return _identity_in(path)
+        from hvfuse import system  # brings numpy, which most commands can do without
+
+        _make_private(self.state)
+        own = f"{path}.{os.getpid()}"
+        system.replace_file("home:identity", own, f"{uuid.uuid4().hex}\n".encode())
+        with contextlib.suppress(FileExistsError):  # of two who make one, the first has made it
+            os.link(own, path)
+        os.unlink(own)
+        system.fsync_directory("home:identity", self.state)
+        return _identity_in(path)
+
     def make(self) -> None:
         """Make the directories that are missing. Raises OSError."""
         for path in (self.root, self.disks, self.mnt):
@@ -133,6 +154,14 @@ class Home:
             raise NotFoundError(f"there is no VM {vm}: {self.folder(vm)} is not a directory")
         _make_private(os.path.dirname(self.state_dir(vm)))
         _make_private(self.state_dir(vm))
+
+
+def _identity_in(path: str) -> str:
+    with open(path, encoding="ascii", errors="replace") as file:
+        identity = file.read().strip()
+    if re.fullmatch(r"[0-9a-f]{32}", identity) is None:
+        raise CorruptError(f"{path}: does not hold the id of a home", hint="restore it from a backup of the home")
+    return identity
 
 
 def _make_private(path: str) -> None:

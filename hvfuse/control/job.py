@@ -39,6 +39,7 @@ class JobKind(StrEnum):
     COMMIT = "Commit"
     CANCEL_FAILOVER = "Cancel failover"
     REVERSE = "Reverse replicate"
+    HYDRATE = "Hydrate disks"
     DISABLE = "Disable protection"
     VERIFY = "Verify"
     EXPORT = "Export"
@@ -47,6 +48,10 @@ class JobKind(StrEnum):
 
 COPY_KINDS = frozenset({JobKind.INITIAL, JobKind.RESYNC, JobKind.UPDATE_DISKS})
 """Jobs that the shipper does, and goes on with by itself whatever ended it."""
+
+
+GOES_ON = COPY_KINDS | {JobKind.HYDRATE}
+"""Jobs that a process in the background does, and goes on with by itself once it runs again."""
 
 
 class JobState(StrEnum):
@@ -214,7 +219,7 @@ class Job:
         """Its process is gone."""
         at = next((step.name for step in self.steps if step.state is JobState.IN_PROGRESS), None)
         where = f" at “{at}”" if at is not None else ""
-        if self.kind in COPY_KINDS:
+        if self.kind in GOES_ON:
             return self.suspend(f"its process ended{where}; the next one goes on with it")
         command = f"hvfuse {shlex.join(self.command)}" if self.command else None
         error = JobError(id=INTERRUPTED, message=f"its process ended{where}", recommendation=command)

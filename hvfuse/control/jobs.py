@@ -161,6 +161,17 @@ class Jobs:
             raise
         self.change(added.id, lambda now: now if now.has_ended else now.succeed(self._clock.now_ns()))
 
+    def take_up(self, kind: JobKind, vm: str, *, steps: Sequence[str], command: Sequence[str]) -> int:
+        """Work, in this process, at the VM's job of that kind that waits, or at a new one. Returns its id; whoever
+        takes it up ends it."""
+        self.bury()
+        now_ns, owner = self._clock.now_ns(), system.process_identity(os.getpid())
+        for job in self.open(vm, (kind,)):
+            return self.change(job.id, lambda one: one.begin(owner, now_ns).step(steps[0], now_ns)).id
+        job = Job(id=0, kind=kind, vm=vm, command=tuple(command)).planned(steps)
+        job = job.begin(owner, now_ns).step(steps[0], now_ns)
+        return self._database.write(lambda txn: add_job(txn, job, now_ns=now_ns)).id
+
     def _end(self, job_id: int, change: Callable[[Job], Job]) -> None:
         """End a job for what its block raised. Where not even that can be kept, a full disk, say, what was raised is
         what matters: `bury` ends the job once this process is gone."""

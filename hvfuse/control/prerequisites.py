@@ -264,7 +264,7 @@ def _log_room(site: Site) -> str:
 
 
 def _target(site: Site) -> str:
-    with Store(site.home.store) as store:
+    with Store(site.store_path) as store:
         return store.path
 
 
@@ -273,10 +273,10 @@ def _target_room(site: Site) -> str:
     if record is not None and record.position is not None:
         raise _SkippedError("the target has a replica: only what differs travels")
     needed = sum(_allocated(path) for path in _paths(site))
-    free = _free(site.home.store)
+    free = _free(site.store_path)
     text = f"{bytes_text(free)} are free at the target; the first copy takes about {bytes_text(needed)}"
     if free < TIGHT * needed:
-        raise NoSpaceError(f"{site.home.store}: {text}", hint="make room, or put the store elsewhere ([paths] store)")
+        raise NoSpaceError(f"{site.store_path}: {text}", hint="make room, or put the store elsewhere ([paths] store)")
     if free < needed:
         raise _WarningError(text, "make room at the target")
     return text
@@ -284,7 +284,7 @@ def _target_room(site: Site) -> str:
 
 def _replica(site: Site) -> str:
     record = _replica_record(site)
-    with Store(site.home.store, create=False, read_only=True) as store, store.env.read() as txn:
+    with Store(site.store_path, create=False, read_only=True) as store, store.env.read() as txn:
         if record is None and store.half_deleted(txn, site.vm):
             raise BusyError(
                 f"the replica that {site.vm} had is not wholly deleted yet",
@@ -313,7 +313,7 @@ def _replica(site: Site) -> str:
 def _replica_record(site: Site) -> VmRecord | None:
     """What the store has of the VM. Raises _SkippedError if that cannot be told."""
     try:
-        with Store(site.home.store, create=False, read_only=True) as store, store.env.read() as txn:
+        with Store(site.store_path, create=False, read_only=True) as store, store.env.read() as txn:
             return store.find_vm(txn, site.vm)
     except (HvfuseError, OSError) as error:
         raise _SkippedError(f"the target cannot be asked: {error}") from None

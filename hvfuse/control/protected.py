@@ -8,10 +8,10 @@ from hvfuse.control.config import VmPolicy
 from hvfuse.control.job import JobKind
 from hvfuse.control.jobs import Running
 from hvfuse.control.records import Records
-from hvfuse.errors import HvfuseError, StateError
+from hvfuse.errors import FencedError, HvfuseError, StateError
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.source import Source
-from hvfuse.states import Event, ReplicationState
+from hvfuse.states import AFTER_FAILOVER, Event, ReplicationState
 from hvfuse.system import Clock
 from hvfuse.target.store import Store
 
@@ -29,8 +29,14 @@ def begin(records: Records, vm: str, policy: VmPolicy) -> None:
     """A VM about which nobody said anything is replicated from when somebody first asks for it. Raises StateError for
     one that was disabled, or that the policy leaves to an administrator."""
     record = records.read(vm)
+    if record.held is not None and record.state in AFTER_FAILOVER - {ReplicationState.PREPARED_FOR_FAILOVER}:
+        raise FencedError(f"{vm}: {record.held}", hint=f"hvfuse status {vm}")
     if record.state is not ReplicationState.DISABLED:
         return
+    if record.gave_way_ns is not None:
+        raise StateError(
+            f"{vm}: this home holds its replica, and another one has the VM", hint=f"hvfuse failover planned {vm}"
+        )
     if record.enabled is False or (record.enabled is None and not is_automatic(policy)):
         was = "was disabled" if record.enabled is False else 'was never enabled, and hvfuse.toml says "manual" of it'
         raise StateError(f"{vm}: replication {was}; allowed: enable", hint=f"hvfuse replication enable {vm}")

@@ -80,7 +80,7 @@ def _note(job: Running, check: Check) -> None:
 
 
 def _has_position(site: Site) -> bool:
-    with contextlib.suppress(NotFoundError), Store(site.home.store, create=False, read_only=True) as store:
+    with contextlib.suppress(NotFoundError), Store(site.store_path, create=False, read_only=True) as store:
         return store.vm(site.vm).position is not None
     return False
 
@@ -137,13 +137,13 @@ def _told_shipper(site: Site, op: str) -> bool:
 
 def suspend_replica(site: Site) -> ReplicationState:
     """Have the store take nothing in for the VM. Returns the replica's state. Raises NotFoundError, StateError."""
-    with Store(site.home.store, create=False) as store:
+    with Store(site.store_path, create=False) as store:
         return relation.suspend(store, site.vm)
 
 
 def resume_replica(site: Site) -> ReplicationState:
     """Take that back, and have a shipper that runs here know at once. As `suspend_replica`."""
-    with Store(site.home.store, create=False) as store:
+    with Store(site.store_path, create=False) as store:
         state = relation.resume(store, site.vm)
     with contextlib.suppress(UnreachableError):  # it comes back by itself, if later
         _told_shipper(site, "wake")
@@ -165,7 +165,7 @@ class Replica:
 def replica(site: Site) -> Replica | None:
     """What would be deleted with the VM's replica; None if there is none."""
     try:
-        with Store(site.home.store, create=False, read_only=True) as store:
+        with Store(site.store_path, create=False, read_only=True) as store:
             found = next((vm for vm in usage(store).vms if vm.name == site.vm), None)
             if found is not None:
                 return Replica(points=found.points, bytes=found.journal_bytes + found.base_bytes)
@@ -184,7 +184,7 @@ def demand_disablable(site: Site, *, delete_replica: bool) -> None:
         raise StateError(f"{site.vm}: replication was disabled before; allowed: enable")
     if not delete_replica:
         return
-    with contextlib.suppress(NotFoundError), Store(site.home.store, create=False, read_only=True) as store:
+    with contextlib.suppress(NotFoundError), Store(site.store_path, create=False, read_only=True) as store:
         for pin in removal.holders(store, site.vm):
             raise BusyError(
                 f"{site.vm}: recovery point {pin.point_id} is in use ({pin.owner.get('kind')} {pin.id}): the "
@@ -203,8 +203,8 @@ def disable(site: Site, *, delete_replica: bool) -> None:
         job.step(DISABLE_STEP)
         _write_off(site)
         job.step(END_STEP)
-        _end_shipper(site)
-        with _nobody_ships(site):
+        end_shipper(site)
+        with nobody_ships(site):
             GuardedGuest(site.vm, lambda: site.policy.guest, site.home.guest(site.vm)).thaw_leftover()
             job.step(LOGS_STEP)
             _give_up_logs(site, job)
@@ -223,7 +223,8 @@ def _write_off(site: Site) -> None:
     )  # fmt: skip
 
 
-def _end_shipper(site: Site) -> None:
+def end_shipper(site: Site) -> None:
+    """End the VM's shipper, if one runs here."""
     pid = _serving(site.home, site.home.shipper_socket(site.vm))
     if pid is None:
         return
@@ -240,7 +241,7 @@ def _serving(home: Home, socket: str) -> int | None:
 
 
 @contextlib.contextmanager
-def _nobody_ships(site: Site) -> Iterator[None]:
+def nobody_ships(site: Site) -> Iterator[None]:
     """Hold the lock of whoever ships the VM. Raises BusyError."""
     if not os.path.isdir(site.home.state_dir(site.vm)):  # nobody ever did
         yield
@@ -295,7 +296,7 @@ def _give_up_at_rest(site: Site, job: Running) -> None:
 
 
 def _delete_replica(site: Site) -> None:
-    with contextlib.suppress(NotFoundError), Store(site.home.store, create=False) as store:
+    with contextlib.suppress(NotFoundError), Store(site.store_path, create=False) as store:
         removal.remove(store, site.vm)
     site.records.update(
         site.vm, point=None, cycle=0, generation=None, last_replication_time_ns=None, last_applied_time_ns=None,

@@ -57,6 +57,11 @@ class VmRecord:
     `counted_ns`: until when missed cycles were counted. `measured_since_ns`: when that was begun anew.
     `health`, `health_reasons`: as they were last told of, with the reasons' ids. `last_test`: the last test failover,
     for `hvfuse measure`.
+    `store`: directory of the store where the VM's replica lies as this home uses it; None: as hvfuse.toml says.
+    `epoch`: the one under which this side has the VM (`hvfuse.target.failing_over`). `held`: why its disks are
+    read-only; None: they are not. `prepared`: what a planned failover proved: {"point", "bytes", "disks"}.
+    `giving_way`: what this side is about to hand over to its own store: {"disks", "store", "primary", "epoch"};
+    `gave_way_ns`: when it had done so: then the VM comes home when it is failed over to here.
     """
 
     state: ReplicationState = ReplicationState.DISABLED
@@ -90,6 +95,12 @@ class VmRecord:
     health: str | None = None
     health_reasons: tuple[str, ...] = ()
     last_test: dict[str, Any] | None = None
+    store: str | None = None
+    epoch: int = 0
+    held: str | None = None
+    prepared: dict[str, Any] | None = None
+    giving_way: dict[str, Any] | None = None
+    gave_way_ns: int | None = None
 
 
 class Records:
@@ -165,7 +176,7 @@ class Records:
             before = self._record(vm, kept)
             state = before.state
             for event in events:
-                if state is ReplicationState.DISABLED and before.enabled is False and event is not Event.ENABLE:
+                if state is ReplicationState.DISABLED and before.enabled is False and event not in _BEGIN:
                     raise StateError(
                         f"{vm}: replication was disabled; allowed: enable", hint=f"hvfuse replication enable {vm}"
                     )
@@ -244,6 +255,8 @@ class Records:
         return VmRecord(**known)
 
 
+_BEGIN = (Event.ENABLE, Event.TAKE_OVER)
+"""What is possible although replication was disabled."""
 COUNTED = frozenset({ReplicationState.REPLICATING, ReplicationState.ERROR})
 """States in which a cycle that is due and does not come is missed."""
 

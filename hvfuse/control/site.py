@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hvfuse.control import location
 from hvfuse.control.config import VmPolicy
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home
@@ -21,6 +22,11 @@ class Site:
     vm: str
     records: Records
     clock: Clock
+
+    @property
+    def store_path(self) -> str:
+        """The directory of the store where the VM's replica lies."""
+        return location.store_path(self.home, self.policy, self.records.read(self.vm), self.vm)
 
     @property
     def is_mounted(self) -> bool:

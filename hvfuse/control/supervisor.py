@@ -28,9 +28,11 @@ from hvfuse.control.records import Records, VmRecord
 from hvfuse.control.sample import make_sample
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, PrerequisiteError, UnreachableError
 from hvfuse.formats.image import is_disk_name
-from hvfuse.states import Event, ReplicationState
+from hvfuse.states import AFTER_FAILOVER, Event, ReplicationState
 from hvfuse.system import Clock
 
+NOT_SHIPPED = AFTER_FAILOVER | {ReplicationState.DISABLED}
+"""States in which no shipper runs."""
 SCAN_SECONDS = 2.0
 """How soon a new VM folder is noticed."""
 TICK_SECONDS = 0.2
@@ -40,18 +42,26 @@ SHIPPER_GRACE = 15.0
 """Seconds that a shipper has to end by itself; it may be killed at any time without loss."""
 ASK_SECONDS = 1.0
 """How often a tracker whose mount is in use is asked again."""
+STANDING = ".failover"
+"""In a VM's folder: what was written to its failed-over disks."""
 _FORCE = 2
 """Asked so often, a mount is ended whoever uses it."""
 
 
 def find_vms(home: Home) -> list[str]:
-    """The VMs: folders directly in `disks` that hold at least one disk and whose names will do."""
+    """The VMs: folders directly in `disks` that hold at least one disk, or stand for a failover, and whose names will
+    do."""
     found = []
     with contextlib.suppress(FileNotFoundError), os.scandir(home.disks) as entries:
         for entry in entries:
-            if name_fault(entry.name) is None and entry.is_dir() and _has_disk(entry.path):
+            if name_fault(entry.name) is None and entry.is_dir() and (_has_disk(entry.path) or is_standing(entry.path)):
                 found.append(entry.name)
     return sorted(found)
+
+
+def is_standing(folder: str) -> bool:
+    """Whether the folder is that of a VM that was failed over to here, and whose disks are not hydrated yet."""
+    return os.path.isdir(os.path.join(folder, STANDING))
 
 
 def _has_disk(folder: str) -> bool:
@@ -183,9 +193,9 @@ class Keeper:
         that is not to be replicated: that one is mounted all the same, until somebody unmounts it."""
         with contextlib.suppress(HvfuseError):  # what cannot be read is as it was: the mount comes first
             self._record = self._records.read(self.vm)
-            self._is_protected = self._record.state is not ReplicationState.DISABLED
+            self._is_protected = self._record.state not in NOT_SHIPPED
         self.tracker.check()
-        if not self._is_protected and not self.tracker.is_running and self.tracker.has_ended_well:
+        if not self._must_be_mounted and not self.tracker.is_running and self.tracker.has_ended_well:
             return
         self.tracker.tick()
         if not self._is_protected:
@@ -194,6 +204,11 @@ class Keeper:
             self.shipper.tick()
         self._tell(self.tracker, lambda error, hint: {"tracker_error": error, "tracker_hint": hint})
         self._tell(self.shipper, lambda error, _: {"shipper_error": error})
+
+    @property
+    def _must_be_mounted(self) -> bool:
+        """Whether the VM's mount is not left to whoever unmounts it: one that is shipped, or held read-only."""
+        return self._record is not None and self._record.state is not ReplicationState.DISABLED
 
     def _tell(self, daemon: Daemon, fields: Callable[[str | None, str | None], dict[str, Any]]) -> None:
         """Record why a process failed, or that it serves, when that is news."""
@@ -312,12 +327,14 @@ class Supervisor:
         """Whether the folder is one that was taken up before, or our own, or a new one that is complete."""
         record = self._records.read(vm)
         known = vm == self._sample or record.state is not ReplicationState.DISABLED or record.enabled is not None
+        known = known or is_standing(self._home.folder(vm))
         return known or self._arrivals.is_settled(vm, at_start=at_start)
 
     def _keep(self, vm: str) -> Keeper:
         self._home.make_vm(vm)
         record = self._records.read(vm)
-        if record.state is ReplicationState.DISABLED and record.enabled is None and self._protects(vm):
+        is_new = record.state is ReplicationState.DISABLED and record.enabled is None and record.gave_way_ns is None
+        if is_new and not is_standing(self._home.folder(vm)) and self._protects(vm):
             self._records.apply(vm, Event.ENABLE)
         return self._keeper(vm)
 

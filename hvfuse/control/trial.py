@@ -34,9 +34,9 @@ LATEST_APPLICATION = "latest-app-consistent"
 END_SECONDS = 60.0
 
 
-def overlay_path(home: Home, pin_id: int) -> str:
+def overlay_path(store: Store, pin_id: int) -> str:
     """Where the writes into a view are kept."""
-    return os.path.join(home.store, "overlays", str(pin_id))
+    return os.path.join(store.path, "overlays", str(pin_id))
 
 
 def view_socket(home: Home, pin_id: int) -> str:
@@ -91,7 +91,7 @@ def begin(home: Home, store: Store, point: RecoveryPoint, directory: str, *, clo
         os.makedirs(_view_state(home, pin_id), mode=0o700)
         daemon = Daemon(
             "view",
-            command(home, "_view", str(pin_id)),
+            command(home, "_view", store.path, str(pin_id)),
             socket_path=view_socket(home, pin_id),
             log_path=os.path.join(_view_state(home, pin_id), "view.log"),
             clock=clock,
@@ -129,7 +129,7 @@ def clean_up(home: Home, store: Store, pin: Pin, *, force: bool = False) -> None
     does not end.
     """
     unmount(pin, force=force)
-    drop_written(home, pin)
+    drop_written(home, store, pin)
     store.unpin(pin.id)
 
 
@@ -147,9 +147,9 @@ def unmount(pin: Pin, *, force: bool) -> None:
     mountpoint.clear_dead_mount(directory)
 
 
-def drop_written(home: Home, pin: Pin) -> None:
+def drop_written(home: Home, store: Store, pin: Pin) -> None:
     """The second step of `clean_up`."""
-    for path in (overlay_path(home, pin.id), _view_state(home, pin.id)):
+    for path in (overlay_path(store, pin.id), _view_state(home, pin.id)):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path)
 

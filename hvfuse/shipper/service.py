@@ -17,7 +17,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 from hvfuse import errors, wire
-from hvfuse.errors import BusyError, HvfuseError, ResyncRequiredError, StateError, UnreachableError, UsageError
+from hvfuse.errors import (
+    BusyError,
+    FencedError,
+    HvfuseError,
+    ResyncRequiredError,
+    StateError,
+    UnreachableError,
+    UsageError,
+)
 from hvfuse.position import PositionMismatchError
 from hvfuse.shipper.copies import WaitingError
 from hvfuse.shipper.cycle import CycleReport
@@ -58,7 +66,9 @@ class Shipper:
 
     `folder`: where the disks' images lie. `housekeep` is called after cycles were committed,
     `on_point` once they are shown in the records, and when `run` begins. `proofs_path`: of the
-    file of what verification proved; without one nothing can be verified. `guest`: see `Replication`.
+    file of what verification proved; without one nothing can be verified. `guest`: see `Replication`. `on_fenced`:
+    called when the target refuses the VM as another side's; looks what became of it, and returns whether another side
+    has it. If not, it is tried again at once, once.
     """
 
     def __init__(
@@ -75,8 +85,11 @@ class Shipper:
         on_point: Callable[[], None] = lambda: None,
         proofs_path: str | None = None,
         guest: Guest | None = None,
+        on_fenced: Callable[[], bool] = lambda: False,
     ) -> None:
         self._vm = vm
+        self._on_fenced = on_fenced
+        self._was_fenced = False
         self._source = source
         self._shown = ShownRecords(records)
         self._doing = Doing(clock)
@@ -290,6 +303,7 @@ class Shipper:
             raise
         finally:
             self._doing.rest()
+        self._was_fenced = False
         copied = self._replication.copies.committed != copies
         self._count(self._schedule.succeeded(started, self._clock.monotonic(), copied=copied))
         return report
@@ -303,6 +317,8 @@ class Shipper:
             self._holds_out = True
             return
         _log.warning("%s: %s", self._vm, error)
+        if isinstance(error, FencedError) and self._is_explained(now):
+            return
         lost = isinstance(error, RESYNC_ERRORS)
         self._holds_out = error.recoverable and not lost
         self._replication.copies.show_again()
@@ -317,6 +333,17 @@ class Shipper:
             self._shown.apply(Event.FAIL, **fields)
         else:
             self._shown.update(**fields)
+
+    def _is_explained(self, now: float) -> bool:
+        """Whether there is nothing to tell of being fenced: the state says that another side has the VM; or had it for
+        a while, which was not known here yet."""
+        if self._on_fenced():
+            self._schedule.failed(now, now, lasting=True)
+            return True
+        self._was_fenced = not self._was_fenced
+        if self._was_fenced:
+            self._schedule.waits(now, LOOK_UP)
+        return self._was_fenced
 
     def check_stop(self) -> None:
         """Raises StoppedError once the shipper was told to stop."""
@@ -427,6 +454,12 @@ class Shipper:
             raise refusal(error) from error
 
     # An administrator's orders ----------------------------------------------------------------------------------
+
+    def prove(self, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Mapping[str, Any]:
+        """Compare all blocks of all disks with the replica: the VM is not written to. Returns "bytes" and "disks".
+        Raises CorruptError naming a difference, and as `verify`; for the thread of `run`, where that is not used."""
+        assert self._verifier is not None
+        return self._verifier.prove(progress)
 
     def order_resync(self, *, full: bool, at_ns: int | None) -> Orders:
         """Have a copy start at `at_ns`, or now; `full`: of everything, whatever is in doubt. For any thread.

@@ -21,6 +21,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from hvfuse.errors import BusyError, CorruptError, HvfuseError, NotFoundError, UnsupportedError, UsageError
 from hvfuse.extent import Extent
@@ -114,6 +115,26 @@ class Verifier:
                 return {"mismatches": [mismatch.as_json() for mismatch in self.repair()]}
             case other:
                 raise UsageError(f"verification knows no request {other!r}")
+
+    def prove(self, progress: Callable[[int, int], None]) -> Mapping[str, Any]:
+        """See `Shipper.prove`."""
+        answer = self._begin({"share": 1.0})
+        while True:
+            report = answer["report"]
+            assert isinstance(report, dict)
+            progress(report["bytes_compared"], report["bytes_total"])
+            if report["done"]:
+                break
+            answer = self._step({"run": answer["run"]})
+        if report["mismatch_bytes"] or report["bytes_unproved"] or report["resized"]:
+            first = next(iter(report["mismatches"]), None)
+            at = f", first at byte {first['offset']} of {first['disk']}" if first is not None else ""
+            raise CorruptError(
+                f"{self._vm}: source and replica are not equal: {report['mismatch_bytes']} bytes differ{at}",
+                hint=f"hvfuse failover cancel {self._vm}; then hvfuse verify {self._vm} --repair",
+            )
+        compared, disks = report["bytes_compared"], len(self.proofs.disks)
+        return {"bytes": compared, "disks": disks, "algorithm": self._policy.now.algorithm.value}
 
     def _begin(self, message: Message) -> Mapping[str, object]:
         share, seed = message.get("share", 1.0), message.get("seed")

@@ -1,0 +1,288 @@
+"""Failover as the target does it: from the store alone, whatever has become of the source.
+
+What stands is written down in the store (`hvfuse.target.failing_over`) and in the VM's folder:
+
+    disks/VM/.failover/     what was written to the failed-over disks (`hvfuse.control.standing`)
+    state/vms/VM/           the process that serves them, as any tracker; the VM's definition
+
+Until it is committed, a failover can be cancelled or be at another point, and each of that leaves nothing behind. The
+source is told by the store: it can ship nothing from the moment that the epoch is raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hvfuse import mountpoint
+from hvfuse.control import flows, trial
+from hvfuse.control.daemon import serving_pid, start_and_wait, wait_for_end
+from hvfuse.control.job import JobKind
+from hvfuse.control.site import Site
+from hvfuse.control.standing import drop
+from hvfuse.control.supervisor import STANDING, require_mountable, stop_tracker, tracker_daemon
+from hvfuse.errors import BusyError, NotFoundError, StateError, UnreachableError
+from hvfuse.manifest import RecoveryPoint
+from hvfuse.states import FAILOVER_DONE, FAILOVER_OPEN, Event, ReplicationState
+from hvfuse.target import failing_over, schema
+from hvfuse.target.failing_over import PLANNED, Party, state_of
+from hvfuse.target.store import Store
+
+END_SECONDS = 60.0
+KINDS = {PLANNED: JobKind.PLANNED_FAILOVER, failing_over.UNPLANNED: JobKind.UNPLANNED_FAILOVER}
+
+
+class Guests:
+    """What boots, ends and checks the guest of a VM; this one has none. `point`: the recovery point that is served."""
+
+    def boot(self, mode: str, point: RecoveryPoint) -> str:
+        """Start it on the mounted disks; returns what there is to say of it."""
+        raise StateError("no guest is configured")
+
+    def validate(self, mode: str, point: RecoveryPoint) -> str:
+        """Run the validation hook; returns its verdict. Raises HvfuseError if it failed."""
+        raise StateError("no validation hook is configured")
+
+    def shut_down(self) -> str | None:
+        """End it, if one runs."""
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """`point`: as `hvfuse failover` is told of it. `boot`, `validate`: the guest. `force`: end what uses the mount."""
+
+    point: str = trial.LATEST
+    boot: bool = False
+    validate: bool = False
+    force: bool = False
+
+    def words(self) -> tuple[str, ...]:
+        """As they are typed."""
+        return (*(("--point", self.point) if self.point != trial.LATEST else ()), *(("--boot",) if self.boot else ()))
+
+
+class Failover:
+    """The flows of one VM at its target. `adopt`: keep the definition that came with a point here (None: forget it
+    again). `guests`: see there."""
+
+    def __init__(
+        self,
+        site: Site,
+        party: Party,
+        store: Store,
+        *,
+        guests: Guests,
+        adopt: Callable[[str | None], None] = lambda point_id: None,
+    ) -> None:
+        self._site = site
+        self._vm = site.vm
+        self._party = party
+        self._store = store
+        self._guests = guests
+        self._adopt = adopt
+        self._point: RecoveryPoint | None = None
+
+    # The flows ------------------------------------------------------------------------------------------------
+
+    def begin(self, kind: str, options: Options) -> RecoveryPoint:
+        """Fail over. Returns the point. Idempotent: where the same failover stands, its disks are mounted again.
+        Raises StateError, NotFoundError, BusyError, PrerequisiteError."""
+        acts = {
+            flows.CHOOSE: lambda: self._choose(kind, options.point),
+            flows.TAKE: lambda: self._take(kind),
+            flows.MOUNT: self._mount,
+            flows.BOOT: lambda: self._guests.boot(kind, self._chosen),
+            flows.VALIDATE: lambda: self._guests.validate(kind, self._chosen),
+        }
+        self._run(
+            KINDS[kind],
+            flows.failover(boot=options.boot, validate=options.validate),
+            acts,
+            ("failover", kind, self._vm, *options.words(), "--yes"),
+        )
+        return self._chosen
+
+    def change_point(self, options: Options) -> RecoveryPoint:
+        """Have the VM failed over at another point. What was written since is dropped. Raises as `begin`."""
+        failover = failing_over.demand_mine(self._store.vm(self._vm), self._party)
+        kind = str(failover["kind"])
+        acts = {
+            flows.CHOOSE: lambda: self._choose_other(options.point),
+            flows.SHUT_DOWN: self._guests.shut_down,
+            flows.UNMOUNT: lambda: self._unmount(force=options.force),
+            flows.DROP: self._drop,
+            flows.CHANGE: self._change,
+            flows.MOUNT: self._mount,
+            flows.BOOT: lambda: self._guests.boot(kind, self._chosen),
+            flows.VALIDATE: lambda: self._guests.validate(kind, self._chosen),
+        }
+        self._run(
+            KINDS[kind],
+            flows.change_point(boot=options.boot, validate=options.validate),
+            acts,
+            ("failover", "change-point", self._vm, "--point", options.point, "--yes"),
+        )
+        return self._chosen
+
+    def cancel(self, *, force: bool) -> None:
+        """The VM is its source's again, and what was written here is dropped. Raises StateError, BusyError."""
+        failing_over.demand_mine(self._store.vm(self._vm), self._party)
+        self._demand_open()
+        acts = {
+            flows.SHUT_DOWN: self._guests.shut_down,
+            flows.UNMOUNT: lambda: self._unmount(force=force),
+            flows.DROP: self._drop,
+            flows.GIVE_BACK: self._give_back,
+        }
+        self._run(JobKind.CANCEL_FAILOVER, flows.CANCEL, acts, ("failover", "cancel", self._vm, "--yes"))
+
+    def commit(self) -> None:
+        """The VM is this side's for good; its disks are hydrated in the background. Raises StateError."""
+        failing_over.demand_mine(self._store.vm(self._vm), self._party)
+        acts: dict[flows.FlowStep, Callable[[], str | None]] = {
+            flows.FINAL: self._make_final,
+            flows.OWN: lambda: take_over(self._site, self._store.vm(self._vm), self._party),
+        }
+        self._run(JobKind.COMMIT, flows.COMMIT, acts, ("failover", "commit", self._vm, "--yes"))
+
+    def _run(
+        self,
+        kind: JobKind,
+        steps: tuple[flows.FlowStep, ...],
+        acts: Mapping[flows.FlowStep, Callable[[], str | None]],
+        command: tuple[str, ...],
+    ) -> None:
+        jobs = self._site.records.jobs
+        with jobs.run(kind, self._vm, steps=[step.name for step in steps], command=command) as job:
+            flows.drive(job, steps, acts)
+
+    # The steps ------------------------------------------------------------------------------------------------
+
+    @property
+    def _chosen(self) -> RecoveryPoint:
+        assert self._point is not None
+        return self._point
+
+    def _demand_open(self) -> None:
+        state = state_of(self._store.vm(self._vm))
+        if state in FAILOVER_DONE:
+            raise StateError(
+                f"{self._vm}: its failover is committed, from which nothing leads back",
+                hint=f"hvfuse replication reverse {self._vm}",
+            )
+
+    def _choose(self, kind: str, wanted: str) -> str:
+        vm = self._store.vm(self._vm)
+        self._demand_free()
+        standing = vm.failover if state_of(vm) in FAILOVER_OPEN else None
+        if state_of(vm) in FAILOVER_DONE:
+            self._demand_open()
+        if kind == PLANNED and vm.prepared is not None:
+            wanted = str(vm.prepared["point"])
+        elif standing is not None and wanted == trial.LATEST:
+            wanted = str(standing["point"])  # the same command goes on
+        self._point = trial.choose(self._store.points(self._vm), wanted, vm=self._vm)
+        return self._told()
+
+    def _choose_other(self, wanted: str) -> str:
+        self._demand_open()
+        self._point = trial.choose(self._store.points(self._vm), wanted, vm=self._vm)
+        return self._told()
+
+    def _told(self) -> str:
+        return f"{self._chosen.id}, {len(self._chosen.disks)} disks"
+
+    def _demand_free(self) -> None:
+        """Raises StateError, BusyError if this home has the VM, or disks where its disks are to be."""
+        record = self._site.records.read(self._vm)
+        if record.state is not ReplicationState.DISABLED:
+            raise StateError(
+                f"{self._vm} is {record.state} in this home, which is its source: it can fail over to another one",
+                hint="on the target: hvfuse --home DIR failover …; to look at a point here: "
+                f"hvfuse failover test {self._vm}",
+            )
+        require_mountable()
+
+    def _take(self, kind: str) -> str:
+        chosen = self._chosen
+        folder = self._site.home.folder(self._vm)
+        for disk in chosen.disks:
+            path = os.path.join(folder, disk.name)
+            if os.path.lexists(path) and not os.path.isdir(os.path.join(folder, STANDING)):
+                raise BusyError(f"{path}: is there already, where the failed-over disk is to be", hint=f"mv {path} …")
+        record = self._site.records.read(self._vm)
+        vm = failing_over.fail_over(
+            self._store,
+            self._vm,
+            self._party,
+            kind=kind,
+            point_id=chosen.id,
+            comes_home=record.gave_way_ns is not None,
+        )
+        return f"epoch {vm.epoch}"
+
+    def _mount(self) -> str:
+        home = self._site.home
+        os.makedirs(os.path.join(home.folder(self._vm), STANDING), mode=0o700, exist_ok=True)
+        home.make_vm(self._vm)
+        self._adopt(self._chosen.id)
+        if serving_pid(home.tracker_socket(self._vm)) is None:
+            start_and_wait(tracker_daemon(home, self._vm, clock=self._site.clock), clock=self._site.clock)
+        return home.mountpoint(self._vm)
+
+    def _unmount(self, *, force: bool) -> None:
+        home = self._site.home
+        pid = serving_pid(home.tracker_socket(self._vm))
+        if pid is not None:
+            if force:
+                os.kill(pid, signal.SIGTERM)
+            else:
+                stop_tracker(home, self._vm)
+            if not wait_for_end(pid, END_SECONDS):
+                raise UnreachableError(f"{self._vm}: the process that serves it (pid {pid}) does not end")
+        mountpoint.clear_dead_mount(home.mountpoint(self._vm))
+
+    def _drop(self) -> None:
+        drop(self._site.home.folder(self._vm))
+
+    def _change(self) -> str:
+        failing_over.change_point(self._store, self._vm, self._party, self._chosen.id)
+        return self._told()
+
+    def _give_back(self) -> None:
+        failing_over.cancel(self._store, self._vm, self._party)
+        self._adopt(None)
+        with contextlib.suppress(OSError):
+            os.rmdir(self._site.home.folder(self._vm))
+
+    def _make_final(self) -> str:
+        vm = failing_over.commit(self._store, self._vm, self._party)
+        assert vm.failover is not None
+        return f"at recovery point {vm.failover['point']}"
+
+
+def take_over(site: Site, vm: schema.VmRecord, party: Party) -> str | None:
+    """Have this home's record say that it has the VM. Idempotent. Raises StateError."""
+    failover = failing_over.demand_mine(vm, party)
+    record = site.records.read(site.vm)
+    if record.state is ReplicationState.DISABLED and record.epoch < int(failover["epoch"]):
+        site.records.apply(
+            site.vm, Event.TAKE_OVER, enabled=None, epoch=int(failover["epoch"]), store=None, held=None,
+            gave_way_ns=None, error=None, hint=None, point=None, cycle=0, generation=None, protected_since_ns=None,
+            resync_reason=None, resync_cause=None, copy=None, progress=None, orders={},
+        )  # fmt: skip
+    return None
+
+
+def standing(store: Store, vm: str, party: Party) -> Mapping[str, Any] | None:
+    """The failover of a VM that stands in this home; None if none does."""
+    with contextlib.suppress(NotFoundError):
+        record = store.vm(vm)
+        if record.failover is not None and record.failover["home"] == party.home:
+            return record.failover
+    return None

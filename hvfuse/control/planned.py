@@ -1,0 +1,140 @@
+"""Planned failover as the source does it: nothing is lost, and that is proved before the other side takes over.
+
+The state becomes PreparedForFailover with the first step that changes anything; from then on the disks are read-only,
+and stay so over any crash, until `hvfuse failover cancel` or the target's failover. The last thing is one transaction in
+the store: it takes nothing in any more, and says what was proved. Until then the same command goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from hvfuse import wire
+from hvfuse.control import flows
+from hvfuse.control.daemon import start_and_wait
+from hvfuse.control.fence import ANSWER_SECONDS, tell_tracker
+from hvfuse.control.job import JobKind
+from hvfuse.control.protection import LOCK_SECONDS, LOOK_SECONDS, end_shipper
+from hvfuse.control.site import Site
+from hvfuse.control.supervisor import require_mountable, tracker_daemon
+from hvfuse.errors import BusyError, HvfuseError, StateError
+from hvfuse.shipper.cycle import CycleReport
+from hvfuse.states import AFTER_FAILOVER, Event, ReplicationState, next_state
+from hvfuse.target import failing_over
+from hvfuse.target.failing_over import Claim, Party
+from hvfuse.target.store import Store
+
+HELD = "a planned failover is prepared"
+
+
+class Shipping(Protocol):
+    """What ships the VM in this process: `hvfuse.shipper.service.Shipper`."""
+
+    def cycle_now(self) -> CycleReport: ...
+
+    def prove(self, *, progress: Callable[[int, int], None]) -> Mapping[str, Any]:
+        """Compare all blocks of all disks with the replica. Returns "bytes" and "disks". Raises CorruptError."""
+
+
+def prepare(
+    site: Site,
+    party: Party,
+    *,
+    ship: Callable[[], AbstractContextManager[Shipping]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> str:
+    """Prepare a planned failover. Returns the id of the last recovery point. Idempotent; raises BusyError naming who
+    uses a disk, StateError, CorruptError (the sides differ), UnreachableError, FencedError."""
+    record = site.records.read(site.vm)
+    next_state(record.state, Event.PREPARE_FAILOVER, what=site.vm)
+    kept: dict[str, Any] = {}
+
+    def ship_last() -> str:
+        end_shipper(site)
+        with _patiently(site, ship) as shipping:
+            report = shipping.cycle_now()
+            kept["point"] = report.point
+        return f"recovery point {report.point}"
+
+    def prove() -> str:
+        with _patiently(site, ship) as shipping:
+            kept["proof"] = dict(shipping.prove(progress=progress))
+        return f"{kept['proof']['bytes']} bytes of {kept['proof']['disks']} disks are equal"
+
+    def close() -> str:
+        with Store(site.store_path, create=False) as store:
+            claim = Claim(party=party, epoch=site.records.read(site.vm).epoch)
+            failing_over.prepare(store, site.vm, claim, point_id=kept["point"], proof=kept["proof"])
+        site.records.update(site.vm, prepared={"point": kept["point"], **kept["proof"]})
+        return f"at recovery point {kept['point']}"
+
+    acts: dict[flows.FlowStep, Callable[[], str | None]] = {
+        flows.UNUSED: lambda: _hold_if_unused(site),
+        flows.HOLD: lambda: _hold(site),
+        flows.LAST: ship_last,
+        flows.PROVE: prove,
+        flows.CLOSE: close,
+    }
+    steps = [step.name for step in flows.PREPARE]
+    command = ("failover", "planned", site.vm, "--yes")
+    with site.records.jobs.run(JobKind.PLANNED_FAILOVER, site.vm, steps=steps, command=command) as job:
+        flows.drive(job, flows.PREPARE, acts)
+    return str(kept["point"])
+
+
+def _hold_if_unused(site: Site) -> None:
+    """The disks refuse writes from here on, and nobody had one open."""
+    if not site.is_mounted:
+        require_mountable()
+        site.home.make_vm(site.vm)
+        start_and_wait(tracker_daemon(site.home, site.vm, clock=site.clock), clock=site.clock)
+    wire.request(site.home.tracker_socket(site.vm), "hold", timeout=ANSWER_SECONDS, reason=HELD, only_if_unused=True)
+
+
+def _hold(site: Site) -> None:
+    """Durably. Whoever looked at the fence in between has let them go again."""
+    record = site.records.apply(site.vm, Event.PREPARE_FAILOVER, held=HELD, error=None, hint=None)
+    tell_tracker(site.home, site.vm, record.held)
+
+
+@contextlib.contextmanager
+def _patiently(site: Site, ship: Callable[[], AbstractContextManager[Shipping]]) -> Any:
+    """Ship as soon as whoever did so until now has ended."""
+    deadline = site.clock.monotonic() + LOCK_SECONDS
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                shipping = stack.enter_context(ship())
+                break
+            except BusyError:
+                if site.clock.monotonic() >= deadline:
+                    raise
+            site.clock.sleep(LOOK_SECONDS)
+        yield shipping
+
+
+def cancel(site: Site, party: Party) -> None:
+    """Take a preparation back: the VM is replicated as before. Idempotent. Raises StateError where there is none,
+    FencedError if the target has failed over by now."""
+    record = site.records.read(site.vm)
+    if record.state is not ReplicationState.PREPARED_FOR_FAILOVER:
+        what = "cancel it there" if record.state in AFTER_FAILOVER else "no failover is prepared"
+        raise StateError(f"{site.vm} is {record.state}: {what}", hint=f"hvfuse status {site.vm}")
+
+    def reopen() -> None:
+        with Store(site.store_path, create=False) as store:
+            claim = Claim(party=party, epoch=site.records.read(site.vm).epoch)
+            failing_over.withdraw(store, site.vm, claim)
+
+    def let_go() -> None:
+        site.records.apply(site.vm, Event.CANCEL_FAILOVER, held=None, prepared=None)
+        with contextlib.suppress(HvfuseError):
+            tell_tracker(site.home, site.vm, None)
+
+    steps = [step.name for step in flows.REOPEN]
+    command = ("failover", "cancel", site.vm, "--yes")
+    with site.records.jobs.run(JobKind.CANCEL_FAILOVER, site.vm, steps=steps, command=command) as job:
+        flows.drive(job, flows.REOPEN, dict(zip(flows.REOPEN, (reopen, let_go), strict=True)))

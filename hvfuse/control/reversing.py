@@ -1,0 +1,246 @@
+"""Reverse replication: the side that was failed over from gives way, and the side that has the VM replicates to it.
+
+Two commands, one on each side, as neither can reach the other but by the store that they share:
+
+    old source      its disks become the replica in its own store, and the shared store says where that is
+    new source      looks there, and ships the VM to that store, or to one that it is told of
+
+Nothing is copied whole: the disks are moved, and the resynchronisation compares them with what the VM has become. What
+the old source wrote that never arrived at the target goes with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hvfuse import spool
+from hvfuse.control import flows
+from hvfuse.control.daemon import serving_pid, wait_for_end
+from hvfuse.control.failed_over import END_SECONDS
+from hvfuse.control.fence import Fence, judge, read_replica
+from hvfuse.control.job import JobKind
+from hvfuse.control.protection import end_shipper, nobody_ships
+from hvfuse.control.site import Site
+from hvfuse.control.supervisor import stop_tracker
+from hvfuse.errors import NotFoundError, StateError, UnreachableError, UsageError
+from hvfuse.formats.image import is_disk_name
+from hvfuse.mountpoint import clear_dead_mount
+from hvfuse.shipper.orders import Orders
+from hvfuse.states import FAILOVER_DONE, Event, next_state
+from hvfuse.target import failing_over, handed_over, schema
+from hvfuse.target.failing_over import Party, where
+from hvfuse.target.store import Store
+
+WAIT_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """What a side that gives way holds that the other one never got: `logged`: bytes in its logs; `doubtful`: bytes
+    of regions in which more may have been written."""
+
+    logged: int
+    doubtful: int
+
+
+def old_source(site: Site) -> schema.VmRecord | None:
+    """What the store says of the failover by which another side has this home's VM; None if this side has it, or none
+    of it is known. Raises HvfuseError."""
+    record = site.records.read(site.vm)
+    if record.giving_way is not None:
+        return read_replica(str(record.giving_way["shared"]), site.vm)
+    if record.state in FAILOVER_DONE and record.held is None:
+        return None
+    replica = read_replica(site.store_path, site.vm)
+    return replica if judge(record, replica, site.home.identity()).held and replica is not None else None
+
+
+def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: handed_over.Progress) -> str:
+    """Make this side the target: its disks become the replica in the store `into`. Returns where the VM is.
+
+    Idempotent: goes on where it was killed. Raises StateError (the VM was not failed over, or that is not committed),
+    BusyError naming who uses a disk, NotFoundError, NoSpaceError.
+    """
+    shared = site.store_path if site.records.read(site.vm).giving_way is None else None
+
+    def check() -> str:
+        if shared is not None:
+            _note_giving_way(site, fence, shared, into)
+        _unmount(site)
+        return ""
+
+    def release() -> None:
+        end_shipper(site)
+        with nobody_ships(site):
+            with contextlib.suppress(OSError):  # they take up room, and nothing else
+                spool.clear(site.home.folder(site.vm))
+
+    def hand_over() -> str:
+        kept = _kept(site)
+        with Store(str(kept["store"])) as store:
+            position = handed_over.take(
+                store, site.vm, site.home.folder(site.vm), kept["disks"], primary=_party(kept["primary"]),
+                epoch=int(kept["epoch"]), progress=progress,
+            )  # fmt: skip
+        for name in kept["disks"]:
+            spool.forget(site.home.folder(site.vm), name)
+        return f"{len(kept['disks'])} disks, at {position}"
+
+    def invite() -> str:
+        kept = _kept(site)
+        with Store(str(kept["shared"]), create=False) as store:
+            failing_over.invite(store, site.vm, {"store": kept["store"], **party.as_json()})
+        site.records.apply(
+            site.vm, Event.GIVE_WAY, enabled=None, held=None, prepared=None, giving_way=None, orders=Orders(),
+            store=str(kept["store"]), gave_way_ns=site.clock.now_ns(), error=None, hint=None, point=None, cycle=0,
+            generation=None, copy=None, progress=None, resync_reason=None, resync_cause=None, protected_since_ns=None,
+            last_replication_time_ns=None, last_applied_time_ns=None,
+        )  # fmt: skip
+        return str(kept["store"])
+
+    acts: dict[flows.FlowStep, Callable[[], str | None]] = {
+        flows.UNUSED: check,
+        flows.RELEASE: release,
+        flows.HAND_OVER: hand_over,
+        flows.INVITE: invite,
+    }
+    steps = [step.name for step in flows.GIVE_WAY]
+    command = ("replication", "reverse", site.vm, "--yes")
+    with site.records.jobs.run(JobKind.REVERSE, site.vm, steps=steps, command=command) as job:
+        primary = where(_kept(site)["primary"]) if shared is None else ""
+        flows.drive(job, flows.GIVE_WAY, acts)
+    return primary or str(site.records.read(site.vm).store)
+
+
+def _note_giving_way(site: Site, fence: Fence, shared: str, into: str) -> None:
+    """Put down what is to be done, before anything is: what is moved is not found in the folder any more."""
+    fence.enforce()
+    record = site.records.read(site.vm)
+    next_state(record.state, Event.GIVE_WAY, what=site.vm)
+    replica = read_replica(shared, site.vm)
+    if replica is None or record.held is None:
+        raise StateError(f"{site.vm} was not failed over from here", hint=f"hvfuse status {site.vm}")
+    if os.path.realpath(shared) == os.path.realpath(into):
+        raise UsageError(
+            f"{into}: is the store of the other side: the disks need one of this home's own",
+            hint=f"hvfuse replication reverse {site.vm} --into DIR",
+        )
+    disks = _disks(site)
+    if not disks:
+        raise NotFoundError(f"{site.home.folder(site.vm)}: there is no disk to hand over")
+    side = replica.failover or replica.source or {}
+    primary = {key: side[key] for key in ("home", "root", "host")}
+    site.records.update(
+        site.vm,
+        giving_way={
+            "disks": disks, "store": into, "shared": shared, "primary": primary, "epoch": replica.epoch,
+        },
+    )  # fmt: skip
+
+
+def _disks(site: Site) -> list[str]:
+    folder = site.home.folder(site.vm)
+    found = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in found if is_disk_name(name) and name not in site.policy.exclude)
+
+
+def _kept(site: Site) -> dict[str, Any]:
+    kept = site.records.read(site.vm).giving_way
+    assert kept is not None
+    return kept
+
+
+def _party(fields: dict[str, str]) -> Party:
+    return Party(home=fields["home"], root=fields["root"], host=fields["host"])
+
+
+def _unmount(site: Site) -> None:
+    """Raises BusyError naming who uses the mount."""
+    home = site.home
+    pid = serving_pid(home.tracker_socket(site.vm)) if os.path.isdir(home.state_dir(site.vm)) else None
+    if pid is not None:
+        stop_tracker(home, site.vm)
+        if not wait_for_end(pid, END_SECONDS):
+            raise UnreachableError(f"{site.vm}: the tracker (pid {pid}) does not end")
+    clear_dead_mount(home.mountpoint(site.vm))
+
+
+def loss(site: Site) -> Loss:
+    """What goes with the old source's disks: a lower bound, from its logs."""
+    try:
+        logs = spool.list_logs(site.home.folder(site.vm))
+        return Loss(logged=sum(log.header.stored_bytes for log in logs), doubtful=0)
+    except (OSError, StateError):
+        return Loss(logged=0, doubtful=0)
+
+
+# The side that has the VM --------------------------------------------------------------------------------------
+
+
+def reverse(
+    site: Site,
+    party: Party,
+    *,
+    own: str,
+    to: str | None,
+    is_tracked: Callable[[], bool],
+    told: Callable[[str], None] = lambda text: None,
+) -> str:
+    """Replicate the VM from here on to where the old source gave way, or into the store `to`. Returns that store.
+
+    `own`: the store by which it was failed over to here; `is_tracked`: whether its disks are hydrated, waited for.
+    Raises StateError (not failed over to here; the old source has not given way), NotFoundError, UsageError, FencedError.
+    """
+    record = site.records.read(site.vm)
+    next_state(record.state, Event.REVERSE, what=site.vm)
+    kept: dict[str, str] = {}
+
+    def choose() -> str:
+        kept["to"] = to or _invited(site, own)
+        _demand_store(site, party, kept["to"], own=own, epoch=record.epoch)
+        return kept["to"]
+
+    def wait() -> None:
+        while not is_tracked():
+            site.clock.sleep(WAIT_SECONDS)
+
+    def turn() -> None:
+        site.records.apply(site.vm, Event.REVERSE, store=kept["to"], enabled=True, orders=Orders(now=True))
+
+    acts: dict[flows.FlowStep, Callable[[], str | None]] = {flows.TARGET: choose, flows.WAIT: wait, flows.TURN: turn}
+    steps = [step.name for step in flows.REVERSE]
+    command = ("replication", "reverse", site.vm, *(("--to", to) if to else ()), "--yes")
+    with site.records.jobs.run(JobKind.REVERSE, site.vm, steps=steps, command=command) as job:
+        flows.drive(job, flows.REVERSE, acts)
+    return kept["to"]
+
+
+def _invited(site: Site, own: str) -> str:
+    """Where the old source gave way to."""
+    with Store(own, create=False, read_only=True) as store:
+        vm = store.vm(site.vm)
+    if vm.returns_to is None:
+        raise StateError(
+            f"{site.vm}: the side that it was failed over from has not given way yet",
+            hint=f"there: hvfuse replication reverse {site.vm}; "
+            f"to another place: hvfuse replication reverse {site.vm} --to STORE",
+        )
+    return str(vm.returns_to["store"])
+
+
+def _demand_store(site: Site, party: Party, path: str, *, own: str, epoch: int) -> None:
+    """Raises UsageError, NotFoundError, FencedError if the VM cannot be shipped there."""
+    if os.path.realpath(path) == os.path.realpath(own):
+        raise UsageError(f"{path}: is this home's own store; a replica there would be lost together with the VM")
+    try:
+        replica = read_replica(path, site.vm)
+    except NotFoundError:
+        if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            raise
+        return
+    if replica is not None:
+        failing_over.demand_claim(replica, failing_over.Claim(party=party, epoch=epoch))
