@@ -64,9 +64,9 @@ class ViewDisk:
     """A disk of a view. Offsets and lengths are bytes; what lies past the end is ignored by `trim` and
     `zero` and not read; writing there extends the disk. Without an overlay it must not be changed.
 
-    For one thread; but `unheld`, `take_up` and `flush_behind` are for one other beside it. What changes the disk takes a
-    turn at the overlay. Reading does not: the lower disk never changes, and a block that comes into the overlay
-    meanwhile is the same there.
+    For one thread; but `unheld`, `take_up` and `flush_behind` are for one other beside it. What changes the disk
+    takes a turn at the overlay. Reading does not: the lower disk never changes, and a block that comes into the
+    overlay meanwhile is the same there.
 
     Raises OSError of the overlay's files, and what the lower disk raises.
     """
