@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import tempfile
 import threading
 import time
@@ -19,8 +20,10 @@ from hvfuse import system
 from hvfuse.errors import CorruptError
 from hvfuse.target import hydration
 from hvfuse.target.hydration import DiskHydration, Hydration, HydrationState, Progress
+from hvfuse.target.journal import PointReader
 from hvfuse.target.overlay import BLOCK, Overlay
 from hvfuse.target.view import View, ViewDisk
+from tests.shipper.test_with_store import StoredHost
 from tests.target.test_view import IDENTITY, LIMIT, Bytes, BytesPoint, lengths, positions
 
 MIB = 1 << 20
@@ -321,6 +324,26 @@ def claims(path: Path) -> list[int]:
     found = [n for n in range(64) if overlay.holds(n * BLOCK)]
     overlay.close()
     return found
+
+
+def test_any_point_of_a_store_becomes_plain_disks(tmp_path: Path) -> None:
+    (tmp_path / "host").mkdir()
+    host = StoredHost(tmp_path / "host")
+    shipper = host.shipper()
+    were = {}
+    for seed in range(3):
+        host.scribble(random.Random(seed), 30)
+        shipper.cycle_now()
+        were[host.store.points("vm1")[-1].id] = host.images()
+    for point, images in were.items():
+        view = View(PointReader(host.store, "vm1", point), overlays=str(tmp_path / point))
+        copying = Hydration(view.disks.values(), str(tmp_path / point))
+        assert copying.run(threading.Event())
+        view.close()
+        assert {name: (tmp_path / point / f"{name}.data").read_bytes() for name in images} == images
+    host.replica.close()
+    host.store.close()
+    host.detach()
 
 
 def until(true: Callable[[], object]) -> None:
