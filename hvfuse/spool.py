@@ -7,6 +7,10 @@
     DISK.hvt               the tracking state
     DISK.hvt0, DISK.hvt1   the index maps of the active log and of the one being sealed or standing by
 
+Beside them, a folder in which no disk is tracked yet:
+
+    .failover/             what a failed-over VM is served from (`hvfuse.target.standing`)
+
 These names are reserved: the mount neither shows nor accepts them.
 
 A cycle is whole when as many sealed logs carry its (generation, cycle) as each of them says that
@@ -38,6 +42,8 @@ SPARES_KEPT = 2
 """Logs that a disk keeps for overwriting: one active and one standby may be wanted at once."""
 SPARE_SIZE = 1 << 30
 """Bytes; what a longer spare is cut to."""
+
+FAILOVER = ".failover"
 
 _RESERVED = re.compile(
     rb"^(?P<disk>.+)\.(?:\d{10}(?:\.c)?\.hrl|\d{10}\.hrc(?:\.tmp)?|spare\d+\.hrl|hvt[01]?(?:\.tmp)?)\Z", re.DOTALL
@@ -86,8 +92,8 @@ def disk_of(name: str) -> str | None:
 
 
 def is_reserved(name: str) -> bool:
-    """Whether `name` (no directory part) belongs to the tracker."""
-    return _RESERVED.match(os.fsencode(name)) is not None
+    """Whether `name` (no directory part) is hvfuse's own."""
+    return name == FAILOVER or _RESERVED.match(os.fsencode(name)) is not None
 
 
 def forget(folder: str, disk: str) -> None:

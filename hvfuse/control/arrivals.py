@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from hvfuse import spool
 from hvfuse.control.home import Home
 from hvfuse.system import Clock
 
@@ -16,7 +17,7 @@ STILL_SECONDS = 3.0
 """So long names, sizes and mtimes in a folder must not have changed."""
 
 _Contents = frozenset[tuple[str, int, int]]
-"""(name, bytes, mtime in ns) of everything in a folder."""
+"""(name, bytes, mtime in ns) of everything in a folder but what hvfuse serves a failed-over VM from."""
 
 
 class Arrivals:
@@ -49,7 +50,7 @@ class Arrivals:
         """What the folder holds; None if that changes while it is read."""
         try:
             with os.scandir(self._home.folder(vm)) as entries:
-                found = [(entry.name, entry.stat()) for entry in entries]
+                found = [(entry.name, entry.stat()) for entry in entries if entry.name != spool.FAILOVER]
         except OSError:
             return None
         return frozenset((name, status.st_size, status.st_mtime_ns) for name, status in found)

@@ -21,20 +21,27 @@ Header (little-endian, 64 bytes; the rest of the 4,096 is zeroes):
 The block map is kept in memory, and goes to the file in `flush` alone, after the data was synced. So a block
 is never claimed whose data could be lost with the host; after a crash the disk is as at the last flush, in any
 unflushed block perhaps newer, as with any disk. A resize is durable at once: shrunk first in the header, then
-in the data, which is cut to the header's size when an overlay is opened.
+in the data, which is cut to the header's size when an overlay is opened. The block map goes first when an overlay is
+removed: a map without its data would claim zeroes.
+
+Below a block that the map does not claim, the data file may hold anything: what was written and not flushed before a
+crash, or half a write that failed. It is never read, and `hold_zeroes` takes it away.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import xxhash
 
 from hvfuse import system
 from hvfuse.errors import CorruptError, HvfuseError, UnsupportedError, UsageError
 from hvfuse.extent import Buffer, round_up
+from hvfuse.turns import Turns
 
 BLOCK = 4096
 """Bytes."""
@@ -97,16 +104,34 @@ class BlockMap:
                 bits = int.from_bytes(system.pread(fd, _PAGE, at), "little")
                 self._pages[(at - start) // _PAGE] = _FULL if bits == _FULL else bits
 
-    def save(self, fd: int, start: int) -> None:
-        """Write what changed since the last time. Raises OSError."""
-        for page in sorted(self._dirty):
-            system.pwrite("overlay:map", fd, self._pages[page].to_bytes(_PAGE, "little"), start + page * _PAGE)
-        self._dirty.clear()
+    def count(self, end: int) -> int:
+        """How many of the blocks 0 <= n < end are in the set."""
+        last, bits = divmod(end, _PAGE_BITS)
+        whole = sum(
+            _PAGE_BITS if found == _FULL else found.bit_count()
+            for page, found in list(self._pages.items())
+            if page < last
+        )
+        return whole + (self._pages.get(last, 0) & (1 << bits) - 1).bit_count()
+
+    def changed(self) -> dict[int, int]:
+        """The pages that changed since the last time that one was `saved`, as they are now."""
+        return {page: self._pages[page] for page in sorted(self._dirty)}
+
+    def save(self, pages: dict[int, int], fd: int, start: int) -> None:
+        """Write `changed` pages. Raises OSError; what was not written stays changed."""
+        for page, bits in pages.items():
+            system.pwrite("overlay:map", fd, bits.to_bytes(_PAGE, "little"), start + page * _PAGE)
+            if self._pages[page] == bits:
+                self._dirty.discard(page)
 
 
 class Overlay:
-    """One disk's overlay. Not for several threads at once.
+    """One disk's overlay, for one thread that uses the disk, and one beside it that copies up what lies below.
 
+    `turns`: whoever changes which blocks there are, or the size, holds it: that thread as the one that goes first, the
+    other one `behind`. So a block is looked for and taken in one turn. `flush` takes its turns itself. Only the first
+    writes to blocks that the overlay has, and blocks are never given back: it reads without a turn.
     `size` is the disk's, in bytes; `visible`: the bytes of the disk below that still show where the overlay
     has no block.
     """
@@ -121,6 +146,9 @@ class Overlay:
         self._identity = identity
         self._blocks = BlockMap()
         self._failure: OSError | None = None
+        # Taken before a turn: one flush at a time, else an older page of the map could be written over a newer one.
+        self._flushing = threading.Lock()
+        self.turns = Turns()
         self.size = lower_size
         self.visible = lower_size
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -152,10 +180,18 @@ class Overlay:
         self._blocks.load(self._map, _MAP_START)
 
     def _write_header(self) -> None:
+        self._put_header()
+        self._sync("overlay:header-sync", self._map)
+
+    def _put_header(self) -> None:
         header = _HEADER.pack(_MAGIC, _VERSION, BLOCK, self._identity, self.size, self.visible)
         header += _CHECKSUM.pack(xxhash.xxh3_64_intdigest(header))
         system.pwrite("overlay:header", self._map, header, 0)
-        system.fdatasync("overlay:header-sync", self._map)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the disk that are in the overlay."""
+        return min(self._blocks.count(round_up(self.size, BLOCK) // BLOCK) * BLOCK, self.size)
 
     def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
         """Cut the bytes start <= b < end into (start, end, whether they are in the overlay)."""
@@ -185,6 +221,13 @@ class Overlay:
         system.write_zeroes("overlay:clear", self._data, start, end - start)
         self._blocks.add(start // BLOCK, round_up(end, BLOCK) // BLOCK)
 
+    def hold_zeroes(self, start: int, end: int) -> None:
+        """Take whole blocks that the overlay has not into it, as zeroes; `end` as in `clear`. Writes nothing where the
+        data file has a hole."""
+        for low, high in list(system.data_extents(self._data, start, end)):
+            system.write_zeroes("overlay:clear", self._data, low, high - low)
+        self._blocks.add(start // BLOCK, round_up(end, BLOCK) // BLOCK)
+
     def resize(self, size: int) -> None:
         """Give the disk another size; what is cut off is gone, what is added is zeroes."""
         self.size = size
@@ -196,14 +239,27 @@ class Overlay:
         """(offset, end) of what is not a hole among blocks that the overlay has."""
         return system.data_extents(self._data, start, end)
 
-    def flush(self) -> None:
-        """Make everything durable. A failure is final: every later flush fails as well. Raises OSError."""
-        if self._failure is not None:
-            raise OSError(self._failure.errno, f"{self._paths[0]}: an earlier sync failed")
+    def flush(self, *, behind: bool = False) -> None:
+        """Make everything durable that was written before. A failed sync is final: every later flush fails as well.
+        `behind`: it is not the first thread that asks; that one does not wait for the syncs unless it flushes itself.
+        Raises OSError."""
+        with self._flushing:
+            if self._failure is not None:
+                raise OSError(self._failure.errno, f"{self._paths[0]}: an earlier sync failed")
+            with self._turn(behind):
+                pages = self._blocks.changed()
+            self._sync("overlay:data-sync", self._data)
+            with self._turn(behind):
+                self._blocks.save(pages, self._map, _MAP_START)
+                self._put_header()
+            self._sync("overlay:header-sync", self._map)
+
+    def _turn(self, behind: bool) -> AbstractContextManager[None]:
+        return self.turns.behind() if behind else self.turns
+
+    def _sync(self, label: str, fd: int) -> None:
         try:
-            system.fdatasync("overlay:data-sync", self._data)
-            self._blocks.save(self._map, _MAP_START)
-            self._write_header()
+            system.fdatasync(label, fd)
         except OSError as error:
             self._failure = error
             raise
@@ -218,7 +274,7 @@ class Overlay:
     def drop(self) -> None:
         """Close, and remove the files."""
         self.close()
-        for path in self._paths:
+        for path in reversed(self._paths):
             system.unlink("overlay:drop", path, missing_ok=True)
 
 
@@ -231,6 +287,6 @@ def drop_overlays(directory: str) -> None:
     strangers = [name for name in names if not name.endswith((".data", ".blocks"))]
     if strangers:
         raise HvfuseError(f"{directory}: holds more than overlays ({strangers[0]}), not removed")
-    for name in names:
+    for name in sorted(names, key=lambda name: name.endswith(".data")):
         system.unlink("overlay:drop", os.path.join(directory, name), missing_ok=True)
     os.rmdir(directory)

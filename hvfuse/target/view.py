@@ -2,6 +2,8 @@
 
 A read takes each block from the overlay if it is there, else from the point; a write goes to the overlay
 alone, copying up the rest of a block that it touches in part. The point is never changed.
+
+One thread uses a view. Another one may copy up beside it what the overlays lack (`hvfuse.target.hydration`).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Protocol
 
 import xxhash
 
-from hvfuse.extent import Buffer, round_down, round_up
+from hvfuse.extent import Buffer, is_zero, round_down, round_up
 from hvfuse.manifest import DiskManifest
 from hvfuse.target.overlay import BLOCK, Overlay, drop_overlays
 
@@ -62,12 +64,17 @@ class ViewDisk:
     """A disk of a view. Offsets and lengths are bytes; what lies past the end is ignored by `trim` and
     `zero` and not read; writing there extends the disk. Without an overlay it must not be changed.
 
+    For one thread; but `unheld`, `take_up` and `flush_behind` are for one other beside it. What changes the disk
+    takes a turn at the overlay. Reading does not: the lower disk never changes, and a block that comes into the
+    overlay meanwhile is the same there.
+
     Raises OSError of the overlay's files, and what the lower disk raises.
     """
 
     def __init__(self, lower: Lower, overlay: Overlay | None) -> None:
         self._lower = lower
         self._overlay = overlay
+        self._reads = 0
 
     @property
     def read_only(self) -> bool:
@@ -87,6 +94,7 @@ class ViewDisk:
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill `buffer`; returns the bytes read, fewer only at the end of the disk."""
+        self._reads += 1
         end = min(offset + len(buffer), self.size)
         for start, stop, held in self._pieces(offset, end):
             into = buffer[start - offset : stop - offset]
@@ -116,16 +124,21 @@ class ViewDisk:
         if not len(data):
             return
         overlay = self._writable()
+        with overlay.turns:
+            self._write(overlay, offset, data)
+
+    def _write(self, overlay: Overlay, offset: int, data: Buffer) -> None:
         end = offset + len(data)
+        if not len(data):
+            return
         if offset % BLOCK:
-            self._copy_up(round_down(offset, BLOCK))
+            self._copy_up(overlay, round_down(offset, BLOCK))
         if end % BLOCK and end < self.size:
-            self._copy_up(round_down(end, BLOCK))
+            self._copy_up(overlay, round_down(end, BLOCK))
         overlay.pwrite(offset, data)
 
-    def _copy_up(self, block: int) -> None:
+    def _copy_up(self, overlay: Overlay, block: int) -> None:
         """Take the block at offset `block` into the overlay as it is."""
-        overlay = self._writable()
         if block < self.size and not overlay.holds(block):
             overlay.pwrite(block, self.pread(block, BLOCK))
 
@@ -135,27 +148,82 @@ class ViewDisk:
 
     def trim(self, offset: int, length: int) -> None:
         """Make a range read as zeroes and give back the space that it takes in the overlay."""
+        overlay = self._writable()
         end = min(offset + length, self.size)
         first = round_up(offset, BLOCK)
         last = end if end == self.size else round_down(end, BLOCK)
-        if first >= last:
-            self.pwrite(offset, bytes(max(0, end - offset)))
-            return
-        self.pwrite(offset, bytes(first - offset))
-        self._writable().clear(first, last)
-        self.pwrite(last, bytes(end - last))
+        with overlay.turns:
+            if first >= last:
+                self._write(overlay, offset, bytes(max(0, end - offset)))
+                return
+            self._write(overlay, offset, bytes(first - offset))
+            overlay.clear(first, last)
+            self._write(overlay, last, bytes(end - last))
 
     zero = trim
     """A hole in the overlay is the cheapest way to hold zeroes."""
 
     def truncate(self, size: int) -> None:
         """Set the size; what is added reads as zeroes."""
-        self._writable().resize(size)
+        overlay = self._writable()
+        with overlay.turns:
+            overlay.resize(size)
 
     def flush(self) -> None:
-        """Make everything written durable. A failure is final. Raises OSError."""
+        """Make everything written durable. A failed sync is final. Raises OSError."""
         if self._overlay is not None:
             self._overlay.flush()
+
+    # For the thread beside ----------------------------------------------------------------------------
+
+    @property
+    def lower(self) -> Lower:
+        """What lies below; it may be longer than what is still to be seen of it."""
+        return self._lower
+
+    @property
+    def uses(self) -> int:
+        """How often the disk was read or changed; only ever grows."""
+        return self._reads + self._writable().turns.taken
+
+    @property
+    def unheld_bytes(self) -> int:
+        """Bytes that the overlay lacks."""
+        return self.size - self._writable().held_bytes
+
+    def unheld(self, start: int) -> tuple[int, int] | None:
+        """The first range (offset, end) at or after `start`, on a block, that the overlay lacks; None: none does."""
+        overlay = self._writable()
+        with overlay.turns.behind():
+            low = high = -1
+            for begin, end, held in overlay.pieces(start, overlay.size):
+                if high >= 0 and held:
+                    break
+                if not held:
+                    low, high = begin if low < 0 else low, end
+            return (low, high) if high >= 0 else None
+
+    def take_up(self, start: int, end: int, data: bytes | None) -> None:
+        """Take a range of the lower disk, on blocks, into the overlay, where that lacks it still. `data`: what stands
+        there, fewer bytes at the end of the disk; None: zeroes. Blocks of zeroes are not written. Durable after
+        `flush_behind`. Raises OSError."""
+        overlay = self._writable()
+        with overlay.turns.behind():
+            for low, high, held in list(overlay.pieces(start, min(end, overlay.size))):
+                if held:
+                    continue
+                # The lower disk may have been cut off since it was read.
+                shown = b"" if data is None else data[low - start : max(low, min(high, overlay.visible)) - start]
+                done = low
+                for first, last in _data_runs(shown):
+                    _hold_zeroes(overlay, done, low + first)
+                    done = min(low + last, high)
+                    overlay.pwrite(low + first, shown[first:last].ljust(done - low - first, b"\0"))
+                _hold_zeroes(overlay, done, high)
+
+    def flush_behind(self) -> None:
+        """As `flush`, and the thread that uses the disk does not wait for it."""
+        self._writable().flush(behind=True)
 
     def extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """(offset, end) of the ranges within [start, end) that may hold anything but zeroes, ascending and apart."""
@@ -175,6 +243,24 @@ class ViewDisk:
                 yield from self._writable().data_extents(begin, finish)
             else:
                 yield from self._lower.extents(begin, min(finish, self._visible))
+
+
+def _hold_zeroes(overlay: Overlay, start: int, end: int) -> None:
+    if start < end:
+        overlay.hold_zeroes(start, end)
+
+
+def _data_runs(data: bytes) -> Iterator[tuple[int, int]]:
+    """[start, end) of the runs of blocks in `data` that are not all zeroes; the ends on blocks."""
+    view, start = memoryview(data), -1
+    for at in range(0, len(data), BLOCK):
+        if not is_zero(view[at : at + BLOCK]):
+            start = at if start < 0 else start
+        elif start >= 0:
+            yield start, at
+            start = -1
+    if start >= 0:
+        yield start, round_up(len(data), BLOCK)
 
 
 class View:

@@ -142,6 +142,10 @@ class ViewFilesystem(Filesystem):
             for inode, (name, disk) in enumerate(sorted(view.disks.items()), _ROOT_INODE + 1)
         }
 
+    def attributes(self) -> dict[str, tuple[int, tuple[int, int]]]:
+        """Permissions and (user, group) of each disk, as they were set through the mount."""
+        return {name: (stat.S_IMODE(node.mode), node.owner) for name, node in self._nodes.items()}
+
     def _node(self, node: Node) -> DiskNode:
         if not isinstance(node, str):
             assert isinstance(node, ViewFile)

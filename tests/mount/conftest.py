@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import subprocess
 import sys
@@ -38,6 +39,11 @@ class Mounted:
 
     def run(self, module: str, *arguments: Path | str) -> None:
         """Start the program that mounts, and return once it says that it is ready."""
+        self.spawn(module, *arguments)
+        self.expect("ready")
+
+    def spawn(self, module: str, *arguments: Path | str) -> None:
+        """Start the program that mounts."""
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -45,14 +51,30 @@ class Mounted:
             cwd=REPOSITORY,
             text=True,
         )
-        self.expect("ready")
 
     def expect(self, word: str) -> None:
         """Wait for the line `word` from the serving process."""
+        self.expect_match(re.escape(word) + r"\Z")
+
+    def expect_match(self, pattern: str) -> None:
+        """Wait for a line that begins with what matches `pattern`."""
         assert self.process is not None and self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], READY_WITHIN)
         line = self.process.stdout.readline() if readable else ""
-        assert line == word + "\n", f"got {line!r}; {self.errors()}"
+        assert re.match(pattern, line.removesuffix("\n")), f"got {line!r}; {self.errors()}"
+
+    def reap(self) -> None:
+        """Wait for the end of a process that was told to end, or is dead."""
+        if self.process is None:
+            return
+        process, self.process = self.process, None
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
     def errors(self) -> str:
         """What the serving process complained about."""
@@ -70,14 +92,7 @@ class Mounted:
         """Unmount whatever is left and reap the process."""
         while mountpoint.is_mounted(str(self.mnt)):
             mountpoint.stop(str(self.mnt))
-        if self.process is not None:
-            try:
-                self.process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-            assert self.process.stdout is not None
-            self.process.stdout.close()
+        self.reap()
 
 
 @contextmanager

@@ -68,7 +68,7 @@ def test_a_trim_of_16_tib_takes_no_memory_to_speak_of(tmp_path: Path) -> None:
     blocks.add(PAGE_BLOCKS - 1, 5 * PAGE_BLOCKS)
     fd = os.open(tmp_path / "map", os.O_RDWR | os.O_CREAT)
     try:
-        blocks.save(fd, 4096)
+        blocks.save(blocks.changed(), fd, 4096)
         again = BlockMap()
         again.load(fd, 4096)
     finally:
