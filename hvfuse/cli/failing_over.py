@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import click
 
 from hvfuse.cli import wiring
 from hvfuse.cli.main import Session
-from hvfuse.cli.output import emit_json, json_option, note, time_text
+from hvfuse.cli.output import emit_json, json_option, time_text
 from hvfuse.cli.progress import showing
 from hvfuse.cli.sites import open_site
 from hvfuse.control import flows, trial
@@ -22,7 +21,7 @@ from hvfuse.states import AFTER_FAILOVER, ReplicationState
 from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
-    from hvfuse.control.failed_over import Failover, Options
+    from hvfuse.control.failed_over import Failover
     from hvfuse.control.site import Site
     from hvfuse.manifest import RecoveryPoint
     from hvfuse.target.store import Store
@@ -36,7 +35,9 @@ _yes = click.option("--yes", is_flag=True, help="Do not ask.")
 _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 _force = click.option("--force", is_flag=True, help="End the mount although programs use it.")
 _boot = click.option("--boot", is_flag=True, help="Start the guest that [vm.NAME.guest] describes.")
-_validate = click.option("--validate", is_flag=True, help="Run the validation hook of [vm.NAME.guest], and keep its verdict.")
+_validate = click.option(
+    "--validate", is_flag=True, help="Run the validation hook of [vm.NAME.guest], and keep its verdict."
+)
 
 
 def consent(what: str, question: str, *, yes: bool, command: str) -> None:
@@ -70,9 +71,7 @@ def is_source(site: Site) -> bool:
 @_dry_run
 @json_option
 @click.pass_obj
-def planned(
-    session: Session, vm: str, *, boot: bool, validate: bool, yes: bool, dry_run: bool, as_json: bool
-) -> None:
+def planned(session: Session, vm: str, *, boot: bool, validate: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Fail VM over without any loss: first on its source, then on the target.
 
     On the source, nobody may use its disks any more: they become read-only, the last cycle is sent, and all disks are
@@ -102,9 +101,13 @@ def _prepare(session: Session, site: Site, *, yes: bool, as_json: bool) -> None:
     following = f"hvfuse failover planned {vm}"
     if as_json:
         state = ReplicationState.PREPARED_FOR_FAILOVER
-        emit_json({"vm": vm, "state": state, "point": point, "proved": proved, "next_command": f"on the target: {following}"})
+        emit_json(
+            {"vm": vm, "state": state, "point": point, "proved": proved, "next_command": f"on the target: {following}"}
+        )
         return
-    click.echo(f"{vm} is prepared at recovery point {point}: {bytes_text(proved['bytes'])} compared, equal on both sides")
+    click.echo(
+        f"{vm} is prepared at recovery point {point}: {bytes_text(proved['bytes'])} compared, equal on both sides"
+    )
     click.echo(f"its disks are read-only here; next, on the target: {following}")
     click.echo(f"to go back instead: hvfuse failover cancel {vm}")
 
@@ -285,9 +288,10 @@ def cancel(session: Session, vm: str, *, force: bool, yes: bool, dry_run: bool, 
         if as_json:
             emit_json({"vm": vm, "state": state, "side": "source" if at_source else "replica"})
             return None
-        click.echo(f"{vm}: the failover is cancelled; " + (
-            "its disks are writable again" if at_source else "it is its source's again"
-        ))
+        click.echo(
+            f"{vm}: the failover is cancelled; "
+            + ("its disks are writable again" if at_source else "it is its source's again")
+        )
         return None
 
 
@@ -302,6 +306,13 @@ def _failover(session: Session, site: Site) -> Iterator[tuple[Failover, Store]]:
         raise StateError(f"{site.vm} is {record.state}: {record.held}", hint="do it there")
     with Store(site.store_path, create=False) as store:
         store.vm(site.vm)  # raises NotFoundError
-        yield Failover(
-            site, wiring.party(site.home), store, guests=wiring.guests(session, site), adopt=wiring.adopter(site, store)
-        ), store
+        yield (
+            Failover(
+                site,
+                wiring.party(site.home),
+                store,
+                guests=wiring.guests(session, site),
+                adopt=wiring.adopter(site, store),
+            ),
+            store,
+        )

@@ -1,15 +1,17 @@
-"""`hvfuse failover`: try a recovery point out, and clean up."""
+"""`hvfuse failover`: try a recovery point out, and clean up; the other flows are in `hvfuse.cli.failing_over`."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
 
+from hvfuse.cli import failing_over, wiring
 from hvfuse.cli.main import Session
 from hvfuse.cli.output import emit_json, json_option, print_table, time_text
 from hvfuse.control import trial
@@ -17,6 +19,7 @@ from hvfuse.control.home import Home
 from hvfuse.control.job import JobKind
 from hvfuse.control.records import Records
 from hvfuse.errors import NotFoundError, UsageError
+from hvfuse.mountpoint import is_mounted
 from hvfuse.system import SystemClock
 from hvfuse.target.schema import Pin
 from hvfuse.target.store import Store
@@ -29,10 +32,17 @@ _CLEANUP_STEPS = (_UNMOUNT, _DROP, _RELEASE)
 
 @click.group()
 def failover() -> None:
-    """Try out a recovery point on writable disks.
+    """Fail a VM over to a recovery point: on trial, planned, or as its source is lost.
 
-    Replication goes on meanwhile, and nothing written there reaches the replica or the source.
+    A test leaves replication as it is, and nothing written to its disks reaches the replica or the source. Of any other
+    failover, nothing is final before `hvfuse failover commit`.
     """
+
+
+for _flow in (
+    failing_over.planned, failing_over.unplanned, failing_over.change_point, failing_over.commit, failing_over.cancel,
+):  # fmt: skip
+    failover.add_command(_flow)
 
 
 @failover.command()
@@ -45,17 +55,20 @@ def failover() -> None:
     help="The recovery point: latest, latest-app-consistent, an id (see `hvfuse point list`), or a time such as "
     "2026-11-22T18:30, which means the last one not after it.",
 )
-@click.option("--mount", "directory", required=True, metavar="DIR", help="Where to show the disks; made if missing.")
+@click.option(
+    "--mount", "directory", metavar="DIR", help="Where to show the disks; made if missing.  [default: mnt/VM - Test]"
+)
 @json_option
 @click.pass_obj
-def test(session: Session, vm: str, point: str, directory: str, as_json: bool) -> None:
+def test(session: Session, vm: str, point: str, directory: str | None, as_json: bool) -> None:
     """Show VM's disks as they were at a recovery point, at DIR, writable.
 
     What is written there is kept apart until `hvfuse failover cleanup`. It takes the same time whatever
     the size of the disks; several tests may stand at once.
     """
-    words = ("failover", "test", vm, "--point", point, "--mount", os.path.abspath(directory))
-    with _store(session) as (home, store), _records(session) as records:
+    with _records(session) as records, _store(session, vm, records) as (home, store):
+        directory = os.path.abspath(directory or _free_directory(home, vm))
+        words = ("failover", "test", vm, "--point", point, "--mount", directory)
         points = store.points(vm)
         with records.jobs.run(JobKind.TEST_FAILOVER, vm, steps=_TEST_STEPS, command=words) as job:
             job.step(_CHOOSE)
@@ -97,15 +110,17 @@ def cleanup(
     """
     if (vm is None) is not everything:
         raise UsageError("name a VM, or give --all", hint="hvfuse failover cleanup --help")
-    with _store(session) as (home, store):
-        found = _chosen(store, vm, test_id)
-        if vm is not None and not found and not os.path.isdir(home.folder(vm)):
-            store.point_count(vm)  # raises NotFoundError: there is not even such a VM
-        with _records(session) as records:
-            for pin in found:
+    found: list[Pin] = []
+    with _records(session) as records:
+        for home, store in _stores(session, vm, records):
+            chosen = _chosen(store, vm, test_id)
+            if vm is not None and not chosen and not os.path.isdir(home.folder(vm)):
+                store.point_count(vm)  # raises NotFoundError: there is not even such a VM
+            for pin in chosen:
                 _clean_up(home, store, records, pin, force=force, remark=remark)
                 if not as_json:
                     click.echo(f"ended test failover {pin.id} of {pin.vm} at {pin.owner['mountpoint']}")
+            found += chosen
     if as_json:
         emit_json({"cleaned": [_fields(pin) for pin in found]})
     elif not found:
@@ -120,7 +135,7 @@ def _clean_up(home: Home, store: Store, records: Records, pin: Pin, *, force: bo
         job.step(_UNMOUNT)
         trial.unmount(pin, force=force)
         job.step(_DROP)
-        trial.drop_written(home, pin)
+        trial.drop_written(home, store, pin)
         job.step(_RELEASE)
         # Before the pin goes: without it nobody would do this again.
         records.update(
@@ -138,10 +153,12 @@ def _clean_up(home: Home, store: Store, records: Records, pin: Pin, *, force: bo
 @click.pass_obj
 def list_tests(session: Session, vm: str | None, as_json: bool) -> None:
     """List the test failovers that were not cleaned up yet."""
-    with _store(session) as (home, store):
-        found = trial.trials(store, vm)
-        if vm is not None and not found and not os.path.isdir(home.folder(vm)):
-            store.point_count(vm)  # raises NotFoundError: there is not even such a VM
+    found: list[Pin] = []
+    with wiring.kept_records(session.home) as records:
+        for home, store in _stores(session, vm, records):
+            found += trial.trials(store, vm)
+            if vm is not None and not found and not os.path.isdir(home.folder(vm)):
+                store.point_count(vm)  # raises NotFoundError: there is not even such a VM
     if as_json:
         emit_json({"tests": [{**_fields(pin), "alive": trial.is_alive(pin)} for pin in found]})
         return
@@ -171,10 +188,30 @@ def _chosen(store: Store, vm: str | None, test_id: str | None) -> Sequence[Pin]:
 
 
 @contextmanager
-def _store(session: Session) -> Iterator[tuple[Home, Store]]:
-    home = session.home
-    with Store(home.store, create=False) as store:
-        yield home, store
+def _store(session: Session, vm: str, records: Records | None) -> Iterator[tuple[Home, Store]]:
+    """The store that the VM's replica lies in. Raises NotFoundError."""
+    with Store(wiring.store_of(session, vm, records), create=False) as store:
+        yield session.home, store
+
+
+def _stores(session: Session, vm: str | None, records: Records | None) -> Iterator[tuple[Home, Store]]:
+    """That of the VM; without one, all stores of which this home knows, that are there."""
+    if vm is not None:
+        with _store(session, vm, records) as found:
+            yield found
+        return
+    for path in wiring.stores_of(session, records):
+        with suppress(NotFoundError), Store(path, create=False) as store:
+            yield session.home, store
+
+
+def _free_directory(home: Home, vm: str) -> str:
+    """Where no other test of the VM is mounted: mnt/VM - Test, mnt/VM - Test 2, …"""
+    for number in itertools.count(1):
+        path = os.path.join(home.mnt, f"{vm} - Test" + (f" {number}" if number > 1 else ""))
+        if not is_mounted(path):
+            return path
+    raise AssertionError
 
 
 def _records(session: Session) -> Records:

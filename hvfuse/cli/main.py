@@ -49,7 +49,7 @@ _SECTIONS: Mapping[str, Mapping[str, str]] = {
     },
     "Recover": {
         "point": "List recovery points.",
-        "failover": "Try out a recovery point on writable disks.",
+        "failover": "Fail a VM over to a recovery point: on trial, planned, or unplanned.",
         "store": "Examine the target store.",
     },
     "Files": {

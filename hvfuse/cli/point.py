@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hvfuse.cli.output import emit_json, json_option, print_table, time_text
 from hvfuse.cli import wiring
 from hvfuse.cli.main import Session
+from hvfuse.cli.output import emit_json, json_option, print_table, time_text
 from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:

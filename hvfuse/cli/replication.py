@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,13 +15,10 @@ from hvfuse.cli.progress import showing_copy
 from hvfuse.cli.replicate import make_cycle
 from hvfuse.cli.resync import order_copy
 from hvfuse.cli.sites import open_site
-from hvfuse.control.home import check_vm_name
 from hvfuse.control.instants import FORMS, parse_instant
-from hvfuse.control.records import Records
 from hvfuse.control.supervisor import is_supervised
 from hvfuse.errors import HvfuseError, StateError, UnreachableError, UsageError
 from hvfuse.states import Event, ReplicationState, next_state
-from hvfuse.system import SystemClock
 from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
@@ -205,6 +201,34 @@ def disable(session: Session, vm: str, delete_replica: bool, yes: bool, as_json:
         click.echo(f"{vm}: the replica is deleted: {_what(deleted)}")
     elif there is not None:
         click.echo(f"{vm}: the replica stays: {_what(there)}")
+
+
+@replication.command()
+@click.argument("vm")
+@click.option("--to", metavar="STORE", help="Replicate into this store, instead of where the other side gave way to.")
+@click.option("--into", metavar="STORE", help="On the old source: its store that takes the disks.  [default: its own]")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@json_option
+@click.pass_obj
+def reverse(
+    session: Session, vm: str, to: str | None, into: str | None, *, yes: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Replicate VM in the other direction after a failover: first on the old source, then where it runs now.
+
+    On the old source, its disks become the replica; what it wrote that never arrived is dropped. On the other side,
+    replication to there begins: both sides are compared, and only what differs is sent.
+    """
+    from hvfuse.cli.reversal import give_way, turn_round
+    from hvfuse.states import FAILOVER_DONE
+
+    with open_site(session, vm) as site:
+        _demand_known(session, site)
+        record = site.records.read(vm)
+        if record.state in FAILOVER_DONE and record.held is None and record.giving_way is None:
+            turn_round(session, site, to=to, dry_run=dry_run, as_json=as_json)
+        else:
+            give_way(session, site, into=into, yes=yes, dry_run=dry_run, as_json=as_json)
 
 
 def _demand_consent(vm: str, there: object) -> None:

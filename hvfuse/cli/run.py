@@ -18,7 +18,9 @@ from hvfuse.cli.main import Session
 from hvfuse.cli.output import is_terminal
 from hvfuse.cli.screen import plain_line, reason_lines, table
 from hvfuse.cli.status import statuses
+from hvfuse.cli.wiring import fence_of
 from hvfuse.control.copying import percent
+from hvfuse.control.fence import Fence, FenceWatch
 from hvfuse.control.monitor import Monitor
 from hvfuse.control.notify import Notifier
 from hvfuse.control.records import Records
@@ -119,7 +121,11 @@ def run(session: Session) -> None:
         )
         monitor = Monitor(records, clock=SystemClock(), keep_events=lambda: session.config.monitoring.keep_events)
         notifier = Notifier(records, lambda: session.config.monitoring.notify, clock=SystemClock())
-        with _display() as display, notifier, Watch(lambda: statuses(session, records)) as watch:
+
+        def fences() -> list[Fence]:
+            return [fence_of(home, session.config_file, vm, records) for vm in records.names()]
+
+        with _display() as display, notifier, FenceWatch(fences), Watch(lambda: statuses(session, records)) as watch:
             sample = supervisor.prepare()
             if sample is not None:
                 display.say(f"there was no VM yet: made {home.folder(sample)}")

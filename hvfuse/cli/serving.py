@@ -126,7 +126,7 @@ class _Hydrating:
             return False
         policy = self._session.config.policy(self._vm)
         site = Site(home=self._home, policy=policy, vm=self._vm, records=self._records, clock=SystemClock())
-        take_over(site, record, self._party)
+        take_over(site, self._store.path, record, self._party)
         return True
 
     def tell(self, progress: Progress) -> None:

@@ -23,7 +23,9 @@ from hvfuse.states import ReplicationState
 if TYPE_CHECKING:
     from hvfuse.cli.main import Session
     from hvfuse.control.facts import TargetFacts
+    from hvfuse.control.failed_over import Guests
     from hvfuse.control.fence import Fence
+    from hvfuse.control.site import Site
     from hvfuse.position import Position
     from hvfuse.shipper.policy import ShippingPolicy
     from hvfuse.shipper.service import Shipper
@@ -180,6 +182,18 @@ def fence_of(home: Home, file: ConfigFile, vm: str, records: Records) -> Fence:
         store_path=lambda: location.store_path(home, policy(), records.read(vm), vm),
         is_strict=lambda: policy().fence == "strict",
     )
+
+
+def guests(session: Session, site: Site) -> Guests:
+    """What boots the guest of a VM that is failed over to here."""
+    from hvfuse.control.failed_over import Guests
+
+    return Guests()
+
+
+def adopter(site: Site, store: Store) -> Callable[[str | None], None]:
+    """What keeps the definition that came with a recovery point in this home, or forgets it."""
+    return lambda point_id: None
 
 
 @contextmanager

@@ -23,13 +23,13 @@ from hvfuse.control import flows, trial
 from hvfuse.control.daemon import serving_pid, start_and_wait, wait_for_end
 from hvfuse.control.job import JobKind
 from hvfuse.control.site import Site
-from hvfuse.control.standing import drop
 from hvfuse.control.supervisor import STANDING, require_mountable, stop_tracker, tracker_daemon
 from hvfuse.errors import BusyError, NotFoundError, StateError, UnreachableError
 from hvfuse.manifest import RecoveryPoint
 from hvfuse.states import FAILOVER_DONE, FAILOVER_OPEN, Event, ReplicationState
 from hvfuse.target import failing_over, schema
 from hvfuse.target.failing_over import PLANNED, Party, state_of
+from hvfuse.target.standing import drop
 from hvfuse.target.store import Store
 
 END_SECONDS = 60.0
@@ -146,7 +146,7 @@ class Failover:
         failing_over.demand_mine(self._store.vm(self._vm), self._party)
         acts: dict[flows.FlowStep, Callable[[], str | None]] = {
             flows.FINAL: self._make_final,
-            flows.OWN: lambda: take_over(self._site, self._store.vm(self._vm), self._party),
+            flows.OWN: lambda: take_over(self._site, self._store.path, self._store.vm(self._vm), self._party),
         }
         self._run(JobKind.COMMIT, flows.COMMIT, acts, ("failover", "commit", self._vm, "--yes"))
 
@@ -266,17 +266,16 @@ class Failover:
         return f"at recovery point {vm.failover['point']}"
 
 
-def take_over(site: Site, vm: schema.VmRecord, party: Party) -> str | None:
-    """Have this home's record say that it has the VM. Idempotent. Raises StateError."""
+def take_over(site: Site, store: str, vm: schema.VmRecord, party: Party) -> None:
+    """Have this home's record say that it has the VM, by the store in that directory. Idempotent. Raises StateError."""
     failover = failing_over.demand_mine(vm, party)
     record = site.records.read(site.vm)
     if record.state is ReplicationState.DISABLED and record.epoch < int(failover["epoch"]):
         site.records.apply(
-            site.vm, Event.TAKE_OVER, enabled=None, epoch=int(failover["epoch"]), store=None, held=None,
+            site.vm, Event.TAKE_OVER, enabled=None, epoch=int(failover["epoch"]), store=store, held=None,
             gave_way_ns=None, error=None, hint=None, point=None, cycle=0, generation=None, protected_since_ns=None,
             resync_reason=None, resync_cause=None, copy=None, progress=None, orders={},
         )  # fmt: skip
-    return None
 
 
 def standing(store: Store, vm: str, party: Party) -> Mapping[str, Any] | None:

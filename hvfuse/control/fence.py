@@ -45,11 +45,12 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What the store's word means for the source. `events`: of its record; `held`: why its disks are read-only, None if
-    they are not; `epoch`: under which it has the VM."""
+    they are not; `epoch`: under which it has the VM. `is_asked`: whether the store could be asked."""
 
     events: tuple[Event, ...] = ()
     held: str | None = None
     epoch: int = 0
+    is_asked: bool = True
 
 
 def judge(record: VmRecord, replica: schema.VmRecord | None, home: str) -> Verdict:
@@ -116,16 +117,15 @@ class Fence:
         self._records = records
         self._store_path = store_path
         self._is_strict = is_strict
-        self._has_asked = False
 
     def look(self) -> Verdict:
-        """Ask the store, and have the record say what it said. Durable. Raises HvfuseError of the records alone."""
+        """Ask the store, and have the record say what it said. Durable. Where it cannot be asked, the policy says
+        whether a process that begins may serve the disks. Raises HvfuseError of the records alone."""
         record = self._records.read(self._vm)
         try:
             replica = read_replica(self._store_path(), self._vm)
         except (HvfuseError, OSError) as error:
             return self._unasked(record, error)
-        self._has_asked = True
         verdict = judge(record, replica, self._home.identity())
         if verdict.events or verdict.held != record.held or verdict.epoch != record.epoch:
             prepared = record.prepared if verdict.held is not None else None
@@ -136,18 +136,18 @@ class Fence:
         return verdict
 
     def _unasked(self, record: VmRecord, error: Exception) -> Verdict:
-        if record.state is _S.DISABLED:
-            return Verdict(epoch=record.epoch)
-        if record.held is not None:
-            return Verdict(epoch=record.epoch, held=record.held)
+        held = None if record.state is _S.DISABLED else record.held
         is_first = isinstance(error, NotFoundError) and record.point is None  # nothing was ever shipped
-        if self._is_strict() and not self._has_asked and not is_first:
-            return Verdict(epoch=record.epoch, held=f'the store cannot be asked, and fence is "strict": {error}')
-        return Verdict(epoch=record.epoch)
+        if held is None and record.state is not _S.DISABLED and self._is_strict() and not is_first:
+            held = f'the store cannot be asked, and fence is "strict": {error}'
+        return Verdict(epoch=record.epoch, held=held, is_asked=False)
 
     def enforce(self) -> Verdict:
-        """Look, and have the tracker that runs hold the disks, or let them go. Raises as `look`."""
+        """Look, and have the tracker that runs hold the disks, or let them go; as long as the store cannot be asked,
+        it goes on as it does. Raises as `look`."""
         verdict = self.look()
+        if not verdict.is_asked:
+            return verdict
         try:
             tell_tracker(self._home, self._vm, verdict.held)
         except HvfuseError as error:

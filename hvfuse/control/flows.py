@@ -75,7 +75,7 @@ CANCEL = (SHUT_DOWN, UNMOUNT, DROP, GIVE_BACK)
 COMMIT = (FINAL, OWN)
 GIVE_WAY = (UNUSED, RELEASE, HAND_OVER, INVITE)
 """Of the side that was failed over from, in reverse replication."""
-REVERSE = (TARGET, WAIT, TURN)
+REVERSE = (WAIT, TARGET, TURN)
 """Of the side that has the VM."""
 
 

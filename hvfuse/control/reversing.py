@@ -35,8 +35,6 @@ from hvfuse.target import failing_over, handed_over, schema
 from hvfuse.target.failing_over import Party, where
 from hvfuse.target.store import Store
 
-WAIT_SECONDS = 0.5
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
@@ -75,9 +73,8 @@ def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: han
 
     def release() -> None:
         end_shipper(site)
-        with nobody_ships(site):
-            with contextlib.suppress(OSError):  # they take up room, and nothing else
-                spool.clear(site.home.folder(site.vm))
+        with nobody_ships(site), contextlib.suppress(OSError):  # they take up room, and nothing else
+            spool.clear(site.home.folder(site.vm))
 
     def hand_over() -> str:
         kept = _kept(site)
@@ -187,12 +184,11 @@ def reverse(
     *,
     own: str,
     to: str | None,
-    is_tracked: Callable[[], bool],
-    told: Callable[[str], None] = lambda text: None,
+    wait: Callable[[], None],
 ) -> str:
     """Replicate the VM from here on to where the old source gave way, or into the store `to`. Returns that store.
 
-    `own`: the store by which it was failed over to here; `is_tracked`: whether its disks are hydrated, waited for.
+    `own`: the store by which it was failed over to here; `wait`: until its disks are hydrated.
     Raises StateError (not failed over to here; the old source has not given way), NotFoundError, UsageError, FencedError.
     """
     record = site.records.read(site.vm)
@@ -200,13 +196,11 @@ def reverse(
     kept: dict[str, str] = {}
 
     def choose() -> str:
+        with contextlib.suppress(NotFoundError, StateError), Store(own, create=False) as store:
+            failing_over.let_go(store, site.vm, party)  # where the one who hydrated the disks had died before that
         kept["to"] = to or _invited(site, own)
         _demand_store(site, party, kept["to"], own=own, epoch=record.epoch)
         return kept["to"]
-
-    def wait() -> None:
-        while not is_tracked():
-            site.clock.sleep(WAIT_SECONDS)
 
     def turn() -> None:
         site.records.apply(site.vm, Event.REVERSE, store=kept["to"], enabled=True, orders=Orders(now=True))

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
-from hvfuse import system, wire
+from hvfuse import spool, system, wire
 from hvfuse.control.arrivals import Arrivals
 from hvfuse.control.daemon import Daemon, command, serving_pid
 from hvfuse.control.events import Severity
@@ -42,7 +42,7 @@ SHIPPER_GRACE = 15.0
 """Seconds that a shipper has to end by itself; it may be killed at any time without loss."""
 ASK_SECONDS = 1.0
 """How often a tracker whose mount is in use is asked again."""
-STANDING = ".failover"
+STANDING = spool.FAILOVER
 """In a VM's folder: what was written to its failed-over disks."""
 _FORCE = 2
 """Asked so often, a mount is ended whoever uses it."""
