@@ -58,7 +58,8 @@ class Shipper:
 
     `folder`: where the disks' images lie. `housekeep` is called after cycles were committed,
     `on_point` once they are shown in the records, and when `run` begins. `proofs_path`: of the
-    file of what verification proved; without one nothing can be verified. `guest`: see `Replication`.
+    file of what verification proved; without one nothing can be verified. `guest`, `definition`: see
+    `Replication`.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Shipper:
         on_point: Callable[[], None] = lambda: None,
         proofs_path: str | None = None,
         guest: Guest | None = None,
+        definition: Callable[[], bytes | None] = lambda: None,
     ) -> None:
         self._vm = vm
         self._source = source
@@ -95,6 +97,7 @@ class Shipper:
             full_begun=self._full_begun,
             doing=self._doing,
             guest=guest,
+            definition=definition,
         )
         self._exporter = Exporter(
             vm=vm,
