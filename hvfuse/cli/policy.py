@@ -40,9 +40,9 @@ def show(session: Session, vm: str | None, as_json: bool) -> None:
     path = os.path.join(session.root, CONFIG_NAME)
     text = _text(path) if os.path.exists(path) else ""
     config = parse(path, text)
-    definitions, _ = adopted(config.home(session.root))
+    definitions, faults = adopted(config.home(session.root))
     layers = with_definitions(config, text, definitions)
-    for fault in layers.faults.values():
+    for fault in (*faults.values(), *layers.faults.values()):
         note(fault)
     origins = Origins(text)
     names = {*find_vms(config.home(session.root)), *config.vms, *layers.config.adopted}
