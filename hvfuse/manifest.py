@@ -78,7 +78,8 @@ def cycle_digest(digests: Mapping[bytes, bytes]) -> bytes:
 class RecoveryPoint:
     """A state of the VM that can be failed over to.
 
-    `id` is unique within the VM and stable; `time_ns` the barrier's instant, ns since 1970.
+    `id` is unique within the VM and stable; `time_ns` the barrier's instant, ns since 1970. `definition`: digest, in
+    hexadecimal digits, of what the source said of the VM when the point was committed; "" where it said nothing.
     """
 
     id: str
@@ -90,6 +91,7 @@ class RecoveryPoint:
     disks: tuple[DiskManifest, ...]
     stored_bytes: int
     """Bytes of the cycle's frames as stored."""
+    definition: str = ""
 
 
 def point_id(generation: bytes, cycle: int) -> str:

@@ -51,6 +51,7 @@ def _fields(point: RecoveryPoint, pinned: set[str]) -> dict[str, object]:
         "cycle": point.cycle,
         "stored_bytes": point.stored_bytes,
         "pinned": point.id in pinned,
+        "definition": point.definition or None,
     }
 
 

@@ -11,7 +11,9 @@ import click
 from hvfuse.cli.main import Session
 from hvfuse.cli.output import counted, emit_json, json_option, note, one_line, print_table
 from hvfuse.control.config import Config
-from hvfuse.control.config_file import decoded
+from hvfuse.control.config_file import adopted, decoded
+from hvfuse.control.config_layers import origins as layered_origins
+from hvfuse.control.config_layers import with_definitions
 from hvfuse.control.config_text import Effective, Origins, parse, shown
 from hvfuse.control.home import CONFIG_NAME
 from hvfuse.control.supervisor import find_vms
@@ -38,15 +40,25 @@ def show(session: Session, vm: str | None, as_json: bool) -> None:
     path = os.path.join(session.root, CONFIG_NAME)
     text = _text(path) if os.path.exists(path) else ""
     config = parse(path, text)
+    definitions, faults = adopted(config.home(session.root))
+    layers = with_definitions(config, text, definitions)
+    for fault in (*faults.values(), *layers.faults.values()):
+        note(fault)
     origins = Origins(text)
-    names = {*find_vms(config.home(session.root)), *config.vms}
+    names = {*find_vms(config.home(session.root)), *config.vms, *layers.config.adopted}
+
+    def of(name: str) -> list[Effective]:
+        if name in layers.config.adopted:
+            return layered_origins(text, name, definitions[name][1])
+        return origins.of(name)
+
     if vm is not None:
         if vm not in names:
             raise NotFoundError(f"there is no VM {vm}, and nothing of it in {path}", hint="hvfuse policy show")
-        _show_one(vm, origins.of(vm), as_json=as_json)
+        _show_one(vm, of(vm), as_json=as_json)
         return
     general = origins.of(None)
-    settings = {name: origins.of(name) for name in sorted(names)}
+    settings = {name: of(name) for name in sorted(names)}
     if as_json:
         vms = [{"name": name, "settings": _fields(found)} for name, found in settings.items()]
         emit_json({"file": path, "default": _fields(general), "vms": vms})
@@ -88,7 +100,13 @@ def _text(path: str) -> str:
 
 def _fields(found: Sequence[Effective]) -> list[dict[str, Any]]:
     return [
-        {"key": each.key, "value": each.value, "source": {"table": each.table, "line": each.line}} for each in found
+        {
+            "key": each.key,
+            "value": each.value,
+            "source": {"table": each.table, "line": each.line}
+            | ({} if each.definition is None else {"definition": each.definition}),
+        }
+        for each in found
     ]
 
 

@@ -12,9 +12,9 @@ from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from hvfuse import system
-from hvfuse.control import location
+from hvfuse.control import definition, location
 from hvfuse.control.config import VmPolicy
-from hvfuse.control.config_file import ConfigFile
+from hvfuse.control.config_file import Applied, ConfigFile
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records, VmRecord
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, UnreachableError
@@ -80,6 +80,60 @@ class FollowedPolicy:
         except HvfuseError as error:
             _log.warning("%s: the tracker keeps its old policy: %s", self._vm, error)
         self._is_told = True
+
+
+class FollowedDefinition:
+    """What the configuration says of a VM that is being shipped, as the document that travels with its recovery points.
+    For the shipper's thread. Looks at the configuration, and at the files that it names, each time."""
+
+    def __init__(self, file: ConfigFile, root: str, vm: str, *, records: Records) -> None:
+        self._file = file
+        self._root = root
+        self._vm = vm
+        self._records = records
+        self._applied: Applied | None = None
+        self._paths: list[str] = []
+        self._seen: list[tuple[int, ...] | None] = []
+        self._document: bytes | None = None
+        self._complaint = ""
+
+    def __call__(self) -> bytes | None:
+        """The document; None if there is none that could travel. What cannot travel holds no recovery point up."""
+        applied = self._file.applied()
+        if applied is not self._applied:
+            adopted = applied.definitions.get(self._vm)
+            self._paths = definition.file_paths(applied.text, self._root, self._vm, adopted=adopted)
+        seen = [_stamp(path) for path in self._paths]
+        if applied is not self._applied or seen != self._seen:
+            self._make(applied)
+            self._applied, self._seen = applied, seen
+        return self._document
+
+    def _make(self, applied: Applied) -> None:
+        try:
+            found = definition.of(applied.text, self._root, self._vm, adopted=applied.definitions.get(self._vm))
+            self._document = found.encode()
+        except HvfuseError as error:
+            self._complain(f"what is said of the VM does not travel with its recovery points: {error}")
+            return
+        lost = [f"{file.name} ({file.fault})" for file in found.files.values() if file.data is None]
+        self._complain(f"recovery points are without {', '.join(lost)}" if lost else "")
+
+    def _complain(self, text: str) -> None:
+        if text and text != self._complaint:
+            _log.warning("%s: %s", self._vm, text)
+            with suppress(HvfuseError):
+                self._records.events.add(kind="policy", vm=self._vm, text=text, now_ns=time.time_ns())
+        self._complaint = text
+
+
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """By what a change of a file is noticed; None: there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino
 
 
 def changes_text(policy: VmPolicy, before: VmPolicy) -> str:
@@ -154,6 +208,7 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
                     records, vm, store=store, source=source, housekeep=keep_house, clock=clock
                 ),
                 proofs_path=home.proofs(vm),
+                definition=FollowedDefinition(file, home.root, vm, records=records),
                 guest=GuardedGuest(vm, lambda: followed.policy.guest, home.guest(vm)),
                 on_fenced=lambda: fence.enforce().held is not None,
             )
@@ -193,7 +248,15 @@ def guests(session: Session, site: Site) -> Guests:
 
 def adopter(site: Site, store: Store) -> Callable[[str | None], None]:
     """What keeps the definition that came with a recovery point in this home, or forgets it."""
-    return lambda point_id: None
+
+    def adopt(point_id: str | None) -> None:
+        data = None if point_id is None else store.definition(site.vm, point_id)
+        if data is None:
+            definition.forget(site.home, site.vm)
+        else:
+            definition.adopt(site.home, site.vm, data, point=point_id or "")
+
+    return adopt
 
 
 @contextmanager

@@ -119,17 +119,23 @@ class Monitoring:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The file's contents. `paths` as written; `default`: the policy of a VM that has no table; `policies`: the
-    others by their names, as of a VM that says nothing of its own."""
+    others by their names, as of a VM that says nothing of its own; `adopted`: by VM, what applies to one whose
+    definition was adopted here (`hvfuse.control.config_layers`)."""
 
     paths: Mapping[str, str] = field(default_factory=dict)
     default: VmPolicy = field(default_factory=VmPolicy)
     policies: Mapping[str, VmPolicy] = field(default_factory=dict)
     vms: Mapping[str, VmPolicy] = field(default_factory=dict)
     monitoring: Monitoring = field(default_factory=Monitoring)
+    adopted: Mapping[str, Config] = field(default_factory=dict)
 
     def policy(self, vm: str) -> VmPolicy:
         """How `vm` is replicated."""
-        return self.vms.get(vm, self.default)
+        return self.seen_by(vm).vms.get(vm, self.default)
+
+    def seen_by(self, vm: str) -> Config:
+        """What applies to `vm`: the file, with the VM's definition beneath it if one was adopted here."""
+        return self.adopted.get(vm, self)
 
     def home(self, root: str) -> Home:
         """The paths of the installation at the absolute path `root`."""

@@ -1,7 +1,10 @@
 """The configuration file: read, and read again when it has changed.
 
 A change takes effect without a restart. Nobody is told of it: who needs the configuration asks for it each time, which
-costs one `stat` as long as the file stays the same.
+costs a `stat` or two as long as the file stays the same.
+
+So do the definitions that were adopted here (`hvfuse.control.definition`): they lie beneath the file, and a change
+of them is told by the time of the directory out of which they are put in place.
 """
 
 from __future__ import annotations
@@ -10,12 +13,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
+from hvfuse.control import definition
 from hvfuse.control.config import TEMPLATE, Config
+from hvfuse.control.config_layers import with_definitions
 from hvfuse.control.config_text import parse
-from hvfuse.control.home import CONFIG_NAME
-from hvfuse.errors import UsageError
+from hvfuse.control.definition import Definition
+from hvfuse.control.home import CONFIG_NAME, Home
+from hvfuse.errors import HvfuseError, NotFoundError, UsageError
 
 SETTLED_SECONDS = 1.0
 """So long a changed file has to stay as it is before it is read. An editor that empties a file and fills it again must
@@ -23,6 +30,9 @@ not be taken at its word in between: with the default retention, recovery points
 
 KEPT_NAME = ".hvfuse.toml.applied"
 """Beside the file: its last text without fault, as `hvfuse run` took it over."""
+
+_TICK_NS = 100_000_000
+"""More than the times of files are coarse."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,11 +58,39 @@ def decoded(path: str, data: bytes) -> str:
 
 
 def load(root: str) -> Config:
-    """The configuration of the home at `root`; all defaults if it has no file yet. Raises as `read`."""
+    """The configuration of the home at `root`, with the definitions that were adopted there; all defaults if it has no
+    file yet. Raises as `read`."""
     try:
-        return read(os.path.join(root, CONFIG_NAME))[0]
+        found, data = read(os.path.join(root, CONFIG_NAME))
     except FileNotFoundError:
-        return Config()
+        found, data = Config(), b""
+    definitions, _ = adopted(found.home(root))
+    return with_definitions(found, data.decode(), definitions).config
+
+
+def adopted(home: Home) -> tuple[dict[str, tuple[str, Definition]], dict[str, str]]:
+    """The definitions that were adopted on a home, with their paths, by VM; and of those that cannot be read, why."""
+    found, faults = {}, {}
+    for vm in definition.vms_with(home):
+        path = definition.path_of(home, vm)
+        try:
+            found[vm] = path, definition.load(home, vm)
+        except NotFoundError:
+            continue  # it has gone meanwhile
+        except HvfuseError as error:
+            faults[vm] = f"{path}: {error}"
+        except OSError as error:
+            faults[vm] = f"{path}: {error.strerror}"
+    return found, faults
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What applies. `text`: of the file. `definitions`: those beneath it that are sound, by VM."""
+
+    config: Config
+    text: str
+    definitions: Mapping[str, Definition]
 
 
 def write_template(root: str) -> None:
@@ -86,23 +124,61 @@ class ConfigFile:
         self._seen: _Seen = None
         self._seen_at = 0.0
         self._fault: str | None = None
+        self._applied: Applied | None = None
+        self._base: Config | None = None  # of the file, and what was beneath it, when `_applied` was made
+        self._found: tuple[dict[str, tuple[str, Definition]], dict[str, str]] = ({}, {})
+        self._adopted_at: int | None = None
+        self._adopted_faults: Mapping[str, str] = {}
 
     @property
     def fault(self) -> str | None:
-        """Why the file as it is now is not what applies, with its line; None if it is."""
-        return self._fault
+        """Why the file as it is now is not what applies, with its line, or an adopted definition is not; None if all
+        is."""
+        return self._fault or next(iter(self._adopted_faults.values()), None)
 
     def current(self) -> Config:
         """What applies now. Raises UsageError, OSError only as long as the file was never read without fault."""
+        return self.applied().config
+
+    def applied(self) -> Applied:
+        """As `current`, and what it comes from. The same object as long as nothing changes."""
         with self._guard:
-            seen = self._look()
-            if self._config is None:
-                self._config = self._read_first()
-                self._read = self._seen = seen
-                self._first_paths = self._told_paths = dict(self._config.paths)
-            elif seen != self._read and self._is_settled(seen):
-                self._config = self._read_again(self._config, seen)
-            return self._config
+            config = self._current_file()
+            home = replace(config, paths=self._first_paths).home(self._root)
+            changed_at = _time_of(os.path.join(home.state, "vms"))
+            # A second change within the clock's tick would not tell: what has just changed is looked at again.
+            is_new = changed_at is not None and abs(time.time_ns() - changed_at) < _TICK_NS
+            if self._applied is None or self._base is not config or is_new or changed_at != self._adopted_at:
+                self._apply(config, *adopted(home))
+                self._adopted_at = changed_at
+            assert self._applied is not None
+            return self._applied
+
+    def _apply(self, config: Config, found: dict[str, tuple[str, Definition]], faults: dict[str, str]) -> None:
+        """Lay definitions beneath the file."""
+        if self._applied is not None and self._base is config and (found, faults) == self._found:
+            return
+        self._base, self._found = config, (found, faults)
+        layers = with_definitions(config, self._text.decode(), found)
+        faults = {**faults, **layers.faults}
+        for vm, fault in faults.items():
+            if self._adopted_faults.get(vm) != fault:
+                _log.warning("%s; %s is as if it had no definition", fault, vm)
+        for vm, keys in layers.unknown.items():
+            _log.info("%s: its definition says %s, which a newer hvfuse knows", vm, ", ".join(keys))
+        self._adopted_faults = faults
+        sound = {vm: each for vm, (_, each) in found.items() if vm not in faults}
+        self._applied = Applied(layers.config, self._text.decode(), sound)
+
+    def _current_file(self) -> Config:
+        seen = self._look()
+        if self._config is None:
+            self._config = self._read_first()
+            self._read = self._seen = seen
+            self._first_paths = self._told_paths = dict(self._config.paths)
+        elif seen != self._read and self._is_settled(seen):
+            self._config = self._read_again(self._config, seen)
+        return self._config
 
     def keep(self) -> None:
         """Keep what applies now, and each change of it, for processes that begin while the file is faulty. Raises as
@@ -174,3 +250,11 @@ class ConfigFile:
             _log.warning("%s: a change of [paths] takes effect with the next `hvfuse run`", self._path)
         self._told_paths = dict(found.paths)
         return found
+
+
+def _time_of(path: str) -> int | None:
+    """When a directory changed, ns since 1970; None if there is none."""
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return None

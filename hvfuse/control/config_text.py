@@ -40,18 +40,35 @@ def parse(path: str, text: str) -> Config:
     return _Reader(path, text).read()
 
 
-class _Reader:
-    """Reads one file's text."""
+def parse_document(path: str, document: Mapping[str, Any]) -> Config:
+    """As `parse`, of what is no file's text: errors name no line. Raises UnknownKeyError for one that is not known."""
+    return _Reader(path, None).interpret(document)
 
-    def __init__(self, path: str, text: str) -> None:
+
+class UnknownKeyError(UsageError):
+    """A key or table at `path` is not known."""
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class _Reader:
+    """Reads one file's text; None: what was read already."""
+
+    def __init__(self, path: str, text: str | None) -> None:
         self._path = path
         self._text = text
 
     def read(self) -> Config:
+        assert self._text is not None
         try:
             document = tomllib.loads(self._text)
         except tomllib.TOMLDecodeError as error:
-            raise self._syntax_error(str(error)) from None
+            raise self._syntax_error(str(error), self._text) from None
+        return self.interpret(document)
+
+    def interpret(self, document: Mapping[str, Any]) -> Config:
         self._refuse_unknown((), document, (*_TABLES, "policy", "vm"))
         values = {name: self._table((name,), document.get(name, {}), known) for name, known in _TABLES.items()}
         general: list[Layer] = [((name,), values[name]) for name in ("replication", "retention")]
@@ -154,18 +171,21 @@ class _Reader:
         for key, value in table.items():
             if key not in known:
                 kind = "table" if isinstance(value, dict) else "key"
-                raise self._error((*path, key), f"unknown {kind}; {_guess(key, known)}")
+                error = self._error((*path, key), f"unknown {kind}; {_guess(key, known)}")
+                raise UnknownKeyError(str(error), (*path, key))
 
     # Faults --------------------------------------------------------------------------------------------------
 
     def _error(self, path: Path, what: str) -> UsageError:
         table = f"[{dotted(path[:-1])}] " if len(path) > 1 else ""
-        line = lines(self._text).get(path, len(self._text.splitlines()))
-        return UsageError(f"{self._path}:{line}: {table}{path[-1]}: {what}")
+        where = self._path
+        if self._text is not None:
+            where = f"{where}:{lines(self._text).get(path, len(self._text.splitlines()))}"
+        return UsageError(f"{where}: {table}{path[-1]}: {what}")
 
-    def _syntax_error(self, message: str) -> UsageError:
+    def _syntax_error(self, message: str, text: str) -> UsageError:
         match = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
-        line = match[1] if match and match[1] else len(self._text.splitlines()) or 1
+        line = match[1] if match and match[1] else len(text.splitlines()) or 1
         what = message[: match.start()] if match else message
         if twice := re.fullmatch(r"Cannot declare \((.*?),?\) twice", what):
             table = ".".join(re.findall(r"'(.*?)'", twice[1]))
@@ -238,24 +258,29 @@ def _paths(path: Path, table: Mapping[str, Any]) -> Iterator[Path]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effective:
     """A setting that applies. `value`: as the file says it, or would say the default; None for none. `table`: where
-    it is said, such as "policy.gold", None for the default; `line`: in the file."""
+    it is said, such as "policy.gold", None for the default; `line`: in the file. `definition`: a note of which adopted
+    definition says it, None if none does."""
 
     key: str
     value: Any
     table: str | None = None
     line: int | None = None
+    definition: str | None = None
 
     @property
     def source(self) -> str:
-        """ "default", or "[policy.gold], line 20"."""
+        """ "default", or "[policy.gold], line 20", or "travelled with recovery point 1f3b9c2e-000017"."""
+        if self.definition is not None:
+            return self.definition
         return "default" if self.table is None else f"[{self.table}], line {self.line}"
 
 
 class Origins:
-    """Where the settings of VMs come from, in a text that was found without fault."""
+    """Where the settings of VMs come from, in a text that was found without fault. `document`: what became of it; of
+    what the text does not say, no line is told."""
 
-    def __init__(self, text: str) -> None:
-        self._document = tomllib.loads(text)
+    def __init__(self, text: str, document: Mapping[str, Any] | None = None) -> None:
+        self._document = tomllib.loads(text) if document is None else document
         self._lines = lines(text)
 
     def of(self, vm: str | None) -> list[Effective]:
@@ -279,5 +304,5 @@ class Origins:
     def _effective(self, key: str, default: Any, tables: Sequence[Layer]) -> Effective:
         for path, values in reversed(tables):
             if key in values:
-                return Effective(key=key, value=values[key], table=dotted(path), line=self._lines[(*path, key)])
+                return Effective(key=key, value=values[key], table=dotted(path), line=self._lines.get((*path, key)))
         return Effective(key=key, value=default)

@@ -13,6 +13,8 @@
             shipper.sock        requests to the shipper
             shipper.lock        held by whoever runs cycles of this VM
             guest/              what stands of a freeze of the guest (`hvfuse.control.guest_guard`)
+            definition          what the source said of the VM, where it was failed over to here, and
+            definition.d/       the files that this names (`hvfuse.control.definition`)
             tracker.log         what the processes said; cut off at a few MiB
             shipper.log
 

@@ -99,6 +99,9 @@ class SeedReplica:
         self._writer = SeedWriter(self._directory, manifest)
         return self._writer.held
 
+    def define(self, definition: bytes) -> None:
+        """See `Replica`: a copy makes no points."""
+
     def put(self, frame: bytes) -> None:
         """See `Replica`."""
         self._open().append(unpack_header(frame).number, frame)

@@ -79,6 +79,11 @@ class Replica(Protocol):
     def digests(self, disk_id: bytes, extents: Sequence[Extent], key: DigestKey) -> Digests:
         """The digests of the blocks of aligned extents, ascending; otherwise as `summaries`."""
 
+    def define(self, definition: bytes) -> None:
+        """Have the points that are committed from now on say that the VM was defined so: what its home's configuration
+        says of it, for whoever fails it over. Durable; cheap if it is the one given last. The replica was copied once.
+        """
+
     def put(self, frame: bytes) -> None:
         """Stage one encoded frame of the open cycle. Verified before it is kept (CorruptError)."""
 

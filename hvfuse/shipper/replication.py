@@ -43,7 +43,8 @@ class Replication:
     retention). `between` is called between frames and may raise to stop; what was under way resumes.
     `doubt_mismatches` has the source require a resynchronisation of what verification found to differ, and returns
     whether there is any. `full_begun` is told the generation at whose end everything is copied. `guest`: what can be
-    frozen for application-consistent points, None where nothing can.
+    frozen for application-consistent points, None where nothing can. `definition`: what the home's configuration says
+    of the VM, as it is now, for the replica to keep; None for nothing.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class Replication:
         full_begun: Callable[[bytes], None] = lambda generation: None,
         doing: Doing | None = None,
         guest: Guest | None = None,
+        definition: Callable[[], bytes | None] = lambda: None,
     ) -> None:
         self._vm = vm
+        self._definition = definition
         self._source = source
         self._replica = replica
         self._records = records
@@ -304,6 +307,9 @@ class Replication:
     def _ship(self, run: Sequence[SealedCycle], *, joined: bool = True, is_late: bool = False) -> CycleReport:
         """Bring a run of cycles over as one. `joined` false: a resynchronisation has to follow all the same.
         `is_late`: as `CycleReport` tells it."""
+        definition = self._definition()
+        if definition is not None:  # each time: the replica may be another one by now
+            self._replica.define(definition)
         report = ship(
             run,
             vm=self._vm,

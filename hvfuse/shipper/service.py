@@ -66,9 +66,9 @@ class Shipper:
 
     `folder`: where the disks' images lie. `housekeep` is called after cycles were committed,
     `on_point` once they are shown in the records, and when `run` begins. `proofs_path`: of the
-    file of what verification proved; without one nothing can be verified. `guest`: see `Replication`. `on_fenced`:
-    called when the target refuses the VM as another side's; looks what became of it, and returns whether another side
-    has it. If not, it is tried again at once, once.
+    file of what verification proved; without one nothing can be verified. `guest`, `definition`: see
+    `Replication`. `on_fenced`: called when the target refuses the VM as another side's; looks what became of it, and
+    returns whether another side has it. If not, it is tried again at once, once.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Shipper:
         proofs_path: str | None = None,
         guest: Guest | None = None,
         on_fenced: Callable[[], bool] = lambda: False,
+        definition: Callable[[], bytes | None] = lambda: None,
     ) -> None:
         self._vm = vm
         self._on_fenced = on_fenced
@@ -108,6 +109,7 @@ class Shipper:
             full_begun=self._full_begun,
             doing=self._doing,
             guest=guest,
+            definition=definition,
         )
         self._exporter = Exporter(
             vm=vm,

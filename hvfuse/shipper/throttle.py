@@ -131,6 +131,9 @@ class ThrottledReplica:
     def begin(self, manifest: CycleManifest) -> frozenset[int]:
         return self._replica.begin(manifest)
 
+    def define(self, definition: bytes) -> None:
+        self._replica.define(definition)
+
     def extent(self, disk_id: bytes) -> int:
         return self._replica.extent(disk_id)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hvfuse.errors import HvfuseError
 from hvfuse.frames import Frame, decode
 from hvfuse.manifest import CycleKind
-from hvfuse.target import cycles, schema
+from hvfuse.target import cycles, definitions, schema
 from hvfuse.target.admission import MAX_DISK_SIZE
 from hvfuse.target.environment import Txn
 from hvfuse.target.index import enter, scan
@@ -47,6 +47,7 @@ class CheckReport:
 
 def check(store: Store, *, progress: Progress = lambda frame_bytes: None) -> CheckReport:
     """Examine the whole store. Damage is reported, not raised."""
+    store.env.ensure(schema.DEFINITIONS)
     with store.env.read() as txn, txn.cursor(db=store.env.db(schema.VMS)) as cursor:
         names = [os.fsdecode(key) for key, _ in cursor]
     run = _Run(progress)
@@ -103,6 +104,7 @@ class _VmCheck:
         for key, raw in scan(self._txn, self._env, schema.FRAMES, first, last):
             self._check_frame(key, raw)
         self._check_index()
+        self._check_definitions()
 
     def _found(self, what: str) -> None:
         self._run.found(self._vm.name, what)
@@ -194,6 +196,16 @@ class _VmCheck:
             strays += self._txn.get(key, db=self._env.db(schema.FRAMES)) is None
         if strays:
             self._found(f"{strays} entries of the extent index are of frames that are not there")
+
+    def _check_definitions(self) -> None:
+        """Every definition is whole, and every one that is named is there."""
+        names = {name for name, _ in definitions.stored(self._txn, self._store, self._vm)}
+        names |= {record.definition for record in self._records} | {self._vm.definition}
+        for name in sorted(names - {""}):
+            try:
+                self._store.load_definition(self._txn, self._vm, name)
+            except HvfuseError as error:
+                self._run.found(self._vm.name, str(error).removeprefix(f"{self._vm.name}: "))
 
 
 def _belongs(frame: Frame, number: int, record: PointRecord, placement: Placement) -> bool:

@@ -118,9 +118,18 @@ class Environment:
         while True:
             try:
                 with self._faults():
-                    return {name: self._lmdb.open_db(name, create=False) for name in schema.DATABASES}
+                    return {name: db for name in schema.DATABASES if (db := self._handle(name)) is not None}
             except lmdb.MapResizedError:
                 self._adopt()
+
+    def _handle(self, name: bytes) -> lmdb._Database | None:
+        """None: a store of before, which lacks that database."""
+        try:
+            return self._lmdb.open_db(name, create=False)
+        except lmdb.NotFoundError:
+            if name not in schema.LATER:
+                raise
+            return None
 
     def _format(self) -> int:
         """The store's format; 0 if nothing was ever written. Writes nothing."""
@@ -140,6 +149,24 @@ class Environment:
     def db(self, name: bytes) -> lmdb._Database:
         """The database called `name` in the schema."""
         return self._db[name]
+
+    def has(self, name: bytes) -> bool:
+        """Whether the store has a database that those of before lack, as far as `ensure` looked."""
+        return name in self._db
+
+    def ensure(self, name: bytes) -> None:
+        """Have a database that stores of before lack, made where the environment is for writing; where it is for
+        reading, look whether another process made it. Not within a transaction."""
+        if name in self._db:
+            return
+        if self._read_only:
+            self._resize(self._look_for_later)
+        else:
+            self.write("store:database", lambda txn: self._lmdb.open_db(name, txn=txn) and None)
+            self._resize(self._look_for_later)
+
+    def _look_for_later(self) -> None:
+        self._db = self._handles()
 
     @contextmanager
     def read(self) -> Iterator[Txn]:

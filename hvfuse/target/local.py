@@ -23,7 +23,7 @@ from hvfuse.formats.digests import DigestKey, Digests
 from hvfuse.frames import Frame, unpack_header
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint
 from hvfuse.position import Position, PositionMismatchError
-from hvfuse.target import cycles, failing_over, relation, schema, staging, unsynced
+from hvfuse.target import cycles, definitions, failing_over, relation, schema, staging, unsynced
 from hvfuse.target.admission import admit_frame, check_manifest, check_name, is_same
 from hvfuse.target.digests import HeldBlocks, held_ends
 from hvfuse.target.direct import DirectCopy
@@ -117,6 +117,10 @@ class LocalReplica:
             if vm is None:
                 return ()
             return tuple(cycle.recovery_point(self._vm) for cycle in self._store.scan_points(txn, vm))
+
+    def define(self, definition: bytes) -> None:
+        """See `Replica`. Raises as `definitions.define`."""
+        definitions.define(self._store, self._vm, definition, self._claim())
 
     def inspect(self, *, from_medium: bool) -> Inspection | None:
         """See `Replica`."""
@@ -296,6 +300,7 @@ class LocalReplica:
             stored_bytes=stored_bytes,
             disks=tuple(DiskRecord.of(disk, numbers[disk.disk_id]) for disk in manifest.disks),
             data_ends=ends,
+            definition=vm.definition if manifest.kind is CycleKind.DELTA else "",
         )
         self._store.save_cycle(txn, vm, cycle)
         vm = relation.committed(txn, self._store, vm, manifest)
@@ -359,4 +364,5 @@ class LocalReplica:
         gone = {seq for seq, _ in listed} - keep
         for seq in gone:
             self._store.save_cycle(txn, vm, self._store.load_cycle(txn, vm, seq).unlisted())
+        definitions.drop_unnamed(txn, self._store, vm)
         return len(gone), min((seq for seq, _ in listed if seq in keep), default=None)

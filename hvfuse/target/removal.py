@@ -30,7 +30,7 @@ BATCH = 512
 
 _OF_VM = (
     schema.POINTS, schema.POINT_IDS, schema.FRAMES, schema.PLACEMENTS, schema.INDEX, schema.WIDE, schema.STAGING,
-    schema.HELD,
+    schema.HELD, schema.DEFINITIONS,
 )  # fmt: skip
 """Databases whose keys begin with the number of a VM."""
 _HELD_BY_LIFE = "reader"
@@ -70,6 +70,7 @@ def _remove(store: Store, vm_name: str, mark: Callable[[Txn], None]) -> None:
             system.passing("removal:images")
             shutil.rmtree(folder)
             system.fsync_directory("removal:folder", os.path.dirname(folder))
+    store.env.ensure(schema.DEFINITIONS)
     for number in numbers:
         for database in _OF_VM:
             while store.write("removal:keys", partial(_drop, store, database, number)):
@@ -115,7 +116,7 @@ def _renew(txn: Txn, store: Store, vm_name: str, keep: Callable[[VmRecord], VmRe
     blank = VmRecord(id=number, name=vm_name)
     kept = replace(
         vm, id=number, position=None, head_seq=blank.head_seq, base_seq=blank.base_seq, floor_seq=blank.floor_seq,
-        next_disk=blank.next_disk, disks=(),
+        next_disk=blank.next_disk, disks=(), definition="",
     )  # fmt: skip
     store.save_vm(txn, keep(kept))
 

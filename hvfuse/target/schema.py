@@ -23,6 +23,9 @@ point's u64 seq and u64 time (ns since 1970), and entries are an array, each beh
     held        vm u32, number u32               empty: this frame of a direct copy is durably in the image;
                                                  for those not yet durable see `hvfuse.target.unsynced`
     pins        pin u64                          Pin
+    definitions vm u32, xxh3-128 of it           a definition behind an xxh3-64: the bytes that the source gave
+                                                 (`hvfuse.target.definitions`). Stores of before lack the database
+                                                 until the first one comes.
 
 A *disk* in a key is a number that the VM gives out: a disk gets a new one with every whole copy, so that
 a copy begins on a blank disk although older points of the same image live on.
@@ -59,8 +62,10 @@ from hvfuse.position import Position
 FORMAT = 1
 META, VMS, POINTS, POINT_IDS = b"meta", b"vms", b"points", b"point-ids"
 FRAMES, PLACEMENTS, INDEX, WIDE = b"frames", b"placements", b"index", b"wide"
-STAGING, HELD, PINS = b"staging", b"held", b"pins"
-DATABASES = (META, VMS, POINTS, POINT_IDS, FRAMES, PLACEMENTS, INDEX, WIDE, STAGING, HELD, PINS)
+STAGING, HELD, PINS, DEFINITIONS = b"staging", b"held", b"pins", b"definitions"
+DATABASES = (META, VMS, POINTS, POINT_IDS, FRAMES, PLACEMENTS, INDEX, WIDE, STAGING, HELD, PINS, DEFINITIONS)
+LATER = (DEFINITIONS,)
+"""Databases that stores of before do not have."""
 
 PREFIX_GONE = b"gone/"
 KEY_FORMAT, KEY_EPOCH, KEY_NEXT_VM, KEY_NEXT_PIN = b"format", b"epoch", b"next-vm", b"next-pin"
@@ -158,6 +163,16 @@ def unpack_wide_key(key: bytes) -> tuple[int, int, int, int]:
     return vm, disk, seq, number
 
 
+def definition_name(definition: bytes) -> str:
+    """What records name a definition by: 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(definition)
+
+
+def definition_key(vm: int, name: str) -> bytes:
+    """Key in `definitions`; `name`: 32 hexadecimal digits."""
+    return u32(vm) + bytes.fromhex(name)
+
+
 def held_key(vm: int, number: int) -> bytes:
     """Key in `held`."""
     return _VM_NUMBER.pack(vm, number)
@@ -246,6 +261,16 @@ def unpack_listing(raw: Buffer) -> tuple[int, int]:
     return seq, time_ns
 
 
+def pack_definition(definition: bytes) -> bytes:
+    """A value of `definitions`."""
+    return _sealed(definition)
+
+
+def unpack_definition(raw: Buffer, what: str) -> bytes:
+    """A definition's bytes. Raises CorruptError naming `what`."""
+    return bytes(_opened(raw, what))
+
+
 def pack_entries(entries: Entries) -> bytes:
     """A value of `index` or `wide`."""
     return _sealed(entries.tobytes())
@@ -323,7 +348,8 @@ class VmRecord:
     """One VM's replica. `state`: `hvfuse.target.relation`; empty in stores of before. `next_disk`: the next number to
     give to a disk.
 
-    `disks` are those of head_seq. The three seqs are explained in the module's docstring; 0: none yet.
+    `disks` are those of head_seq. The three seqs are explained in the module's docstring; 0: none yet. `definition`:
+    name of the one given last, "" for none.
     What says who has the VM is kept by `hvfuse.target.failing_over`: `primary`, the id of the home that may write and
     ship it, empty before anybody did; `epoch`, raised by every failover and by what takes one back; `source`, which
     home that is, `prepared`, `failover`, `returns_to`: see there.
@@ -338,6 +364,7 @@ class VmRecord:
     floor_seq: int = 0
     next_disk: int = 1
     disks: tuple[DiskRecord, ...] = ()
+    definition: str = ""
     primary: str = ""
     epoch: int = 0
     source: Mapping[str, Any] | None = None
@@ -362,6 +389,7 @@ class PointRecord:
     of its frames; both 0 for a copy that went straight into the images. `data_ends`: of a copy in the
     journal, by disk, the byte from which on there are zeroes alone, in it and in what it lies over; otherwise None.
     That may lie beyond the disk's size: of a disk that became shorter while the copy was interrupted.
+    `definition`: name of the one that was in force when it was committed; "" for none, and for what is no point.
     """
 
     seq: int
@@ -375,6 +403,7 @@ class PointRecord:
     stored_bytes: int
     disks: tuple[DiskRecord, ...]
     data_ends: tuple[int, ...] | None = None
+    definition: str = ""
 
     @property
     def id(self) -> str:
@@ -392,11 +421,12 @@ class PointRecord:
             consistency=self.consistency,
             disks=tuple(disk.manifest() for disk in self.disks),
             stored_bytes=self.stored_bytes,
+            definition=self.definition,
         )
 
     def unlisted(self) -> PointRecord:
         """The same cycle, no longer a recovery point."""
-        return replace(self, is_point=False)
+        return replace(self, is_point=False, definition="")
 
     def pack(self) -> bytes:
         """The value in `points`."""

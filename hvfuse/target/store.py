@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from hvfuse import system
-from hvfuse.errors import BusyError, NotFoundError
+from hvfuse.errors import BusyError, CorruptError, NotFoundError
 from hvfuse.manifest import RecoveryPoint
 from hvfuse.system import Clock, SystemClock
 from hvfuse.target import schema
@@ -231,6 +231,27 @@ class Store:
         """How many recovery points there are. Raises NotFoundError."""
         with self.env.read() as txn:
             return len(self.listed(txn, self.load_vm(txn, vm)))
+
+    def definition(self, vm: str, point_id: str | None = None) -> bytes | None:
+        """What the source said of the VM when a recovery point was committed, or said last without an id; None where it
+        said nothing. Raises NotFoundError, CorruptError."""
+        self.env.ensure(schema.DEFINITIONS)
+        with self.env.read() as txn:
+            record = self.load_vm(txn, vm)
+            name = record.definition if point_id is None else self.load_point(txn, record, point_id).definition
+            return self.load_definition(txn, record, name) if name else None
+
+    def load_definition(self, txn: Txn, vm: VmRecord, name: str) -> bytes:
+        """The definition of that name. Raises CorruptError: damaged, or missing although a record names it."""
+        what, raw = f"{vm.name}: definition {name}", None
+        if self.env.has(schema.DEFINITIONS):
+            raw = txn.get(schema.definition_key(vm.id, name), db=self.env.db(schema.DEFINITIONS))
+        if raw is None:
+            raise CorruptError(f"{what} is missing", hint="hvfuse store check")
+        definition = schema.unpack_definition(raw, what)
+        if schema.definition_name(definition) != name:
+            raise CorruptError(f"{what} is another one", hint="hvfuse store check")
+        return definition
 
     def load_staging(self, txn: Txn, vm: VmRecord) -> StagingRecord | None:
         """The VM's unfinished cycle, if there is one."""

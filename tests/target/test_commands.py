@@ -48,7 +48,7 @@ def test_point_list_shows_the_newest_last(hvfuse, home):
     first, second = answer["points"]
     assert first | {"id": "", "stored_bytes": 0} == {
         "id": "", "time": "2023-11-14T22:13:51.000Z", "kind": "crash-consistent", "cycle": 1,
-        "stored_bytes": 0, "pinned": False,
+        "stored_bytes": 0, "pinned": False, "definition": None,
     }  # fmt: skip
     assert second["cycle"] == 2
     _, out, _ = hvfuse("point", "list", "web01")

@@ -24,6 +24,7 @@ def replicated(store: Store, vm: str, *, seed: int, wide: int = 3000) -> Source:
     source.write("a.raw", 0, source.random.randbytes(60_000))
     replica = LocalReplica(store, vm)
     source.copy_to(replica)
+    replica.define(vm.encode())
     for number in range(3):
         source.write("a.raw", 100, source.random.randbytes(9_000))
         if number == 0:
@@ -84,7 +85,7 @@ def test_killed_at_every_step_a_deletion_goes_on_to_the_same_end_and_touches_nob
         before = others(store, number)
         assert {name for name, _ in leavings(store, number)} == {
             schema.POINTS, schema.POINT_IDS, schema.FRAMES, schema.PLACEMENTS, schema.INDEX, schema.WIDE,
-            schema.STAGING,
+            schema.STAGING, schema.DEFINITIONS,
         }  # fmt: skip
     for step in itertools.count(1):
         path = os.path.join(folder, str(step))
