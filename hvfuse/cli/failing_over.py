@@ -1,4 +1,4 @@
-"""`hvfuse failover planned`, `unplanned`, `change-point`, `commit`, `cancel`: the flows of a failover, on both sides."""
+"""`hvfuse failover planned`, `unplanned`, `change-point`, `commit`, `cancel`: a failover's flows, on both sides."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hvfuse.states import AFTER_FAILOVER, ReplicationState
 from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
-    from hvfuse.control.failed_over import Failover
+    from hvfuse.control.failed_over import Failover, Options
     from hvfuse.control.site import Site
     from hvfuse.manifest import RecoveryPoint
     from hvfuse.target.store import Store
@@ -78,12 +78,15 @@ def planned(session: Session, vm: str, *, boot: bool, validate: bool, yes: bool,
     compared with the replica. On the target, the disks then appear under mnt/VM. Nothing is final before
     `hvfuse failover commit`.
     """
+    from hvfuse.control.failed_over import Options
+
     with open_site(session, vm) as site:
         if is_source(site):
             if dry_run:
                 return show_plan(JobKind.PLANNED_FAILOVER, vm, flows.PREPARE, as_json=as_json)
             return _prepare(session, site, yes=yes, as_json=as_json)
-        return _fail_over(session, site, "planned", trial.LATEST, boot, validate, yes, dry_run, as_json)
+        options = Options(boot=boot, validate=validate)
+        return _fail_over(session, site, "planned", options, yes=yes, dry_run=dry_run, as_json=as_json)
 
 
 def _prepare(session: Session, site: Site, *, yes: bool, as_json: bool) -> None:
@@ -94,9 +97,11 @@ def _prepare(session: Session, site: Site, *, yes: bool, as_json: bool) -> None:
     consent(what, "Go on?", yes=yes, command=f"hvfuse failover planned {vm}")
     with showing(f"{vm}: comparing both sides", quiet=as_json) as progress:
         point = source.prepare(
-            site, wiring.party(site.home), ship=lambda: wiring.shipper(site.home, session.config_file, vm, site.records),
+            site,
+            wiring.party(site.home),
+            ship=lambda: wiring.shipper(site.home, session.config_file, vm, site.records),
             progress=progress,
-        )  # fmt: skip
+        )
     proved = site.records.read(vm).prepared or {}
     following = f"hvfuse failover planned {vm}"
     if as_json:
@@ -129,32 +134,35 @@ def unplanned(
     Its disks appear under mnt/VM at once. What is written to them is kept apart: until `hvfuse failover commit`,
     the VM can be failed over at another point (`change-point`), or given back to its source (`cancel`).
     """
+    from hvfuse.control.failed_over import Options
+
     with open_site(session, vm) as site:
-        _fail_over(session, site, "unplanned", point, boot, validate, yes, dry_run, as_json)
+        options = Options(point=point, boot=boot, validate=validate)
+        _fail_over(session, site, "unplanned", options, yes=yes, dry_run=dry_run, as_json=as_json)
 
 
 def _fail_over(
     session: Session,
     site: Site,
     kind: str,
-    point: str,
-    boot: bool,
-    validate: bool,
+    options: Options,
+    *,
     yes: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    from hvfuse.control.failed_over import KINDS, Options
+    from hvfuse.control.failed_over import KINDS
 
     vm = site.vm
     if dry_run:
-        return show_plan(KINDS[kind], vm, flows.failover(boot=boot, validate=validate), as_json=as_json)
+        steps = flows.failover(boot=options.boot, validate=options.validate)
+        return show_plan(KINDS[kind], vm, steps, as_json=as_json)
     with _failover(session, site) as (here, _store):
         if kind == "unplanned":
             what = f"this fails {vm} over; what its source wrote after the recovery point is not in it"
             consent(what, "Go on?", yes=yes, command=f"hvfuse failover unplanned {vm}")
-        chosen = here.begin(kind, Options(point=point, boot=boot, validate=validate))
-    _told_standing(site, chosen, as_json=as_json)
+        chosen = here.begin(kind, options)
+    return _told_standing(site, chosen, as_json=as_json)
 
 
 def _told_standing(site: Site, chosen: RecoveryPoint, *, as_json: bool) -> None:

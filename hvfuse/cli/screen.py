@@ -70,10 +70,13 @@ def reason_lines(found: Sequence[VmStatus]) -> Iterator[str]:
 def summary(found: Sequence[VmStatus]) -> Iterator[str]:
     """What it comes to, for somebody who reads only one line."""
     protected = [one for one in found if one.is_protected]
-    others = [one.name for one in found if not one.is_protected]
+    others = [one.name for one in found if not one.is_protected and one.role == "source"]
+    replicas = [one for one in found if one.role == "replica"]
+    if replicas:
+        yield one_line(f"replicas of other homes' VMs: {_several([one.name for one in replicas])}")
     if not protected:
-        if found:
-            yield f"nothing is replicated; next: hvfuse replication enable {one_line(found[0].name)}"
+        if others:
+            yield f"nothing is replicated; next: hvfuse replication enable {one_line(others[0])}"
         return
     yield from _summed_up(protected)
     if others:
@@ -122,9 +125,10 @@ def detail(status: VmStatus) -> Iterator[str]:
     yield one_line(f"{status.name}: {state_text(status)}, health {health_text(status)}")
     yield ""
     yield _line("safe", _verdict(status))
-    yield _line("at risk", at_risk(status))
+    if status.is_protected:
+        yield _line("at risk", at_risk(status))
     steps = [reason.next_command for reason in status.reasons if reason.next_command]
-    if not status.is_protected:
+    if not status.is_protected and status.role == "source":
         steps = [f"hvfuse replication enable {one_line(status.name)}"]
     nothing = "nothing to do" if status.health is Health.NORMAL else "nothing to type: it is under way, or see below"
     yield _line("next", steps[0] if steps else nothing)
@@ -139,6 +143,8 @@ def detail(status: VmStatus) -> Iterator[str]:
 
 
 def _verdict(status: VmStatus) -> str:
+    if status.role == "replica":
+        return "its source says: here lies its replica"
     if not status.is_protected:
         return "no: it is not replicated"
     gravest = next((reason for reason in status.reasons if reason.health is status.health), None)

@@ -13,7 +13,6 @@ from hvfuse.control import location
 from hvfuse.control.home import Home
 from hvfuse.control.job import JobKind, JobState
 from hvfuse.control.records import Records
-from hvfuse.control.supervisor import is_standing
 from hvfuse.errors import HvfuseError, NotFoundError, StateError
 from hvfuse.states import FAILOVER_DONE
 from hvfuse.system import SystemClock
@@ -29,9 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 def is_failed_over(home: Home, vm: str) -> bool:
-    """Whether the VM's disks are still those of a recovery point; what a crash left half-renamed is finished before."""
-    folder = home.folder(vm)
-    return is_standing(folder) and not standing.finish_interrupted(folder)
+    """Whether the VM's disks are still those of a recovery point, or only just not any more."""
+    return standing.stands(home.folder(vm))
 
 
 def serve_tracked(session: Session, home: Home, vm: str, records: Records | None) -> None:

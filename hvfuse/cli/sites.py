@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_site(session: Session, vm: str) -> Iterator[Site]:
-    """The VM in its installation. Raises NotFoundError when there is no such home, UsageError for an impossible name."""
+    """The VM in its installation. Raises NotFoundError when there is no such home, UsageError for a name that cannot
+    be."""
     from hvfuse.control.site import Site
 
     check_vm_name(vm)

@@ -163,6 +163,7 @@ def as_fields(status: VmStatus) -> dict[str, Any]:
     last = status.last_replication_time_ns
     return {
         "name": status.name,
+        "role": status.role,
         "state": status.state.value,
         "health": health_field(status),
         "allowed": list(status.allowed),

@@ -81,9 +81,9 @@ CONFIG_TARGET_HINT = "check target in [replication] of hvfuse.toml, and that its
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmPolicy:
-    """How one VM is replicated. `protect`: whether `hvfuse run` protects it by itself. `target`: the store that it is sent
-    to, as the file says; None: the home's own. `fence`: see `hvfuse.control.fence`. `frequency`: seconds from cycle
-    to cycle. `compression`: zstd level, 0 = off. `throttle`: how fast frames travel. `soft_limit`, `hard_limit`:
+    """How one VM is replicated. `protect`: whether `hvfuse run` protects it by itself. `target`: the store that it is
+    sent to, as the file says; None: the home's own. `fence`: see `hvfuse.control.fence`. `frequency`: seconds from
+    cycle to cycle. `compression`: zstd level, 0 = off. `throttle`: how fast frames travel. `soft_limit`, `hard_limit`:
     percent of the disks' size that logs may take before they are compacted or given up. `initial`: how the first copy
     begins. `resync`: when resynchronisations do. `digest`: by what blocks are compared. `app_consistent`: seconds from
     one application-consistent point to the next, 0 = none. `exclude`: file names of disks that are not replicated.

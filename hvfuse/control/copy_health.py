@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 
 from hvfuse.control.copying import copy_text
 from hvfuse.control.facts import Facts
-from hvfuse.control.health import Health, Reason, critical, warning
 from hvfuse.control.instants import instant_text
+from hvfuse.control.reason import Health, Reason, critical, warning
 from hvfuse.shipper.proofs import Mismatch
 from hvfuse.states import BEFORE_FIRST_COPY, COPYING, OF_RESYNC, TABLE, Event, ReplicationState
 
@@ -31,9 +31,9 @@ def shown_state(facts: Facts) -> ReplicationState:
     """The recorded state, unless the tracker knows better, or there is no shipper that could have heeded the orders. A
     VM whose record cannot be read counts as one that was to be replicated."""
     recorded = facts.record.state
-    if not facts.has_record:
-        return ReplicationState.ERROR
-    if not facts.tracker.is_there and facts.record.tracker_error is not None:
+    if facts.is_replica and facts.target is not None:
+        return facts.target.state or ReplicationState.WAITING_FOR_INITIAL_REPLICATION
+    if not facts.has_record or (not facts.tracker.is_there and facts.record.tracker_error is not None):
         return ReplicationState.ERROR
     if recorded is ReplicationState.DISABLED and facts.shipper.is_there and facts.record.enabled is not False:
         return ReplicationState.READY_FOR_INITIAL_REPLICATION
@@ -51,6 +51,8 @@ def copy_reasons(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     """All reasons that have to do with copies. `state`: as it is shown."""
     if facts.record.state is ReplicationState.DISABLED and facts.record.enabled is False:
         return  # what it lacks is meant to be lacking
+    if facts.is_replica:
+        return  # that is its source's to say
     yield from _needed(facts, state)
     yield from _ordered(facts)
     yield from _verified(facts, state)

@@ -7,6 +7,7 @@ damaged, or does not answer, is a trouble of its own.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +22,7 @@ from hvfuse.control.statistics import CycleRecord, Sums
 from hvfuse.control.supervisor import is_supervised
 from hvfuse.errors import CorruptError, HvfuseError, UnreachableError
 from hvfuse.formats import hrl
+from hvfuse.formats.image import is_disk_name
 from hvfuse.shipper import proofs
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.proofs import Verified
@@ -102,7 +104,8 @@ class Trouble:
 class Facts:
     """What was found out, at `now_ns`. `names`: what the folder holds, None without one. `target`: None if the store
     could not be asked. `sealed`: bytes in sealed logs, by disk. `shipper_log`: path of what the shipper said.
-    `is_supervised`: `hvfuse run` runs, and starts again what has died."""
+    `is_supervised`: `hvfuse run` runs, and starts again what has died. `home_id`: of this home, None if it has none
+    yet; `host`: the name of this machine."""
 
     vm: str
     now_ns: int
@@ -120,7 +123,17 @@ class Facts:
     shipper_log: str
     config_fault: str | None
     is_supervised: bool = False
+    home_id: str | None = None
+    host: str = ""
     troubles: tuple[Trouble, ...]
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether another home has the VM, or it was failed over to here and not taken over: this one has neither its
+        disks nor a say in its replication."""
+        record, replica = self.record, self.target.replica if self.target is not None else None
+        is_ours = record.state is not ReplicationState.DISABLED or (record.enabled is not None)
+        return replica is not None and not is_ours and not any(is_disk_name(name) for name in self.names or ())
 
     @property
     def has_record(self) -> bool:
@@ -130,8 +143,15 @@ class Facts:
     @property
     def age(self) -> float | None:
         """Seconds since the instant of the newest point; negative if the clock was set back; None without one."""
-        last = self.record.last_replication_time_ns
+        last = self.newest_ns
         return None if last is None else (self.now_ns - last) / 1e9
+
+    @property
+    def newest_ns(self) -> int | None:
+        """Instant of the newest point, as this side knows it."""
+        if self.is_replica and self.target is not None:
+            return self.target.newest_ns
+        return self.record.last_replication_time_ns
 
     @property
     def is_from_future(self) -> bool:
@@ -229,6 +249,8 @@ def gather(
         shipper_log=home.log(vm, "shipper"),
         config_fault=config_fault,
         is_supervised=is_supervised(home),
+        home_id=home.known_identity(),
+        host=socket.gethostname(),
         troubles=(),
     )
     return replace(facts, troubles=tuple(troubles), forecast=_forecast(facts, sealed))

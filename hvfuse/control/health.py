@@ -1,7 +1,8 @@
 """How well a VM's replication is, by the worst of the reasons that the facts give. Pure.
 
 Hyper-V Replica's rules are for cycles of 5 minutes. Here they scale with the VM's frequency: its hour is LATE_INTERVALS
-intervals. Each row is a reason's id; what a copy that is needed adds is in `hvfuse.control.copy_health`.
+intervals. Each row is a reason's id; what a copy that is needed adds is in `hvfuse.control.copy_health`, what a
+failover adds in `hvfuse.control.failover_health`.
 
     Critical   record-damaged, tracker-damaged, shipper-damaged, logs-damaged, store-damaged, proofs-damaged,
                folder-damaged         what is asked cannot be read
@@ -23,9 +24,6 @@ intervals. Each row is a reason's id; what a copy that is needed adds is in `hvf
                log-limit              the logs will reach the hard limit within one interval
                tracker-busy, shipper-busy
                                       a process is there, and does not answer in time
-               failover-open, failed-over
-                                      a failover is not committed; reverse replication was not started
-               test-standing          a test failover was not cleaned up for a day, or its process is gone
                app-consistent-failed  the last attempt at an app-consistent point failed
                config-fault           hvfuse.toml has a mistake: the policy of before is in effect
                clock-set-back         the newest point lies in the future
@@ -37,14 +35,15 @@ intervals. Each row is a reason's id; what a copy that is needed adds is in `hvf
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import IntEnum
-from typing import Any
 
 from hvfuse.control.facts import ANSWER_SECONDS, Facts, Process
+from hvfuse.control.failover_health import replica_reasons, source_reasons, test_reasons
+from hvfuse.control.reason import Health, Reason, critical, warning
 from hvfuse.control.records import VmRecord
 from hvfuse.states import AFTER_FAILOVER, COPYING, OF_RESYNC, Event, ReplicationState, allowed_commands
 from hvfuse.words import bytes_text, duration_text
+
+__all__ = ["Health", "Reason", "commands", "critical", "is_protected", "reasons", "warning"]
 
 LATE_INTERVALS = 12
 HUNG_INTERVALS = 2
@@ -53,7 +52,6 @@ LEAST_SECONDS = 10.0
 MISSED_PART = 0.2
 MISSED_LEAST = 5
 """Cycles; fewer that are missed are a hiccup, whatever part they are of the few that there were."""
-TEST_SECONDS = 86400.0
 
 _COMMANDS: Mapping[Event, str] = {
     Event.ENABLE: "hvfuse replication enable {vm}",
@@ -61,36 +59,12 @@ _COMMANDS: Mapping[Event, str] = {
     Event.START: "hvfuse replication start {vm}",
     Event.SUSPEND: "hvfuse replication suspend {vm}",
     Event.CANCEL: "hvfuse resync {vm} --cancel",
+    Event.PREPARE_FAILOVER: "hvfuse failover planned {vm}",
+    Event.CANCEL_FAILOVER: "hvfuse failover cancel {vm}",
+    Event.REVERSE: "hvfuse replication reverse {vm}",
     Event.DISABLE: "hvfuse replication disable {vm}",
 }
 """How an event is ordered, what is meant most often first."""
-
-
-class Health(IntEnum):
-    """The worse, the higher."""
-
-    NORMAL = 0
-    WARNING = 1
-    CRITICAL = 2
-
-    def __str__(self) -> str:
-        return self.name.capitalize()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reason:
-    """Why the health is not Normal; or what is to come, if that is Normal. `id` never changes; `evidence`: the figures
-    behind `text`, JSON values; `next_command` is what to type, if anything."""
-
-    id: str
-    health: Health
-    text: str
-    next_command: str | None = None
-    evidence: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """What of it is told wherever it is told: not the figures behind it."""
-        return {"id": self.id, "health": str(self.health), "text": self.text, "next_command": self.next_command}
 
 
 def is_protected(record: VmRecord) -> bool:
@@ -103,16 +77,6 @@ def commands(vm: str, state: ReplicationState, *, paused: bool = False) -> tuple
     allowed = {Event.RESUME, Event.DISABLE} if paused else _COMMANDS.keys()
     possible = allowed_commands(state)
     return tuple(text.format(vm=vm) for event, text in _COMMANDS.items() if event in possible and event in allowed)
-
-
-def warning(reason_id: str, text: str, next_command: str | None = None, **evidence: Any) -> Reason:
-    """A reason of that health."""
-    return Reason(id=reason_id, health=Health.WARNING, text=text, next_command=next_command, evidence=evidence)
-
-
-def critical(reason_id: str, text: str, next_command: str | None = None, **evidence: Any) -> Reason:
-    """A reason of that health."""
-    return Reason(id=reason_id, health=Health.CRITICAL, text=text, next_command=next_command, evidence=evidence)
 
 
 def reasons(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
@@ -128,7 +92,12 @@ def _all(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
             continue  # it stumbles over the folder that is gone, which is told below
         passing = trouble.id == "store-unreachable" and not _is_late(facts)
         yield (warning if passing else critical)(trouble.id, trouble.text, trouble.hint)
-    yield from _processes(facts)
+    if facts.is_replica:
+        yield from replica_reasons(facts)
+        yield from test_reasons(facts)
+        yield from _surroundings(facts)
+        return
+    yield from _processes(facts, state)
     if not is_protected(facts.record) and facts.record.enabled is False:
         return  # then it is meant to be behind
     yield from _failures(facts, state)
@@ -138,7 +107,8 @@ def _all(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     yield from _past(facts, state)
     yield from _limits(facts)
     yield from _guest(facts)
-    yield from _failover(facts, state)
+    yield from source_reasons(facts, state)
+    yield from test_reasons(facts)
     yield from _surroundings(facts)
 
 
@@ -152,7 +122,7 @@ def _is_late(facts: Facts) -> bool:
     return facts.age is None or facts.is_from_future or facts.age > _hung(facts)
 
 
-def _processes(facts: Facts) -> Iterator[Reason]:
+def _processes(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     record, vm = facts.record, facts.vm
     if facts.names is None:
         if record.point is None:
@@ -174,7 +144,8 @@ def _processes(facts: Facts) -> Iterator[Reason]:
     elif facts.shipper.answer is None and is_protected(record):
         why = f": {record.shipper_error.removeprefix(f'{vm}: ')}" if record.shipper_error is not None else ""
         text = f"no shipper runs, so no recovery points are made{why}{_again(facts)}"
-        yield critical("shipper-down", text, _starts(facts))
+        if state not in AFTER_FAILOVER:
+            yield critical("shipper-down", text, _starts(facts))
 
 
 def _again(facts: Facts) -> str:
@@ -238,7 +209,7 @@ def _progress(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
 
 
 def _target(facts: Facts) -> Iterator[Reason]:
-    if facts.is_rolled_back and facts.target is not None:
+    if facts.is_rolled_back and facts.target is not None and facts.record.state not in AFTER_FAILOVER:
         newest = facts.target.newest_id
         what = f"its newest point is {newest}" if newest is not None else "it has none; was it moved, or not mounted?"
         text = f"the store lacks recovery point {facts.record.point}, which it had acknowledged: {what}"
@@ -312,22 +283,6 @@ def _guest(facts: Facts) -> Iterator[Reason]:
         yield warning("app-consistent-failed", text, f"hvfuse replicate {facts.vm} --app-consistent")
 
 
-def _failover(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
-    if state is ReplicationState.FAILED_OVER_WAITING_COMPLETION:
-        yield warning("failover-open", "it was failed over, which is neither committed nor cancelled")
-    if state is ReplicationState.FAILED_OVER:
-        yield warning("failed-over", "it was failed over, and is not replicated in the other direction yet")
-    for test in facts.target.tests if facts.target is not None else ():
-        age = (facts.now_ns - test.since_ns) / 1e9
-        command = f"hvfuse failover cleanup {facts.vm} {test.id}"
-        if not test.is_served:
-            text = f"test failover {test.id} is not mounted any more, and still holds back its recovery point"
-            yield warning("test-standing", text, command)
-        elif age > TEST_SECONDS:
-            text = f"test failover {test.id} has stood for {duration_text(age)}, and holds back its recovery point"
-            yield warning("test-standing", text, command, seconds=age)
-
-
 def _surroundings(facts: Facts) -> Iterator[Reason]:
     if facts.config_fault is not None:
         text = f"hvfuse.toml has a fault, and what it said before still applies: {facts.config_fault}"
@@ -338,6 +293,6 @@ def _surroundings(facts: Facts) -> Iterator[Reason]:
     for name in facts.tracker.answer["untracked"] if facts.tracker.answer else ():
         text = f"{name} is not protected yet: it is taken in when nobody has it open, and no copy is under way"
         yield warning("untracked-disk", text, None, disk=name)
-    for name in sorted(facts.policy.exclude - facts.names) if facts.names is not None else ():
+    for name in sorted(facts.policy.exclude - facts.names) if facts.names is not None and not facts.is_replica else ():
         text = f"hvfuse.toml excludes {name}, but there is no such disk in the folder"
         yield warning("exclude-unknown", text, f"hvfuse policy show {facts.vm}", disk=name)

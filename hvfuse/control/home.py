@@ -143,6 +143,12 @@ class Home:
         system.fsync_directory("home:identity", self.state)
         return _identity_in(path)
 
+    def known_identity(self) -> str | None:
+        """The same, None if the home has none yet, or none that can be read."""
+        with contextlib.suppress(OSError, CorruptError):
+            return _identity_in(os.path.join(self.state, "home-id"))
+        return None
+
     def make(self) -> None:
         """Make the directories that are missing. Raises OSError."""
         for path in (self.root, self.disks, self.mnt):

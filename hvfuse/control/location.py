@@ -1,7 +1,7 @@
 """In which store the replica of a VM lies, as this home sees it.
 
-A home sends its VMs to the store that hvfuse.toml names, and holds those of other homes in its own. Where replication was
-turned round, the VM's record says where it goes, or lies, since.
+A home sends its VMs to the store that hvfuse.toml names, and holds those of other homes in its own. Where replication
+was turned round, the VM's record says where it goes, or lies, since.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Planned failover as the source does it: nothing is lost, and that is proved before the other side takes over.
 
 The state becomes PreparedForFailover with the first step that changes anything; from then on the disks are read-only,
-and stay so over any crash, until `hvfuse failover cancel` or the target's failover. The last thing is one transaction in
-the store: it takes nothing in any more, and says what was proved. Until then the same command goes on.
+and stay so over any crash, until `hvfuse failover cancel` or the target's failover. The last thing is one transaction
+in the store: it takes nothing in any more, and says what was proved. Until then the same command goes on.
 """
 
 from __future__ import annotations

@@ -189,7 +189,8 @@ def reverse(
     """Replicate the VM from here on to where the old source gave way, or into the store `to`. Returns that store.
 
     `own`: the store by which it was failed over to here; `wait`: until its disks are hydrated.
-    Raises StateError (not failed over to here; the old source has not given way), NotFoundError, UsageError, FencedError.
+    Raises StateError (not failed over to here; the old source has not given way), NotFoundError, UsageError,
+    FencedError.
     """
     record = site.records.read(site.vm)
     next_state(record.state, Event.REVERSE, what=site.vm)

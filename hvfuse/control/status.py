@@ -7,11 +7,12 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hvfuse.control.config import VmPolicy
 from hvfuse.control.copy_health import copy_reasons, shown_state
 from hvfuse.control.facts import Facts, Past, TargetFacts, Trouble, gather
+from hvfuse.control.failover_health import replica_commands
 from hvfuse.control.forecast import Forecast
 from hvfuse.control.health import Health, Reason, commands, is_protected, reasons
 from hvfuse.control.home import Home
@@ -44,7 +45,8 @@ class VmStatus:
     points in the store. `allowed`: the commands that its state allows.
     `copy`, `copy_due_ns`, `orders`: as in the VM's record. `verified`: None if it never was. `tracker`,
     `shipper`: whether they answer. `excluded`: disks that are there and, as hvfuse.toml says, not replicated.
-    `frequency`: seconds from cycle to cycle.
+    `frequency`: seconds from cycle to cycle. `role`: "source" of a VM that this home has, or had; "replica" of one of
+    which its store holds the replica, whether or not it is failed over.
     """
 
     name: str
@@ -71,6 +73,7 @@ class VmStatus:
     excluded: tuple[str, ...] = ()
     tracker: bool
     shipper: bool
+    role: Literal["source", "replica"] = "source"
 
     @property
     def health(self) -> Health:
@@ -79,8 +82,8 @@ class VmStatus:
 
     @property
     def is_protected(self) -> bool:
-        """Whether it is to be replicated; of any other VM there is no health."""
-        return self.state is not ReplicationState.DISABLED
+        """Whether it is to be replicated from here; of any other VM there is no health."""
+        return self.state is not ReplicationState.DISABLED and self.role == "source"
 
 
 def vm_status(
@@ -115,12 +118,12 @@ def vm_status(
         reasons=tuple(sorted((*reasons(facts, state), *copy_reasons(facts, state)), key=lambda one: -one.health)),
         allowed=_allowed(facts, state),
         last_cycle=record.cycle,
-        last_replication_time_ns=record.last_replication_time_ns,
+        last_replication_time_ns=facts.newest_ns,
         rpo_seconds=facts.rpo_seconds,
         pending_bytes=facts.rpo_bytes,
         doubtful_bytes=facts.doubtful_bytes,
         points=None if facts.target is None else facts.target.points,
-        latest_point=record.point,
+        latest_point=facts.target.newest_id if facts.is_replica and facts.target is not None else record.point,
         replica_state=None if facts.target is None else facts.target.state,
         tests=0 if facts.target is None else len(facts.target.tests),
         frequency=policy.frequency,
@@ -134,6 +137,7 @@ def vm_status(
         disks=_disks(home.folder(vm), facts),
         tracker=facts.tracker.answer is not None,
         shipper=facts.shipper.answer is not None,
+        role="replica" if facts.is_replica else "source",
     )
 
 
@@ -141,6 +145,8 @@ def _allowed(facts: Facts, state: ReplicationState) -> tuple[str, ...]:
     """What may be ordered: by the recorded state where that says that the VM is not replicated, whatever is shown."""
     if not facts.has_record:
         return ()
+    if facts.is_replica:
+        return replica_commands(facts)
     return commands(facts.vm, state if is_protected(facts.record) else facts.record.state, paused=facts.orders.paused)
 
 

@@ -259,9 +259,26 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
     "one failed that nobody wants any more": (record(guest_error="no agent"), [], N, None),
     # Failover
     "failed over, not committed": (
-        record(state=STATE.FAILED_OVER_WAITING_COMPLETION), ["failover-open"], W, None,
+        record(state=STATE.FAILED_OVER_WAITING_COMPLETION, held="it was failed over"), ["fenced"], W, None,
     ),
-    "failed over, not reversed": (record(state=STATE.FAILED_OVER), ["failed-over"], W, None),
+    "failed over to elsewhere for good": (
+        record(state=STATE.FAILED_OVER, held="it was failed over"), ["fenced"], W, "hvfuse replication reverse vm",
+    ),
+    "failed over to here, not reversed": (
+        record(state=STATE.FAILED_OVER), ["failed-over"], W, "hvfuse replication reverse vm",
+    ),
+    "a planned failover was cut off": (
+        record(state=STATE.PREPARED_FOR_FAILOVER, held="planned"), ["failover-unprepared"], W,
+        "hvfuse failover planned vm",
+    ),
+    "a planned failover is prepared": (
+        record(state=STATE.PREPARED_FOR_FAILOVER, held="planned", prepared={"point": "a-1"}), ["failover-prepared"], W,
+        "hvfuse failover cancel vm",
+    ),
+    "giving way was cut off": (
+        record(state=STATE.FAILED_OVER, held="it was", giving_way={"disks": []}), ["reverse-unfinished"], W,
+        "hvfuse replication reverse vm",
+    ),
     "a test for a day": (standing(since_ns=NOW - 86400 * S, is_served=True), [], N, None),
     "a test for longer": (
         standing(since_ns=NOW - 86401 * S, is_served=True), ["test-standing"], W, "hvfuse failover cleanup vm 4",
@@ -331,7 +348,7 @@ def test_what_nobody_can_tell_is_unknown_and_never_zero(
 def test_every_command_that_is_said_to_be_allowed_is_one_that_the_state_allows() -> None:
     for state in ReplicationState:
         for command in commands("vm", state):
-            assert command.startswith("hvfuse re")
+            assert command.startswith(("hvfuse re", "hvfuse failover "))
     assert "hvfuse replication resume vm" in commands("vm", STATE.SUSPENDED)
     assert commands("vm", STATE.SUSPENDED, paused=True) == (
         "hvfuse replication resume vm", "hvfuse replication disable vm",
