@@ -17,9 +17,13 @@ from pathlib import Path
 import pytest
 
 from hvfuse import mountpoint, spool, wire
+from hvfuse.control.arrivals import Arrivals
+from hvfuse.control.home import Home
+from hvfuse.control.supervisor import find_vms
 from hvfuse.errors import BusyError, HvfuseError, StateError
 from hvfuse.target import standing
 from hvfuse.target.view import View
+from tests.control.children import HandClock
 from tests.dying import done_until
 from tests.mount.conftest import Mounted, world
 from tests.mount.serving_view import FilesPoint
@@ -335,7 +339,7 @@ def test_killed_at_any_step_of_completion_the_next_start_serves_the_same_bytes(v
 def test_killed_at_any_call_the_file_work_is_finished_by_the_next(tmp_path: Path) -> None:
     def hydrate(folder: Path) -> None:
         (folder / ".failover").mkdir(parents=True)
-        for name in ("a.raw", "b.raw"):
+        for name in ("a.raw", "z.raw"):
             (folder / ".failover" / f"{name}.data").write_bytes(name.encode() * 1000)
             (folder / ".failover" / f"{name}.blocks").touch()
 
@@ -360,8 +364,8 @@ def test_killed_at_any_call_the_file_work_is_finished_by_the_next(tmp_path: Path
             assert not was_marked
             assert names == [".failover"]
         else:
-            assert names == ["a.raw", "b.raw"]
-            assert (folder / "b.raw").read_bytes() == b"b.raw" * 1000
+            assert names == ["a.raw", "z.raw"]
+            assert (folder / "z.raw").read_bytes() == b"z.raw" * 1000
     assert step > 10
 
 
@@ -497,6 +501,23 @@ def test_progress_is_told(vm: Vm) -> None:
     assert told[0]["state"] == "copying"
     assert told[-1] == {"state": "done", "done": 12 * MIB + 5000, "total": 12 * MIB + 5000, "error": None}
     vm.stop()
+
+
+def test_a_folder_in_which_a_vm_stands_is_neither_a_vm_nor_restless(tmp_path: Path) -> None:
+    home = Home(str(tmp_path))
+    overlays = tmp_path / "disks/vm/.failover"
+    overlays.mkdir(parents=True)
+    (overlays / "os.raw.data").touch()
+    assert find_vms(home) == []
+    (tmp_path / "disks/vm/os.raw").touch()
+    clock = HandClock()
+    arrivals = Arrivals(home, clock=clock)
+    assert not arrivals.is_settled("vm", at_start=False)
+    clock.sleep(10)
+    (overlays / "os.raw.data").unlink()
+    assert arrivals.is_settled("vm", at_start=False)
+    assert spool.is_reserved(".failover")
+    assert spool.disk_of(".failover") is None
 
 
 def test_one_process_serves_a_folder(vm: Vm) -> None:
