@@ -70,11 +70,11 @@ def serve_standing(
 
     `point_reader` opens the point; it is not called, and what is served are plain disks, where these were complete
     before. `committed`: whether overlays may become disks; asked until it says yes, then never again. `hydrated` has to
-    note durably that the VM has plain disks: from then on whoever starts its process starts a tracker, after
-    `hvfuse.target.standing.finish_interrupted`. It may be called again after a crash. `tell` is told of progress, about
-    every 5 seconds; `attached` is called within the switch, with the VM as it is tracked from there on. These four are
-    called in threads of their own, one at a time; what `committed`, `hydrated` and `tell` raise (HvfuseError, OSError)
-    is logged, and they are called again.
+    note durably that the VM has plain disks; it may be called again after a crash, until nothing is left of the
+    overlays. Whoever starts the VM's process starts this one as long as `hvfuse.target.standing.stands`. `tell` is told
+    of progress, about every 5 seconds; `attached` is called within the switch, with the VM as it is tracked from there
+    on. These four are called in threads of their own, one at a time; what `committed`, `hydrated` and `tell` raise
+    (HvfuseError, OSError) is logged, and they are called again.
 
     Raises BusyError (the folder holds disks of its own, which it names; another process serves it; the mount point is
     in use), UsageError (the overlays belong to another point), and what `point_reader` or `TrackedVm.attach` raises,

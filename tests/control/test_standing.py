@@ -18,8 +18,7 @@ import pytest
 
 from hvfuse import mountpoint, spool, wire
 from hvfuse.control.arrivals import Arrivals
-from hvfuse.control.home import Home
-from hvfuse.control.supervisor import find_vms
+from hvfuse.control.config import Config
 from hvfuse.errors import BusyError, HvfuseError, StateError
 from hvfuse.target import standing
 from hvfuse.target.view import View
@@ -322,9 +321,8 @@ def test_killed_at_any_step_of_completion_the_next_start_serves_the_same_bytes(v
     vm.commit()
     vm.await_death()
     vm.fatal = "none"
-    if (vm.directory / "hydrated").exists():  # a tracker is started then
-        standing.finish_interrupted(str(vm.folder))
-    else:
+    if standing.stands(str(vm.folder)):
+        (vm.directory / "hydrated").unlink(missing_ok=True)
         vm.start()
         assert (vm.mnt / "os.raw").read_bytes() == model
         vm.await_hydrated()
@@ -367,6 +365,23 @@ def test_killed_at_any_call_the_file_work_is_finished_by_the_next(tmp_path: Path
             assert names == ["a.raw", "z.raw"]
             assert (folder / "z.raw").read_bytes() == b"z.raw" * 1000
     assert step > 10
+
+
+def test_a_vm_stands_from_the_making_of_the_directory_until_only_that_is_left(tmp_path: Path) -> None:
+    folder, overlays = str(tmp_path), tmp_path / ".failover"
+    assert not standing.stands(folder)
+    overlays.mkdir()
+    assert standing.stands(folder)
+    assert not standing.finish_interrupted(folder)
+    assert standing.stands(folder)
+    (overlays / "a.raw.data").touch()
+    assert standing.stands(folder)
+    standing.mark_complete(folder)
+    standing.put_in_place(folder)
+    assert standing.stands(folder)  # nobody has noted it
+    (overlays / "complete").unlink()
+    assert not standing.stands(folder)
+    assert os.listdir(folder) == ["a.raw"]
 
 
 def test_dropped_half_way_the_rest_goes_next_time_and_claims_nothing(tmp_path: Path) -> None:
@@ -503,12 +518,11 @@ def test_progress_is_told(vm: Vm) -> None:
     vm.stop()
 
 
-def test_a_folder_in_which_a_vm_stands_is_neither_a_vm_nor_restless(tmp_path: Path) -> None:
-    home = Home(str(tmp_path))
+def test_what_is_served_to_a_failed_over_vm_does_not_keep_its_folder_from_settling(tmp_path: Path) -> None:
+    home = Config().home(str(tmp_path))
     overlays = tmp_path / "disks/vm/.failover"
     overlays.mkdir(parents=True)
     (overlays / "os.raw.data").touch()
-    assert find_vms(home) == []
     (tmp_path / "disks/vm/os.raw").touch()
     clock = HandClock()
     arrivals = Arrivals(home, clock=clock)
