@@ -22,6 +22,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -241,6 +242,7 @@ class _Standing:
         """Switch, unless there is more to copy by now. Returns whether it has switched."""
         try:
             with switching.standstill():
+                began = time.perf_counter()
                 if not self.hydration.is_complete():
                     return False
                 self._put_in_place()
@@ -248,7 +250,8 @@ class _Standing:
                 self._let_go_of_view()
                 self._untracked_because = self._attach()
                 switching.switch(VmFolder(self._fd, self.tracked))
-                return True
+            _log.info("%s: switched to plain disks in %.3f s", self._folder, time.perf_counter() - began)
+            return True
         except (HvfuseError, OSError) as error:
             self.hydration.pause(error, self._stop)
             return False

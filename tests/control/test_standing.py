@@ -196,6 +196,7 @@ def test_a_guest_that_writes_all_the_time_keeps_its_disk(vm: Vm, direct: bool) -
         at_the_switch = guest.written
         until(lambda: guest.written > at_the_switch + 50)
         assert guest.longest < 2
+    assert "switched to plain disks in 0." in vm.mounted.errors()
     assert vm.status()["standing"] is False
     assert (vm.mnt / "os.raw").read_bytes() == model
     os.close(fd)
