@@ -22,6 +22,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,11 +71,11 @@ def serve_standing(
 
     `point_reader` opens the point; it is not called, and what is served are plain disks, where these were complete
     before. `committed`: whether overlays may become disks; asked until it says yes, then never again. `hydrated` has to
-    note durably that the VM has plain disks: from then on whoever starts its process starts a tracker, after
-    `hvfuse.target.standing.finish_interrupted`. It may be called again after a crash. `tell` is told of progress, about
-    every 5 seconds; `attached` is called within the switch, with the VM as it is tracked from there on. These four are
-    called in threads of their own, one at a time; what `committed`, `hydrated` and `tell` raise (HvfuseError, OSError)
-    is logged, and they are called again.
+    note durably that the VM has plain disks; it may be called again after a crash, until nothing is left of the
+    overlays. Whoever starts the VM's process starts this one as long as `hvfuse.target.standing.stands`. `tell` is told
+    of progress, about every 5 seconds; `attached` is called within the switch, with the VM as it is tracked from there
+    on. These four are called in threads of their own, one at a time; what `committed`, `hydrated` and `tell` raise
+    (HvfuseError, OSError) is logged, and they are called again.
 
     Raises BusyError (the folder holds disks of its own, which it names; another process serves it; the mount point is
     in use), UsageError (the overlays belong to another point), and what `point_reader` or `TrackedVm.attach` raises,
@@ -241,6 +242,7 @@ class _Standing:
         """Switch, unless there is more to copy by now. Returns whether it has switched."""
         try:
             with switching.standstill():
+                began = time.perf_counter()
                 if not self.hydration.is_complete():
                     return False
                 self._put_in_place()
@@ -248,7 +250,8 @@ class _Standing:
                 self._let_go_of_view()
                 self._untracked_because = self._attach()
                 switching.switch(VmFolder(self._fd, self.tracked))
-                return True
+            _log.info("%s: switched to plain disks in %.3f s", self._folder, time.perf_counter() - began)
+            return True
         except (HvfuseError, OSError) as error:
             self.hydration.pause(error, self._stop)
             return False

@@ -77,7 +77,7 @@ class DiskHydration:
 
     def step(self) -> int:
         """Take up the next piece, or hole. Returns the bytes that were read for it. Raises HvfuseError, OSError."""
-        found = self.disk.unheld(self._at)
+        found = self.disk.unheld(self._at, _WINDOW)
         if found is None:
             return 0
         start, end = found
@@ -89,7 +89,7 @@ class DiskHydration:
 
     def is_complete(self) -> bool:
         """Whether the overlay has the whole disk, flushed or not."""
-        found = self.disk.unheld(self._at)
+        found = self.disk.unheld(self._at, _WINDOW)
         if found is not None:
             self._at = found[0]
         return found is None

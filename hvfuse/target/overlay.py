@@ -108,7 +108,7 @@ class BlockMap:
         """How many of the blocks 0 <= n < end are in the set."""
         last, bits = divmod(end, _PAGE_BITS)
         whole = sum(
-            _PAGE_BITS if found == _FULL else found.bit_count()
+            _PAGE_BITS if found is _FULL else found.bit_count()
             for page, found in list(self._pages.items())
             if page < last
         )

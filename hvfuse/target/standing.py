@@ -10,6 +10,8 @@ The steps from overlays to plain disks, while nobody writes (`hvfuse.control.sta
    is the disk under whichever of the two names it has: `put_in_place` finishes that after any crash.
 3. Once somebody has noted that the VM has plain disks, `clean_up` takes away what is left, the marker last.
 
+Whoever starts the VM's process asks `stands` which one it has to be.
+
 `serving` is a lock on the folder: one process serves it or changes these files.
 """
 
@@ -37,6 +39,20 @@ def overlays(folder: str) -> str:
 def is_complete(folder: str) -> bool:
     """Whether the overlays are whole disks, in place or not."""
     return os.path.lexists(os.path.join(overlays(folder), _MARKER))
+
+
+def stands(folder: str) -> bool:
+    """Whether what has to be started for the VM is `hvfuse.control.standing.serve_standing`: a failover has begun, if
+    only by making the directory, or plain disks are there and nobody has noted it. An empty directory beside disks is
+    the last that a clean-up left, and is removed. For a folder that nobody serves. Raises OSError."""
+    try:
+        is_begun = bool(os.listdir(overlays(folder)))
+    except FileNotFoundError:
+        return False
+    if is_begun or not any(map(is_disk_name, os.listdir(folder))):
+        return True
+    os.rmdir(overlays(folder))
+    return False
 
 
 @contextmanager
@@ -98,9 +114,10 @@ def clean_up(folder: str) -> None:
 
 
 def finish_interrupted(folder: str) -> bool:
-    """Finish what a process that died had begun, in a folder that nobody serves. Returns whether the overlays had
-    become plain disks, which are now all that is left; else overlays, if there are any, go on being what they were.
-    Idempotent. Raises BusyError (somebody serves it, or a disk's name has been taken), OSError."""
+    """Finish what a process that died had begun, in a folder that nobody serves, where it has been noted that the VM
+    has plain disks, or need not be. Returns whether the overlays had become plain disks, which are now all that is
+    left; else overlays, if there are any, go on being what they were. Idempotent. Raises BusyError (somebody serves
+    it, or a disk's name has been taken), OSError."""
     if not os.path.isdir(overlays(folder)):
         return False
     with serving(folder):
@@ -108,9 +125,7 @@ def finish_interrupted(folder: str) -> bool:
             put_in_place(folder)
             clean_up(folder)
             return True
-        if not os.listdir(overlays(folder)):
-            os.rmdir(overlays(folder))
-    return False
+        return not stands(folder)
 
 
 def drop(folder: str) -> None:

@@ -191,13 +191,14 @@ class ViewDisk:
         """Bytes that the overlay lacks."""
         return self.size - self._writable().held_bytes
 
-    def unheld(self, start: int) -> tuple[int, int] | None:
-        """The first range (offset, end) at or after `start`, on a block, that the overlay lacks; None: none does."""
+    def unheld(self, start: int, length: int) -> tuple[int, int] | None:
+        """The first range (offset, end) at or after `start`, on a block, that the overlay lacks, or so much of it that
+        it is at least `length` long; None: it lacks none."""
         overlay = self._writable()
         with overlay.turns.behind():
             low = high = -1
             for begin, end, held in overlay.pieces(start, overlay.size):
-                if high >= 0 and held:
+                if high >= 0 and (held or high - low >= length):
                     break
                 if not held:
                     low, high = begin if low < 0 else low, end

@@ -17,9 +17,12 @@ from pathlib import Path
 import pytest
 
 from hvfuse import mountpoint, spool, wire
+from hvfuse.control.arrivals import Arrivals
+from hvfuse.control.config import Config
 from hvfuse.errors import BusyError, HvfuseError, StateError
 from hvfuse.target import standing
 from hvfuse.target.view import View
+from tests.control.children import HandClock
 from tests.dying import done_until
 from tests.mount.conftest import Mounted, world
 from tests.mount.serving_view import FilesPoint
@@ -193,6 +196,7 @@ def test_a_guest_that_writes_all_the_time_keeps_its_disk(vm: Vm, direct: bool) -
         at_the_switch = guest.written
         until(lambda: guest.written > at_the_switch + 50)
         assert guest.longest < 2
+    assert "switched to plain disks in 0." in vm.mounted.errors()
     assert vm.status()["standing"] is False
     assert (vm.mnt / "os.raw").read_bytes() == model
     os.close(fd)
@@ -318,9 +322,8 @@ def test_killed_at_any_step_of_completion_the_next_start_serves_the_same_bytes(v
     vm.commit()
     vm.await_death()
     vm.fatal = "none"
-    if (vm.directory / "hydrated").exists():  # a tracker is started then
-        standing.finish_interrupted(str(vm.folder))
-    else:
+    if standing.stands(str(vm.folder)):
+        (vm.directory / "hydrated").unlink(missing_ok=True)
         vm.start()
         assert (vm.mnt / "os.raw").read_bytes() == model
         vm.await_hydrated()
@@ -335,7 +338,7 @@ def test_killed_at_any_step_of_completion_the_next_start_serves_the_same_bytes(v
 def test_killed_at_any_call_the_file_work_is_finished_by_the_next(tmp_path: Path) -> None:
     def hydrate(folder: Path) -> None:
         (folder / ".failover").mkdir(parents=True)
-        for name in ("a.raw", "b.raw"):
+        for name in ("a.raw", "z.raw"):
             (folder / ".failover" / f"{name}.data").write_bytes(name.encode() * 1000)
             (folder / ".failover" / f"{name}.blocks").touch()
 
@@ -360,9 +363,26 @@ def test_killed_at_any_call_the_file_work_is_finished_by_the_next(tmp_path: Path
             assert not was_marked
             assert names == [".failover"]
         else:
-            assert names == ["a.raw", "b.raw"]
-            assert (folder / "b.raw").read_bytes() == b"b.raw" * 1000
+            assert names == ["a.raw", "z.raw"]
+            assert (folder / "z.raw").read_bytes() == b"z.raw" * 1000
     assert step > 10
+
+
+def test_a_vm_stands_from_the_making_of_the_directory_until_only_that_is_left(tmp_path: Path) -> None:
+    folder, overlays = str(tmp_path), tmp_path / ".failover"
+    assert not standing.stands(folder)
+    overlays.mkdir()
+    assert standing.stands(folder)
+    assert not standing.finish_interrupted(folder)
+    assert standing.stands(folder)
+    (overlays / "a.raw.data").touch()
+    assert standing.stands(folder)
+    standing.mark_complete(folder)
+    standing.put_in_place(folder)
+    assert standing.stands(folder)  # nobody has noted it
+    (overlays / "complete").unlink()
+    assert not standing.stands(folder)
+    assert os.listdir(folder) == ["a.raw"]
 
 
 def test_dropped_half_way_the_rest_goes_next_time_and_claims_nothing(tmp_path: Path) -> None:
@@ -497,6 +517,22 @@ def test_progress_is_told(vm: Vm) -> None:
     assert told[0]["state"] == "copying"
     assert told[-1] == {"state": "done", "done": 12 * MIB + 5000, "total": 12 * MIB + 5000, "error": None}
     vm.stop()
+
+
+def test_what_is_served_to_a_failed_over_vm_does_not_keep_its_folder_from_settling(tmp_path: Path) -> None:
+    home = Config().home(str(tmp_path))
+    overlays = tmp_path / "disks/vm/.failover"
+    overlays.mkdir(parents=True)
+    (overlays / "os.raw.data").touch()
+    (tmp_path / "disks/vm/os.raw").touch()
+    clock = HandClock()
+    arrivals = Arrivals(home, clock=clock)
+    assert not arrivals.is_settled("vm", at_start=False)
+    clock.sleep(10)
+    (overlays / "os.raw.data").unlink()
+    assert arrivals.is_settled("vm", at_start=False)
+    assert spool.is_reserved(".failover")
+    assert spool.disk_of(".failover") is None
 
 
 def test_one_process_serves_a_folder(vm: Vm) -> None:

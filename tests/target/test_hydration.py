@@ -29,6 +29,17 @@ from tests.target.test_view import IDENTITY, LIMIT, Bytes, BytesPoint, lengths, 
 MIB = 1 << 20
 
 
+class Overtaken(Bytes):
+    """A lower disk during whose reading something else may happen."""
+
+    meanwhile: Callable[[], None] = staticmethod(lambda: None)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        data = super().pread(offset, length)
+        self.meanwhile()
+        return data
+
+
 class HydrationAgainstBytearray(RuleBasedStateMachine):
     """Every verb, pieces of hydration, flushes of either side and kills, in any order."""
 
@@ -37,7 +48,7 @@ class HydrationAgainstBytearray(RuleBasedStateMachine):
         self.directory = tempfile.TemporaryDirectory()
         data = bytearray((seed + at // 100) % 251 + 1 for at in range(size))
         data[size // 3 : size // 3 * 2] = bytes(size // 3 * 2 - size // 3)
-        self.lower = Bytes(bytes(data))
+        self.lower = Overtaken(bytes(data))
         self.model = bytearray(data)
         self.flushed = bytearray(data)  # as it was then, and resized since, which is durable at once
         self._open()
@@ -67,6 +78,26 @@ class HydrationAgainstBytearray(RuleBasedStateMachine):
         for model in (self.model, self.flushed):
             del model[size:]
             model.extend(bytes(size - len(model)))
+
+    @rule(offset=positions, length=lengths, what=st.sampled_from(["write", "trim", "cut", "cut and grow"]))
+    def hydrate_while_the_disk_changes(self, offset: int, length: int, what: str) -> None:
+        """Between the reading of a piece and its turn."""
+
+        def meanwhile() -> None:
+            self.lower.meanwhile = lambda: None
+            match what:
+                case "write":
+                    self.write(offset, length, 7)
+                case "trim":
+                    self.trim(offset, length, False)
+                case _:
+                    self.truncate(offset)
+                    if what == "cut and grow":
+                        self.truncate(min(offset + length, LIMIT))
+
+        self.lower.meanwhile = meanwhile
+        self.hydration.step()
+        self.lower.meanwhile = lambda: None
 
     @rule(steps=st.integers(1, 4))
     def hydrate(self, steps: int) -> None:
