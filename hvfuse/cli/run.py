@@ -126,7 +126,7 @@ def run(session: Session) -> None:
             return [fence_of(home, session.config_file, vm, records) for vm in records.names()]
 
         with _display() as display, notifier, FenceWatch(fences), Watch(lambda: statuses(session, records)) as watch:
-            sample = supervisor.prepare()
+            sample = None if _holds_replicas(home.store) else supervisor.prepare()
             if sample is not None:
                 display.say(f"there was no VM yet: made {home.folder(sample)}")
             display.say(f"disks in {home.disks}; let the guests use them in {home.mnt}; Ctrl-C ends")
@@ -134,6 +134,15 @@ def run(session: Session) -> None:
             display.say("ending: shippers first, then the mounts")
             supervisor.stop(asked=lambda: interrupts.count, tell=display.say)
         click.echo("ended cleanly")
+
+
+def _holds_replicas(path: str) -> bool:
+    """Whether the home's store has VMs of other homes: then it is a target, and needs no sample."""
+    from hvfuse.target.store import Store
+
+    with contextlib.suppress(HvfuseError, OSError), Store(path, create=False, read_only=True) as store:
+        return bool(store.vms())
+    return False
 
 
 Ask = Callable[[], list[VmStatus]]

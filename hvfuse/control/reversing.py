@@ -97,6 +97,8 @@ def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: han
             generation=None, copy=None, progress=None, resync_reason=None, resync_cause=None, protected_since_ns=None,
             last_replication_time_ns=None, last_applied_time_ns=None,
         )  # fmt: skip
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(site.home.proofs(site.vm))  # of a replica that is none any more
         return str(kept["store"])
 
     acts: dict[flows.FlowStep, Callable[[], str | None]] = {
