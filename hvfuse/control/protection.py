@@ -19,6 +19,7 @@ from functools import partial
 
 from hvfuse import spool, system, wire
 from hvfuse.control.daemon import serving_pid, wait_for_end
+from hvfuse.control.fence import tell_tracker
 from hvfuse.control.guest import GuardedGuest
 from hvfuse.control.home import Home
 from hvfuse.control.job import INTERRUPTED, JobError, JobKind, JobState
@@ -219,7 +220,8 @@ def _write_off(site: Site) -> None:
     events = () if record.state is ReplicationState.DISABLED else (Event.DISABLE,)
     site.records.apply(
         site.vm, *events, enabled=False, orders=Orders(paused=True), error=None, hint=None, copy=None, progress=None,
-        copy_due_ns=None, resync_reason=None, resync_cause=None, shipper_error=None, protected_since_ns=None,
+        copy_due_ns=None, resync_reason=None, resync_cause=None, shipper_error=None, protected_since_ns=None, held=None,
+        prepared=None, giving_way=None,
     )  # fmt: skip
 
 
@@ -267,6 +269,7 @@ def _give_up_logs(site: Site, job: Running) -> None:
     while True:
         if _serving(site.home, site.home.tracker_socket(site.vm)) is not None:
             wire.request(site.home.tracker_socket(site.vm), "end", timeout=ANSWER_SECONDS)
+            tell_tracker(site.home, site.vm, None)  # what another side has of the VM concerns this one no more
             return None
         try:
             return _give_up_at_rest(site, job)
