@@ -61,6 +61,12 @@ def placeholders(text: str) -> list[Placeholder]:
     return [piece for piece in pieces(text) if isinstance(piece, Placeholder)]
 
 
+def is_network(text: str) -> bool:
+    """Whether a text is one {network:LOGICAL}, and nothing besides. Raises UsageError."""
+    found = list(pieces(text))
+    return len(found) == 1 and isinstance(found[0], Placeholder) and found[0].kind == NETWORK
+
+
 def fill(text: str, value: Callable[[Placeholder], str]) -> str:
     """The text with its placeholders replaced. Raises UsageError, and what `value` raises."""
     return "".join(piece if isinstance(piece, str) else value(piece) for piece in pieces(text))
