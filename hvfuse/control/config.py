@@ -73,7 +73,7 @@ TEMPLATE = """\
 # agent = "/run/qemu/web01.agent" # the QEMU guest agent; or commands instead: freeze = ["/path/to/freeze", "web01"]
                               # and thaw = ["/path/to/thaw", "web01"]
 # freeze_timeout = "10s"      # "1s" to "60s"
-# qemu = ["qemu-system-x86_64", "-m", "512", "-drive", "file={disk:root.raw},format=raw,if=virtio,cache=none", "-nic", "bridge,br={network:lan}"]
+# qemu = ["qemu-system-x86_64", "-drive", "file={disk:root.raw},format=raw", "-nic", "bridge,br={network:lan}"]
                               # or libvirt = "web01.xml", a domain's XML in the home; see docs/guests.md
 # before_boot = ["/path/to/command"] # run before it is booted, and then:
 # after_boot = ["/path/to/command"]
@@ -108,7 +108,7 @@ class VmPolicy:
     begins. `resync`: when resynchronisations do. `digest`: by what blocks are compared. `app_consistent`: seconds from
     one application-consistent point to the next, 0 = none. `exclude`: file names of disks that are not replicated.
     `guest`: how the guest is asked to hold still; a VM's is never None with `app_consistent`. `boot`: how it is booted
-    where it is failed over to, and `network`, `network_test`: with which addresses there, and in tests; None: not said."""
+    where it is failed over to; `network`, `network_test`: with which addresses there, and in tests; None: not said."""
 
     protect: Literal["auto", "manual"] = "auto"
     target: str | None = None

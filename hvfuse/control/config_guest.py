@@ -23,7 +23,7 @@ _UNTOUCHABLE = {"--" + option[1:]: why for option, why in _OWN_OPTIONS.items()} 
 
 
 def _qemu(value: Any) -> tuple[str, ...]:
-    words = command()(value)
+    words: tuple[str, ...] = command()(value)
     for word in words:
         if word in _UNTOUCHABLE:
             raise BadValueError(f"a command line for hvfuse: {word} cannot be in it, as {_UNTOUCHABLE[word]}")

@@ -92,7 +92,9 @@ class _Reader:
             policies={name: self._policy([*general, layer]) for name, layer in named.items()},
             vms={name: self._vm(name, table, general, named) for name, table in self._named("vm", document)},
             monitoring=Monitoring(**values["monitoring"]),
-            networks={name: self._network(("network", name), table) for name, table in self._named("network", document)},
+            networks={
+                name: self._network(("network", name), table) for name, table in self._named("network", document)
+            },
         )
 
     def _named(self, kind: str, document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -127,8 +129,10 @@ class _Reader:
                 f"{'this needs' if own else 'its app_consistent needs'} a table [{dotted((*path, 'guest'))}] that says "
                 f"how the guest is asked to hold still: {_GUEST_HINT}",
             )
-        addresses = {key: self._addresses((*path, key), table[key]) for key in _ADDRESSES if key in table}
-        return replace(policy, guest=guest, boot=boot, **addresses)
+        network, network_test = (
+            self._addresses((*path, key), table[key]) if key in table else None for key in _ADDRESSES
+        )
+        return replace(policy, guest=guest, boot=boot, network=network, network_test=network_test)
 
     def _policy(self, layers: Sequence[Layer]) -> VmPolicy:
         merged = {key: value for _, values in layers for key, value in values.items()}

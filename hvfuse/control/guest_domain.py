@@ -1,7 +1,7 @@
 """A domain of libvirt's, from its XML with placeholders. Pure.
 
-Placeholders stand in texts and attributes. The domain's name becomes the guest's; a guest on test gets an identity of its
-own too, as libvirt runs one domain of a UUID, and the real one may be known to it.
+Placeholders stand in texts and attributes. The domain's name becomes the guest's; a guest on test gets an identity of
+its own too, as libvirt runs one domain of a UUID, and the real one may be known to it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def _refuse_ways_out(root: ElementTree.Element) -> None:
     """See `guest_plan`; of a domain whose placeholders still stand there."""
     for interface in root.iterfind("devices/interface"):
         source = interface.find("source")
-        named = [source.attrib[key] for key in ("network", "bridge", "dev") if source is not None and key in source.attrib]
+        named = [
+            source.attrib[key] for key in ("network", "bridge", "dev") if source is not None and key in source.attrib
+        ]
         if not named or not all(map(is_network, named)):
             kind = interface.get("type", "")
             raise UsageError(

@@ -7,6 +7,7 @@ none that leads out. Everything else is refused, and qemu's own default, a netwo
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -189,7 +190,7 @@ def _refuse_ways_out(words: Sequence[str], vm: str) -> None:
 
 
 def _network_options(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for option, value in zip(words, words[1:], strict=False):
+    for option, value in itertools.pairwise(words):
         if option.startswith("-") and option.lstrip("-") in _NETWORK_OPTIONS:
             yield option.lstrip("-"), value
 

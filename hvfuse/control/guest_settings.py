@@ -55,8 +55,8 @@ class Site(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BootSettings:
     """`[vm.NAME.guest]`: how its guest is booted on disks that were failed over; see `guest_template` for what a text
-    may hold. `qemu`: a command line; empty: not used. `libvirt`: path of a domain's XML, relative to the home; None: not
-    used. At most one of the two. `before_boot`, `after_boot`, `validate`: commands, a word each; empty for none.
+    may hold. `qemu`: a command line; empty: not used. `libvirt`: path of a domain's XML, relative to the home; None:
+    not used. At most one of the two. `before_boot`, `after_boot`, `validate`: commands, a word each; empty for none.
     `validate_timeout`: seconds."""
 
     qemu: tuple[str, ...] = ()

@@ -5,6 +5,8 @@
     {name}              the guest's name
     {state}             a private directory of the guest, for sockets
     {{  }}              a brace
+
+Whatever else stands in braces is refused.
 """
 
 from __future__ import annotations

@@ -346,7 +346,7 @@ FAULTS = {
     "qemu with an unknown placeholder": (
         '[vm.a.guest]\nqemu = [\n  "q",\n  "file={dsk:a.raw}",\n]\n',
         5,
-        "[vm.a.guest] qemu: [\"q\", \"file={dsk:a.raw}\"] is not a command line for hvfuse: "
+        '[vm.a.guest] qemu: ["q", "file={dsk:a.raw}"] is not a command line for hvfuse: '
         "unknown placeholder {dsk:a.raw}; known are {disk:NAME}, ",
     ),
     "qemu with a placeholder of no disk": ('[vm.a.guest]\nqemu = ["q", "{disk:}"]\n', 2, "placeholder {disk:}; known"),
@@ -359,7 +359,7 @@ FAULTS = {
         "for hvfuse: -daemonize cannot be in it, as hvfuse starts it in the background itself",
     ),
     "qemu that stands still": ('[vm.a.guest]\nqemu = ["q", "-S"]\n', 2, "-S cannot be in it"),
-    "libvirt as a list": ('[vm.a.guest]\nlibvirt = ["a"]\n', 2, "libvirt: [\"a\"] is not the path of a domain's XML"),
+    "libvirt as a list": ('[vm.a.guest]\nlibvirt = ["a"]\n', 2, 'libvirt: ["a"] is not the path of a domain\'s XML'),
     "a hook without a guest": (
         '[vm.a.guest]\nvalidate = ["x"]\nafter_boot = ["x"]\n',
         3,
@@ -370,7 +370,11 @@ FAULTS = {
         3,
         "[vm.a.guest] validate_timeout: validate is missing",
     ),
-    "too long to validate": ('[vm.a.guest]\nvalidate_timeout = "25h"\n', 2, '"25h" is not a duration from "1s" to "24h"'),
+    "too long to validate": (
+        '[vm.a.guest]\nvalidate_timeout = "25h"\n',
+        2,
+        '"25h" is not a duration from "1s" to "24h"',
+    ),
     "no command to validate": ("[vm.a.guest]\nvalidate = []\n", 2, "validate: [] is not a command"),
     "addresses as a value": ("[vm.a]\nnetwork = 1\n", 2, "[vm.a] network: this is a table: write [vm.a.network]"),
     "addresses that say nothing": ("[vm.a.network]\n", 1, "[vm.a] network: this says nothing: say ipv4 and ipv4_mask"),
@@ -391,7 +395,11 @@ FAULTS = {
     "an address that is none": ('[vm.a.network]\nipv4 = "10.0.0.256"\n', 2, '"10.0.0.256" is not an address of a host'),
     "an address with leading zeroes": ('[vm.a.network]\nipv4 = "10.0.0.01"\n', 2, "is not an address of a host"),
     "an address with a prefix": ('[vm.a.network]\nipv4 = "10.0.0.1/24"\n', 2, "is not an address of a host"),
-    "an address of the other kind": ('[vm.a.network]\nipv6 = "10.0.0.1"\n', 2, '"10.0.0.1" is not an address of a host'),
+    "an address of the other kind": (
+        '[vm.a.network]\nipv6 = "10.0.0.1"\n',
+        2,
+        '"10.0.0.1" is not an address of a host',
+    ),
     "an address of everybody": ('[vm.a.network]\nipv4 = "224.0.0.1"\n', 2, "is not an address of a host"),
     "an address of nobody": ('[vm.a.network]\nipv6 = "::"\n', 2, "is not an address of a host"),
     "an address of this host": ('[vm.a.network]\nipv4 = "127.0.0.1"\n', 2, "is not an address of a host"),
@@ -421,10 +429,22 @@ FAULTS = {
     "a name server as a text": ('[vm.a.network]\ndns = "10.0.0.1"\n', 2, "is not a list of at most two addresses"),
     "networks as a value": ("network = 1\n", 1, "network: this is a table: write [network]"),
     "one network as a value": ('[network]\nlan = "br0"\n', 2, "[network] lan: this is a table: write [network.lan]"),
-    "network that says nothing": ("[network.lan]\n", 1, "[network] lan: this says nothing: say source, target and test"),
+    "network that says nothing": (
+        "[network.lan]\n",
+        1,
+        "[network] lan: this says nothing: say source, target and test",
+    ),
     "network with a brace": ('[network."a}"]\n', 1, "a}: this cannot be a network's name: it holds a brace"),
-    "unknown key of a network": ('[network.lan]\ntests = "b"\n', 2, "[network.lan] tests: unknown key; did you mean test?"),
-    "network without a name": ('[network.lan]\ntarget = ""\n', 2, '[network.lan] target: "" is not the name of a bridge'),
+    "unknown key of a network": (
+        '[network.lan]\ntests = "b"\n',
+        2,
+        "[network.lan] tests: unknown key; did you mean test?",
+    ),
+    "network without a name": (
+        '[network.lan]\ntarget = ""\n',
+        2,
+        '[network.lan] target: "" is not the name of a bridge',
+    ),
     "network like an option": ('[network.lan]\ntest = "-x"\n', 2, '"-x" is not the name of a bridge'),
     "tests on the network of the real one": (
         '[network.lan]\nsource = "br1"\ntarget = "br0"\ntest = "br0"\n',

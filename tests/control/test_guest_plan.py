@@ -34,7 +34,9 @@ def planned(*words: str, mode: Mode = Mode.PLANNED, **changes: Any) -> BootPlan:
 
 
 def test_placeholders_become_what_they_stand_for() -> None:
-    plan = planned("-drive", "file={disk:root.raw},if=virtio", "-netdev", "bridge,id=n,br={network:lan}", "{{{name}}}", "x{name}")
+    plan = planned(
+        "-drive", "file={disk:root.raw},if=virtio", "-netdev", "bridge,id=n,br={network:lan}", "{{{name}}}", "x{name}"
+    )
     assert plan.kind is Kind.QEMU
     assert plan.command == (
         *("q", "-drive", "file=/v/root.raw,if=virtio", "-netdev", "bridge,id=n,br=br1", "{web,01}", "xweb,01"),
@@ -69,7 +71,9 @@ def test_what_a_command_line_lacks_is_added(words: tuple[str, ...], added: tuple
 
 
 def test_a_disk_that_is_not_there_is_named() -> None:
-    with pytest.raises(UsageError, match=r"\[vm\.web,01\.guest\]: \{disk:os\.raw\}: .* no disk os\.raw here; it has: a,b"):
+    with pytest.raises(
+        UsageError, match=r"\[vm\.web,01\.guest\]: \{disk:os\.raw\}: .* no disk os\.raw here; it has: a,b"
+    ):
         planned("{disk:os.raw}")
 
 
