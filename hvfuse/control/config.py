@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hvfuse.control.guest_settings import GuestSettings
+from hvfuse.control.guest_settings import Addresses, BootSettings, GuestSettings, Network
 from hvfuse.control.home import Home
 from hvfuse.shipper.throttle import Throttle
 from hvfuse.shipper.window import Initial, Resync
@@ -69,10 +69,30 @@ TEMPLATE = """\
 # app_consistent = "1h"       # a recovery point with the guest's applications at rest: "1h" to "12h", or "off"
 # exclude = ["swap.vhd"]      # disks that are not replicated
 
-# [vm.web01.guest]            # how its guest is asked to hold still
+# [vm.web01.guest]            # how its guest is asked to hold still, and booted where it is failed over to
 # agent = "/run/qemu/web01.agent" # the QEMU guest agent; or commands instead: freeze = ["/path/to/freeze", "web01"]
                               # and thaw = ["/path/to/thaw", "web01"]
 # freeze_timeout = "10s"      # "1s" to "60s"
+# qemu = ["qemu-system-x86_64", "-drive", "file={disk:root.raw},format=raw", "-nic", "bridge,br={network:lan}"]
+                              # or libvirt = "web01.xml", a domain's XML in the home; see docs/guests.md
+# before_boot = ["/path/to/command"] # run before it is booted, and then:
+# after_boot = ["/path/to/command"]
+# validate = ["/path/to/command"] # exit code 0: what was failed over is sound
+# validate_timeout = "5m"     # "1s" to "24h"
+
+# [vm.web01.network]          # its TCP/IP settings where it is failed over to, for these commands; for
+# ipv4 = "192.0.2.10"         # tests: [vm.web01.network_test]
+# ipv4_mask = "255.255.255.0"
+# ipv4_gateway = "192.0.2.1"
+# ipv6 = "2001:db8::10"
+# ipv6_prefix = 64
+# ipv6_gateway = "2001:db8::1"
+# dns = ["192.0.2.53", "2001:db8::53"] # at most two
+
+# [network.lan]               # what {network:lan} is called
+# source = "br0"              # where the VM comes from
+# target = "br1"              # where it is failed over to
+# test = "br-isolated"        # in tests: never the network of the real one
 """
 
 
@@ -87,7 +107,8 @@ class VmPolicy:
     percent of the disks' size that logs may take before they are compacted or given up. `initial`: how the first copy
     begins. `resync`: when resynchronisations do. `digest`: by what blocks are compared. `app_consistent`: seconds from
     one application-consistent point to the next, 0 = none. `exclude`: file names of disks that are not replicated.
-    `guest`: how the guest is asked to hold still; a VM's is never None with `app_consistent`."""
+    `guest`: how the guest is asked to hold still; a VM's is never None with `app_consistent`. `boot`: how it is booted
+    where it is failed over to; `network`, `network_test`: with which addresses there, and in tests; None: not said."""
 
     protect: Literal["auto", "manual"] = "auto"
     target: str | None = None
@@ -104,6 +125,9 @@ class VmPolicy:
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
     exclude: frozenset[str] = frozenset()
     guest: GuestSettings | None = None
+    boot: BootSettings | None = None
+    network: Addresses | None = None
+    network_test: Addresses | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,14 +143,15 @@ class Monitoring:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The file's contents. `paths` as written; `default`: the policy of a VM that has no table; `policies`: the
-    others by their names, as of a VM that says nothing of its own; `adopted`: by VM, what applies to one whose
-    definition was adopted here (`hvfuse.control.config_layers`)."""
+    others by their names, as of a VM that says nothing of its own; `networks`: by their logical names; `adopted`: by VM,
+    what applies to one whose definition was adopted here (`hvfuse.control.config_layers`)."""
 
     paths: Mapping[str, str] = field(default_factory=dict)
     default: VmPolicy = field(default_factory=VmPolicy)
     policies: Mapping[str, VmPolicy] = field(default_factory=dict)
     vms: Mapping[str, VmPolicy] = field(default_factory=dict)
     monitoring: Monitoring = field(default_factory=Monitoring)
+    networks: Mapping[str, Network] = field(default_factory=dict)
     adopted: Mapping[str, Config] = field(default_factory=dict)
 
     def policy(self, vm: str) -> VmPolicy:

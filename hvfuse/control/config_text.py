@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hvfuse.control import config_guest as guests
 from hvfuse.control import config_values as keys
 from hvfuse.control.config import Config, Monitoring, VmPolicy
 from hvfuse.control.config_values import BadValueError, Key
-from hvfuse.control.guest_settings import GuestSettings
+from hvfuse.control.guest_settings import Addresses, BootSettings, GuestSettings, Network
 from hvfuse.control.home import name_fault
 from hvfuse.errors import UsageError
 
@@ -33,6 +34,10 @@ _TABLES: Mapping[str, Mapping[str, Key]] = {
     "monitoring": keys.MONITORING,
 }
 _GUEST_HINT = "agent, or freeze and thaw"
+_ADDRESSES = ("network", "network_test")
+_OWN_TABLES = ("guest", *_ADDRESSES)
+"""What a VM may have besides keys."""
+_KINDS = {"vm": "a VM's", "policy": "a policy's", "network": "a network's"}
 
 
 def parse(path: str, text: str) -> Config:
@@ -69,7 +74,7 @@ class _Reader:
         return self.interpret(document)
 
     def interpret(self, document: Mapping[str, Any]) -> Config:
-        self._refuse_unknown((), document, (*_TABLES, "policy", "vm"))
+        self._refuse_unknown((), document, (*_TABLES, *_KINDS))
         values = {name: self._table((name,), document.get(name, {}), known) for name, known in _TABLES.items()}
         general: list[Layer] = [((name,), values[name]) for name in ("replication", "retention")]
         if values["replication"].get("app_consistent"):
@@ -87,21 +92,25 @@ class _Reader:
             policies={name: self._policy([*general, layer]) for name, layer in named.items()},
             vms={name: self._vm(name, table, general, named) for name, table in self._named("vm", document)},
             monitoring=Monitoring(**values["monitoring"]),
+            networks={
+                name: self._network(("network", name), table) for name, table in self._named("network", document)
+            },
         )
 
     def _named(self, kind: str, document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, table in self._as_table((kind,), document.get(kind, {})).items():
             fault = name_fault(name)
+            if kind == "network" and fault is None and not set(name).isdisjoint("{}"):
+                fault = "holds a brace"
             if fault is not None:
-                whose = "a VM's" if kind == "vm" else "a policy's"
-                raise self._error((kind, name), f"this cannot be {whose} name: it {fault}")
+                raise self._error((kind, name), f"this cannot be {_KINDS[kind]} name: it {fault}")
             yield name, table
 
     # Policies ------------------------------------------------------------------------------------------------
 
     def _vm(self, vm: str, table: Any, general: Sequence[Layer], named: Mapping[str, Layer]) -> VmPolicy:
         path = ("vm", vm)
-        self._refuse_unknown(path, self._as_table(path, table), (*keys.VM, "policy", "guest"))
+        self._refuse_unknown(path, self._as_table(path, table), (*keys.VM, "policy", *_OWN_TABLES))
         values = self._values(path, {key: value for key, value in table.items() if key in keys.VM}, keys.VM)
         layers = [*general, (path, values)]
         if "policy" in table:
@@ -111,7 +120,7 @@ class _Reader:
                     (*path, "policy"), f"there is no table [{dotted(('policy', name))}]; {_guess(name, named)}"
                 )
             layers.insert(-1, named[name])
-        guest = self._guest((*path, "guest"), table["guest"]) if "guest" in table else None
+        guest, boot = self._guest((*path, "guest"), table["guest"]) if "guest" in table else (None, None)
         policy = self._policy(layers)
         if policy.app_consistent and guest is None:
             own = "app_consistent" in values
@@ -120,7 +129,10 @@ class _Reader:
                 f"{'this needs' if own else 'its app_consistent needs'} a table [{dotted((*path, 'guest'))}] that says "
                 f"how the guest is asked to hold still: {_GUEST_HINT}",
             )
-        return replace(policy, guest=guest)
+        network, network_test = (
+            self._addresses((*path, key), table[key]) if key in table else None for key in _ADDRESSES
+        )
+        return replace(policy, guest=guest, boot=boot, network=network, network_test=network_test)
 
     def _policy(self, layers: Sequence[Layer]) -> VmPolicy:
         merged = {key: value for _, values in layers for key, value in values.items()}
@@ -134,8 +146,19 @@ class _Reader:
             raise self._error((*path, "hard_limit"), fault)
         return policy
 
-    def _guest(self, path: Path, table: Any) -> GuestSettings:
-        values = self._table(path, table, keys.GUEST)
+    # Guests --------------------------------------------------------------------------------------------------
+
+    def _guest(self, path: Path, table: Any) -> tuple[GuestSettings | None, BootSettings | None]:
+        """How it is asked to hold still, and how it is booted; a table says at least one of them."""
+        values = self._table(path, table, {**keys.GUEST, **guests.BOOT})
+        freezing = {key: value for key, value in values.items() if key in keys.GUEST}
+        booting = {key: value for key, value in values.items() if key in guests.BOOT}
+        self._refuse_fault(path, guests.boot_fault(booting))
+        if not booting or freezing:
+            return self._freezing(path, freezing), BootSettings(**booting) if booting else None
+        return None, BootSettings(**booting)
+
+    def _freezing(self, path: Path, values: Mapping[str, Any]) -> GuestSettings:
         commands = [key for key in ("freeze", "thaw") if key in values]
         if "agent" in values and commands:
             raise self._error((*path, commands[0]), f"not together with agent: say {_GUEST_HINT}")
@@ -143,9 +166,25 @@ class _Reader:
             other = "thaw" if commands == ["freeze"] else "freeze"
             raise self._error((*path, commands[0]), f"{other} is missing: one is of no use without the other")
         if "agent" not in values and not commands:
-            raise self._error(path, f"this says nothing: say {_GUEST_HINT}")
+            at = (*path, "freeze_timeout") if values else path
+            raise self._error(at, f"this says nothing: say {_GUEST_HINT}{'' if values else ', or qemu, or libvirt'}")
         nothing = {"agent": None, "freeze": (), "thaw": ()}
         return GuestSettings(**{**nothing, **values})
+
+    def _addresses(self, path: Path, table: Any) -> Addresses:
+        values = self._table(path, table, guests.ADDRESSES)
+        self._refuse_fault(path, guests.addresses_fault(values))
+        return Addresses(**values)
+
+    def _network(self, path: Path, table: Any) -> Network:
+        values = self._table(path, table, guests.NETWORK)
+        self._refuse_fault(path, guests.network_fault(values))
+        return Network(**values)
+
+    def _refuse_fault(self, path: Path, fault: guests.Fault | None) -> None:
+        if fault is not None:
+            key, what = fault
+            raise self._error((*path, key) if key else path, what)
 
     # Tables --------------------------------------------------------------------------------------------------
 
@@ -294,12 +333,22 @@ class Origins:
             tables.append((("vm", vm), own))
         known = keys.VM if vm is not None else keys.POLICY
         found = [self._effective(key, known[key].default, tables) for key in known]
-        if "guest" in own:
-            assert vm is not None
-            guest: list[Layer] = [(("vm", vm, "guest"), own["guest"])]
-            settings = [self._effective(key, keys.GUEST[key].default, guest) for key in keys.GUEST]
-            found += [replace(each, key=f"guest.{each.key}") for each in settings if each.value is not None]
+        for name in _OWN_TABLES:
+            if name in own:
+                assert vm is not None
+                found += self._within(("vm", vm, name), own[name])
         return found
+
+    def _within(self, path: Path, table: Mapping[str, Any]) -> list[Effective]:
+        """Of a table of a VM's: what it says, and the defaults that matter then."""
+        known = [keys.GUEST, guests.BOOT] if path[-1] == "guest" else [guests.ADDRESSES]
+        settings = [
+            self._effective(key, each[key].default, [(path, table)])
+            for each in known
+            if not each.keys().isdisjoint(table)
+            for key in each
+        ]
+        return [replace(each, key=f"{path[-1]}.{each.key}") for each in settings if each.value is not None]
 
     def _effective(self, key: str, default: Any, tables: Sequence[Layer]) -> Effective:
         for path, values in reversed(tables):

@@ -47,8 +47,8 @@ def _seconds(value: Any) -> float | None:
     return None if seconds is None else float(seconds)
 
 
-def _duration(low: float, high: float, span: str, *, word: str | None = None) -> Parser:
-    """Seconds; `word` stands for 0."""
+def duration(low: float, high: float, span: str, *, word: str | None = None) -> Parser:
+    """Seconds between both, included, which `span` says in words; `word` stands for 0."""
 
     def parse(value: Any) -> float:
         seconds = 0.0 if word is not None and value == word else _seconds(value)
@@ -59,7 +59,9 @@ def _duration(low: float, high: float, span: str, *, word: str | None = None) ->
     return parse
 
 
-def _whole(low: int, high: int) -> Parser:
+def whole(low: int, high: int) -> Parser:
+    """A number between both, included."""
+
     def parse(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise BadValueError(f"a whole number from {low} to {high}")
@@ -98,7 +100,9 @@ def _texts(value: Any) -> tuple[str, ...] | None:
     return tuple(value)
 
 
-def _command(*, optional: bool = False) -> Parser:
+def command(*, optional: bool = False) -> Parser:
+    """A program and its arguments; `optional`: also none."""
+
     def parse(value: Any) -> tuple[str, ...]:
         words = _texts(value)
         if words == () and optional:
@@ -218,34 +222,34 @@ REPLICATION: Mapping[str, Key] = {
     "protect": Key(_one_of("auto", "manual"), "auto"),
     "target": Key(_target, "own"),
     "fence": Key(_one_of("local", "strict"), "local"),
-    "frequency": Key(_duration(1, HOUR, 'from "1s" to "1h", such as "30s" or "5m"'), "30s"),
-    "compression": Key(_whole(0, 22), 1),
+    "frequency": Key(duration(1, HOUR, 'from "1s" to "1h", such as "30s" or "5m"'), "30s"),
+    "compression": Key(whole(0, 22), 1),
     "throttle": Key(_throttle, "none"),
-    "soft_limit": Key(_whole(1, 100_000), 25),
-    "hard_limit": Key(_whole(1, 100_000), 50),
+    "soft_limit": Key(whole(1, 100_000), 25),
+    "hard_limit": Key(whole(1, 100_000), 50),
     "initial": Key(_initial, "now"),
     "resync": Key(_one_of("auto", "manual"), "auto"),
     "resync_window": Key(_window, "18:30-06:00"),
     "digest": Key(_one_of("xxh3", "blake3"), "xxh3"),
-    "app_consistent": Key(_duration(HOUR, 12 * HOUR, 'from "1h" to "12h"', word="off"), "off"),
+    "app_consistent": Key(duration(HOUR, 12 * HOUR, 'from "1h" to "12h"', word="off"), "off"),
 }
 RETENTION: Mapping[str, Key] = {
-    "keep_all": Key(_duration(0, 366 * DAY, 'from "0s" to "366d", such as "1h"'), "1h"),
-    "hourly": Key(_whole(0, 8784), 24),
-    "daily": Key(_whole(0, 3660), 0),
+    "keep_all": Key(duration(0, 366 * DAY, 'from "0s" to "366d", such as "1h"'), "1h"),
+    "hourly": Key(whole(0, 8784), 24),
+    "daily": Key(whole(0, 3660), 0),
 }
 POLICY: Mapping[str, Key] = {**REPLICATION, **RETENTION}
 VM: Mapping[str, Key] = {**POLICY, "exclude": Key(_names, [])}
-"""Without "policy" and "guest", which say nothing by themselves."""
+"""Without "policy", and the tables, which say nothing by themselves."""
 VM_POLICY = Key(_policy_name)
 GUEST: Mapping[str, Key] = {
     "agent": Key(_socket),
-    "freeze": Key(_command()),
-    "thaw": Key(_command()),
-    "freeze_timeout": Key(_duration(1, 60, 'from "1s" to "60s"'), "10s"),
+    "freeze": Key(command()),
+    "thaw": Key(command()),
+    "freeze_timeout": Key(duration(1, 60, 'from "1s" to "60s"'), "10s"),
 }
 MONITORING: Mapping[str, Key] = {
-    "interval": Key(_duration(HOUR, 7 * DAY, 'from "1h" to "7d"'), "12h"),
-    "notify": Key(_command(optional=True), []),
-    "keep_events": Key(_duration(DAY, 366 * DAY, 'from "1d" to "366d"'), "30d"),
+    "interval": Key(duration(HOUR, 7 * DAY, 'from "1h" to "7d"'), "12h"),
+    "notify": Key(command(optional=True), []),
+    "keep_events": Key(duration(DAY, 366 * DAY, 'from "1d" to "366d"'), "30d"),
 }

@@ -1,4 +1,4 @@
-"""Freezing through the qemu guest agent. The one module that knows qemu.
+"""Freezing through the qemu guest agent. With `guest_monitor`, the one module that knows qemu.
 
 The agent's channel is a serial line: what an earlier client left in it, such as the answer to a request whose patience
 had ended, is still to come when the next one connects. So each connection begins with `guest-sync-delimited`: all up to

@@ -9,9 +9,10 @@ import pytest
 
 from hvfuse.control.config import TEMPLATE, Config, Monitoring, VmPolicy
 from hvfuse.control.config_file import load, write_template
+from hvfuse.control.config_guest import ADDRESSES, BOOT, NETWORK
 from hvfuse.control.config_text import Origins, parse, shown
 from hvfuse.control.config_values import GUEST, MONITORING, PATHS, VM
-from hvfuse.control.guest_settings import GuestSettings
+from hvfuse.control.guest_settings import Addresses, BootSettings, GuestSettings, Network
 from hvfuse.errors import UsageError
 from hvfuse.shipper.throttle import Limit, Throttle
 from hvfuse.shipper.window import ALWAYS, Initial, Resync, Window
@@ -24,7 +25,7 @@ def test_the_template_means_all_defaults() -> None:
 
 def test_the_template_with_every_comment_taken_off_is_valid_and_means_the_defaults() -> None:
     lines = [
-        line.removeprefix("# ") if " = " in line or line.startswith(("# [vm.", "# [policy.")) else line
+        line.removeprefix("# ") if " = " in line or line.startswith(("# [vm.", "# [policy.", "# [net")) else line
         for line in TEMPLATE.splitlines()
     ]
     parsed = parse("hvfuse.toml", "\n".join(lines))
@@ -33,6 +34,20 @@ def test_the_template_with_every_comment_taken_off_is_valid_and_means_the_defaul
     web = parsed.policy("web01")
     assert (web.frequency, web.retention.keep_all_seconds, web.app_consistent) == (10.0, 86400, 3600.0)
     assert web.guest == GuestSettings(agent="/run/qemu/web01.agent", freeze=(), thaw=(), freeze_timeout=10.0)
+    assert web.boot is not None
+    assert (web.boot.qemu[0], web.boot.libvirt, web.boot.validate_timeout) == ("qemu-system-x86_64", None, 300.0)
+    assert web.boot.before_boot == web.boot.after_boot == web.boot.validate == ("/path/to/command",)
+    assert web.network == Addresses(
+        ipv4="192.0.2.10",
+        ipv4_mask="255.255.255.0",
+        ipv4_gateway="192.0.2.1",
+        ipv6="2001:db8::10",
+        ipv6_prefix=64,
+        ipv6_gateway="2001:db8::1",
+        dns=("192.0.2.53", "2001:db8::53"),
+    )
+    assert web.network_test is None
+    assert parsed.networks == {"lan": Network(source="br0", target="br1", test="br-isolated")}
     assert parsed.policy("web01").exclude == {"swap.vhd"}
     assert parsed.policy("other") == Config().default
     assert parsed.home("/x") == Config().home("/x")
@@ -218,6 +233,31 @@ def test_a_guest_is_asked_by_its_agent_or_by_commands() -> None:
     assert parsed.policy("c").guest is None
 
 
+def test_a_guest_that_is_booted_says_how_and_where() -> None:
+    parsed = parse(
+        "hvfuse.toml",
+        '[vm.a.guest]\nqemu = ["/usr/bin/qemu", "file={disk:a,b.raw}", "{{\\"x\\"}}", "br={network:my lan}"]\n'
+        'validate = ["v", "{name}"]\nvalidate_timeout = "24h"\n'
+        '[vm.b.guest]\nlibvirt = "guests/../b.xml"\nbefore_boot = ["x"]\nagent = "/q"\n'
+        '[vm.c.guest]\nvalidate = ["fsck"]\n[vm.c.network]\ndns = []\n'
+        '[vm.c.network_test]\nipv6 = "2001:DB8:0::1"\nipv6_prefix = 128\nipv4 = "10.0.0.1"\n'
+        'ipv4_mask = "255.255.255.254"\nipv4_gateway = "192.0.2.1"\n'
+        '[network."my lan"]\ntest = "isolated"\n',
+    )
+    a, b, c = (parsed.policy(vm) for vm in "abc")
+    words = ("/usr/bin/qemu", "file={disk:a,b.raw}", '{{"x"}}', "br={network:my lan}")
+    assert a.guest is None
+    assert a.boot == BootSettings(qemu=words, validate=("v", "{name}"), validate_timeout=86400.0)
+    assert b.guest == GuestSettings(agent="/q")
+    assert b.boot == BootSettings(libvirt="b.xml", before_boot=("x",))
+    assert (c.guest, c.boot, c.network) == (None, BootSettings(validate=("fsck",)), Addresses())
+    assert c.network_test == Addresses(
+        ipv6="2001:db8::1", ipv6_prefix=128, ipv4="10.0.0.1", ipv4_mask="255.255.255.254", ipv4_gateway="192.0.2.1"
+    )
+    assert parsed.networks == {"my lan": Network(test="isolated")}
+    assert parsed.default.boot is None
+
+
 def test_what_is_watched_and_who_is_told() -> None:
     text = '[monitoring]\ninterval = "7d"\nnotify = ["/bin/tell", ""]\nkeep_events = "366d"\n'
     assert parse("hvfuse.toml", text).monitoring == Monitoring(
@@ -281,7 +321,141 @@ FAULTS = {
     "guest as a value": ("[vm.a]\nguest = 1\n", 2, "[vm.a] guest: this is a table: write [vm.a.guest]"),
     "guest in a policy": ('[policy.p.guest]\nagent = "/q"\n', 1, "[policy.p] guest: unknown table"),
     "guest that says nothing": ("[vm.a.guest]\n", 1, "[vm.a] guest: this says nothing: say agent, or freeze and thaw"),
-    "guest with a time alone": ('[vm.a.guest]\nfreeze_timeout = "5s"\n', 1, "[vm.a] guest: this says nothing"),
+    "guest with a time alone": (
+        '[vm.a.guest]\nfreeze_timeout = "5s"\n',
+        2,
+        "[vm.a.guest] freeze_timeout: this says nothing: say agent, or freeze and thaw",
+    ),
+    "a time to freeze beside qemu": (
+        '[vm.a.guest]\nqemu = ["q"]\nfreeze_timeout = "5s"\n',
+        3,
+        "[vm.a.guest] freeze_timeout: this says nothing: say agent, or freeze and thaw",
+    ),
+    "applications at rest of a guest that is only booted": (
+        '[vm.a]\napp_consistent = "1h"\n[vm.a.guest]\nqemu = ["q"]\n',
+        2,
+        "[vm.a] app_consistent: this needs a table [vm.a.guest] that says how the guest is asked to hold still",
+    ),
+    "qemu and libvirt": (
+        '[vm.a.guest]\nlibvirt = "a.xml"\nqemu = ["q"]\n',
+        2,
+        "[vm.a.guest] libvirt: not together with qemu: say one of them",
+    ),
+    "qemu as a text": ('[vm.a.guest]\nqemu = "q -m 1"\n', 2, '[vm.a.guest] qemu: "q -m 1" is not a command'),
+    "qemu by a relative path": ('[vm.a.guest]\nqemu = ["./q"]\n', 2, 'qemu: ["./q"] is not a command'),
+    "qemu with an unknown placeholder": (
+        '[vm.a.guest]\nqemu = [\n  "q",\n  "file={dsk:a.raw}",\n]\n',
+        5,
+        '[vm.a.guest] qemu: ["q", "file={dsk:a.raw}"] is not a command line for hvfuse: '
+        "unknown placeholder {dsk:a.raw}; known are {disk:NAME}, ",
+    ),
+    "qemu with a placeholder of no disk": ('[vm.a.guest]\nqemu = ["q", "{disk:}"]\n', 2, "placeholder {disk:}; known"),
+    "qemu with a name of a name": ('[vm.a.guest]\nqemu = ["q", "{name:x}"]\n', 2, "placeholder {name:x}; known"),
+    "qemu with half a brace": ('[vm.a.guest]\nqemu = ["q", "a{b"]\n', 2, "a brace { without its other half in 'a{b'"),
+    "qemu with the other half": ('[vm.a.guest]\nqemu = ["q", "}"]\n', 2, "a brace } without its other half in '}'"),
+    "qemu that leaves": (
+        '[vm.a.guest]\nqemu = ["q", "-daemonize"]\n',
+        2,
+        "for hvfuse: -daemonize cannot be in it, as hvfuse starts it in the background itself",
+    ),
+    "qemu that stands still": ('[vm.a.guest]\nqemu = ["q", "-S"]\n', 2, "-S cannot be in it"),
+    "libvirt as a list": ('[vm.a.guest]\nlibvirt = ["a"]\n', 2, 'libvirt: ["a"] is not the path of a domain\'s XML'),
+    "a hook without a guest": (
+        '[vm.a.guest]\nvalidate = ["x"]\nafter_boot = ["x"]\n',
+        3,
+        "[vm.a.guest] after_boot: qemu or libvirt is missing: there is nothing to boot",
+    ),
+    "a time to validate alone": (
+        '[vm.a.guest]\nqemu = ["q"]\nvalidate_timeout = "1m"\n',
+        3,
+        "[vm.a.guest] validate_timeout: validate is missing",
+    ),
+    "too long to validate": (
+        '[vm.a.guest]\nvalidate_timeout = "25h"\n',
+        2,
+        '"25h" is not a duration from "1s" to "24h"',
+    ),
+    "no command to validate": ("[vm.a.guest]\nvalidate = []\n", 2, "validate: [] is not a command"),
+    "addresses as a value": ("[vm.a]\nnetwork = 1\n", 2, "[vm.a] network: this is a table: write [vm.a.network]"),
+    "addresses that say nothing": ("[vm.a.network]\n", 1, "[vm.a] network: this says nothing: say ipv4 and ipv4_mask"),
+    "addresses in a policy": ('[policy.p.network]\nipv4 = "x"\n', 1, "[policy.p] network: unknown table"),
+    "unknown key of addresses": (
+        '[vm.a.network_test]\nipv5 = "x"\n',
+        2,
+        "[vm.a.network_test] ipv5: unknown key; did you mean ipv",
+    ),
+    "an address without a mask": (
+        '[vm.a.network]\nipv4 = "10.0.0.2"\n',
+        2,
+        "[vm.a.network] ipv4: ipv4_mask is missing: one is of no use without the other",
+    ),
+    "a mask without an address": ('[vm.a.network]\nipv4_mask = "255.0.0.0"\n', 2, "ipv4_mask: ipv4 is missing"),
+    "a gateway without an address": ('[vm.a.network]\nipv6_gateway = "fe80::1"\n', 2, "ipv6_gateway: ipv6 is missing"),
+    "an address without a prefix": ('[vm.a.network]\nipv6 = "2001:db8::1"\n', 2, "ipv6: ipv6_prefix is missing"),
+    "an address that is none": ('[vm.a.network]\nipv4 = "10.0.0.256"\n', 2, '"10.0.0.256" is not an address of a host'),
+    "an address with leading zeroes": ('[vm.a.network]\nipv4 = "10.0.0.01"\n', 2, "is not an address of a host"),
+    "an address with a prefix": ('[vm.a.network]\nipv4 = "10.0.0.1/24"\n', 2, "is not an address of a host"),
+    "an address of the other kind": (
+        '[vm.a.network]\nipv6 = "10.0.0.1"\n',
+        2,
+        '"10.0.0.1" is not an address of a host',
+    ),
+    "an address of everybody": ('[vm.a.network]\nipv4 = "224.0.0.1"\n', 2, "is not an address of a host"),
+    "an address of nobody": ('[vm.a.network]\nipv6 = "::"\n', 2, "is not an address of a host"),
+    "an address of this host": ('[vm.a.network]\nipv4 = "127.0.0.1"\n', 2, "is not an address of a host"),
+    "an address with a scope": ('[vm.a.network]\nipv6 = "fe80::1%eth0"\n', 2, "is not an address of a host"),
+    "an address as a number": ("[vm.a.network]\nipv4 = 167772161\n", 2, "167772161 is not an address of a host"),
+    "a mask with a hole": ('[vm.a.network]\nipv4_mask = "255.0.255.0"\n', 2, '"255.0.255.0" is not a mask'),
+    "a mask the wrong way round": ('[vm.a.network]\nipv4_mask = "0.0.0.255"\n', 2, '"0.0.0.255" is not a mask'),
+    "a mask of everything": ('[vm.a.network]\nipv4_mask = "0.0.0.0"\n', 2, '"0.0.0.0" is not a mask'),
+    "a mask in bits": ('[vm.a.network]\nipv4_mask = "24"\n', 2, '"24" is not a mask'),
+    "a prefix too long": ("[vm.a.network]\nipv6_prefix = 129\n", 2, "129 is not a whole number from 1 to 128"),
+    "the network as its host": (
+        '[vm.a.network]\nipv4 = "10.0.0.255"\nipv4_mask = "255.255.255.0"\n',
+        2,
+        "ipv4: 10.0.0.255 is the network 10.0.0.0/24 itself or its broadcast address, not a host",
+    ),
+    "the guest as its own gateway": (
+        '[vm.a.network]\nipv4 = "10.0.0.2"\nipv4_mask = "255.255.255.0"\nipv4_gateway = "10.0.0.2"\n',
+        4,
+        "ipv4_gateway: this is the guest's own address",
+    ),
+    "three name servers": (
+        '[vm.a.network]\ndns = ["10.0.0.1", "10.0.0.2", "10.0.0.3"]\n',
+        2,
+        "is not a list of at most two addresses",
+    ),
+    "a name server by name": ('[vm.a.network]\ndns = ["ns1"]\n', 2, "is not an address of a host"),
+    "a name server as a text": ('[vm.a.network]\ndns = "10.0.0.1"\n', 2, "is not a list of at most two addresses"),
+    "networks as a value": ("network = 1\n", 1, "network: this is a table: write [network]"),
+    "one network as a value": ('[network]\nlan = "br0"\n', 2, "[network] lan: this is a table: write [network.lan]"),
+    "network that says nothing": (
+        "[network.lan]\n",
+        1,
+        "[network] lan: this says nothing: say source, target and test",
+    ),
+    "network with a brace": ('[network."a}"]\n', 1, "a}: this cannot be a network's name: it holds a brace"),
+    "unknown key of a network": (
+        '[network.lan]\ntests = "b"\n',
+        2,
+        "[network.lan] tests: unknown key; did you mean test?",
+    ),
+    "network without a name": (
+        '[network.lan]\ntarget = ""\n',
+        2,
+        '[network.lan] target: "" is not the name of a bridge',
+    ),
+    "network like an option": ('[network.lan]\ntest = "-x"\n', 2, '"-x" is not the name of a bridge'),
+    "tests on the network of the real one": (
+        '[network.lan]\nsource = "br1"\ntarget = "br0"\ntest = "br0"\n',
+        4,
+        "[network.lan] test: this is the target too: a guest on test would be on the network of the real one",
+    ),
+    "tests on the network that it comes from": (
+        '[network.lan]\ntest = "br0"\nsource = "br0"\n',
+        2,
+        "[network.lan] test: this is the source too",
+    ),
     "agent and a command": (
         '[vm.a.guest]\nagent = "/q"\nthaw = ["x"]\n',
         3,
@@ -429,6 +603,12 @@ def test_each_setting_says_where_it_comes_from() -> None:
         "guest.agent": ("/q", "[vm.web.guest], line 15"),
         "guest.freeze_timeout": ("10s", "default"),
     }
+    booted = Origins('[vm.a.guest]\nvalidate = ["v"]\n[vm.a.network]\ndns = ["192.0.2.1"]\n').of("a")
+    assert {each.key: (each.value, each.source) for each in booted if "." in each.key} == {
+        "guest.validate": (["v"], "[vm.a.guest], line 2"),
+        "guest.validate_timeout": ("5m", "default"),
+        "network.dns": (["192.0.2.1"], "[vm.a.network], line 4"),
+    }
     general = {each.key: (each.value, each.source) for each in origins.of(None)}
     assert "exclude" not in general
     assert general["compression"] == (2, "[replication], line 3")
@@ -439,7 +619,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
 
 
 def test_the_page_for_users_tells_of_each_key() -> None:
-    for key in (*PATHS, *VM, "policy", *GUEST, *MONITORING):
+    for key in (*PATHS, *VM, "policy", *GUEST, *BOOT, *ADDRESSES, *NETWORK, *MONITORING):
         assert f"`{key}`" in PAGE, key
 
 

@@ -29,6 +29,7 @@ MODULES = (
     *("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci"),
     *("virtio_blk", "virtio_console"),
     *("crc16", "crc32c_generic", "mbcache", "jbd2", "ext4"),
+    *("evdev", "button"),
 )
 """What the kernel may have as modules, and may have built in."""
 
@@ -46,6 +47,9 @@ until [ -b /dev/vda ]; do sleep 0.1; done
 mount -t ext4 /dev/vda /data || echo MOUNT-FAILED
 for port in /sys/class/virtio-ports/*; do
     [ "$(cat $port/name)" = org.qemu.guest_agent.0 ] && agent=/dev/${port##*/}
+done
+for event in /dev/input/event*; do
+    (head -c 1 $event >/dev/null && echo POWER-BUTTON && umount /data; sync; poweroff -f) &
 done
 /usr/sbin/qemu-ga -m virtio-serial -p $agent -t /run &
 n=0
@@ -101,11 +105,16 @@ class Guest:
 
     def written(self) -> int:
         """How many lines of its journal the guest has written."""
-        return max((int(number) for number in re.findall(r"WROTE (\d+)\r?\n", self.said())), default=0)
+        return written(self.said())
 
     def said(self) -> str:
         """What came over the serial line so far."""
         return self.console.read_text(errors="replace") if self.console.exists() else ""
+
+
+def written(said: str) -> int:
+    """How many lines of its journal a guest has written that said this over its serial line."""
+    return max((int(number) for number in re.findall(r"WROTE (\d+)\r?\n", said)), default=0)
 
 
 def prepare() -> tuple[Path, Path]:
