@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from hvfuse.control.failed_over import Failover, Options
     from hvfuse.control.site import Site
     from hvfuse.manifest import RecoveryPoint
-    from hvfuse.target.store import Store
 
 POINT_HELP = (
     "The recovery point: latest, latest-app-consistent, an id (see `hvfuse point list`), or a time such as "
@@ -86,7 +85,7 @@ def planned(session: Session, vm: str, *, boot: bool, validate: bool, yes: bool,
                 return show_plan(JobKind.PLANNED_FAILOVER, vm, flows.PREPARE, as_json=as_json)
             return _prepare(session, site, yes=yes, as_json=as_json)
         options = Options(boot=boot, validate=validate)
-        return _fail_over(session, site, "planned", options, yes=yes, dry_run=dry_run, as_json=as_json)
+        return _fail_over(site, "planned", options, yes=yes, dry_run=dry_run, as_json=as_json)
 
 
 def _prepare(session: Session, site: Site, *, yes: bool, as_json: bool) -> None:
@@ -138,11 +137,10 @@ def unplanned(
 
     with open_site(session, vm) as site:
         options = Options(point=point, boot=boot, validate=validate)
-        _fail_over(session, site, "unplanned", options, yes=yes, dry_run=dry_run, as_json=as_json)
+        _fail_over(site, "unplanned", options, yes=yes, dry_run=dry_run, as_json=as_json)
 
 
 def _fail_over(
-    session: Session,
     site: Site,
     kind: str,
     options: Options,
@@ -157,7 +155,7 @@ def _fail_over(
     if dry_run:
         steps = flows.failover(boot=options.boot, validate=options.validate)
         return show_plan(KINDS[kind], vm, steps, as_json=as_json)
-    with _failover(session, site) as (here, _store):
+    with _failover(site) as here:
         if kind == "unplanned":
             what = f"this fails {vm} over; what its source wrote after the recovery point is not in it"
             consent(what, "Go on?", yes=yes, command=f"hvfuse failover unplanned {vm}")
@@ -216,7 +214,7 @@ def change_point(
         if dry_run:
             steps = flows.change_point(boot=boot, validate=validate)
             return show_plan(JobKind.UNPLANNED_FAILOVER, vm, steps, as_json=as_json)
-        with _failover(session, site) as (here, _store):
+        with _failover(site) as here:
             what = f"this drops what was written to the disks of {vm} since the failover"
             consent(what, "Go on?", yes=yes, command=f"hvfuse failover change-point {vm} --point {point}")
             chosen = here.change_point(Options(point=point, boot=boot, validate=validate, force=force))
@@ -239,7 +237,7 @@ def commit(session: Session, vm: str, *, wait: bool, yes: bool, dry_run: bool, a
     with open_site(session, vm) as site:
         if dry_run:
             return show_plan(JobKind.COMMIT, vm, flows.COMMIT, as_json=as_json)
-        with _failover(session, site) as (here, _store):
+        with _failover(site) as here:
             what = f"this makes the failover of {vm} final, and lets its other recovery points go"
             consent(what, "Commit?", yes=yes, command=f"hvfuse failover commit {vm}")
             here.commit()
@@ -288,7 +286,7 @@ def cancel(session: Session, vm: str, *, force: bool, yes: bool, dry_run: bool, 
             source.cancel(site, wiring.party(site.home))
             state = site.records.read(vm).state
         else:
-            with _failover(session, site) as (here, _store):
+            with _failover(site) as here:
                 what = f"this drops what was written to the disks of {vm} since the failover"
                 consent(what, "Cancel the failover?", yes=yes, command=f"hvfuse failover cancel {vm}")
                 here.cancel(force=force)
@@ -304,7 +302,7 @@ def cancel(session: Session, vm: str, *, force: bool, yes: bool, dry_run: bool, 
 
 
 @contextmanager
-def _failover(session: Session, site: Site) -> Iterator[tuple[Failover, Store]]:
+def _failover(site: Site) -> Iterator[Failover]:
     """The flows of the target. Raises NotFoundError, StateError at the source of the VM."""
     from hvfuse.control.failed_over import Failover
     from hvfuse.target.store import Store
@@ -314,13 +312,6 @@ def _failover(session: Session, site: Site) -> Iterator[tuple[Failover, Store]]:
         raise StateError(f"{site.vm} is {record.state}: {record.held}", hint="do it there")
     with Store(site.store_path, create=False) as store:
         store.vm(site.vm)  # raises NotFoundError
-        yield (
-            Failover(
-                site,
-                wiring.party(site.home),
-                store,
-                guests=wiring.guests(session, site),
-                adopt=wiring.adopter(site, store),
-            ),
-            store,
-        )
+        home, came_home = site.home, record.gave_way_ns is not None
+        guest = wiring.guest_of(home, site.vm, directory=home.mountpoint(site.vm), comes_home=came_home)
+        yield Failover(site, wiring.party(home), store, guest=guest, adopt=wiring.adopter(site, store))

@@ -14,20 +14,23 @@ import click
 from hvfuse.cli import failing_over, wiring
 from hvfuse.cli.main import Session
 from hvfuse.cli.output import emit_json, json_option, print_table, time_text
-from hvfuse.control import trial
+from hvfuse.control import location, trial
+from hvfuse.control.guest_settings import Mode
 from hvfuse.control.home import Home
 from hvfuse.control.job import JobKind
+from hvfuse.control.jobs import Running
 from hvfuse.control.records import Records
-from hvfuse.errors import NotFoundError, UsageError
+from hvfuse.control.site import Site
+from hvfuse.errors import HvfuseError, NotFoundError, UsageError
 from hvfuse.mountpoint import is_mounted
 from hvfuse.system import SystemClock
 from hvfuse.target.schema import Pin
 from hvfuse.target.store import Store
 
-_CHOOSE, _MOUNT = "choose the recovery point", "mount it"
-_TEST_STEPS = (_CHOOSE, _MOUNT)
-_UNMOUNT, _DROP, _RELEASE = "unmount", "drop what was written", "let the recovery point go"
-_CLEANUP_STEPS = (_UNMOUNT, _DROP, _RELEASE)
+_CHOOSE, _MOUNT, _BOOT, _VALIDATE = "choose the recovery point", "mount it", "boot the guest", "validate"
+_SHUT_DOWN, _UNMOUNT, _DROP = "shut the guest down", "unmount", "drop what was written"
+_RELEASE = "let the recovery point go"
+_CLEANUP_STEPS = (_SHUT_DOWN, _UNMOUNT, _DROP, _RELEASE)
 
 
 @click.group()
@@ -58,9 +61,13 @@ for _flow in (
 @click.option(
     "--mount", "directory", metavar="DIR", help="Where to show the disks; made if missing.  [default: mnt/VM - Test]"
 )
+@click.option("--boot", is_flag=True, help="Start the guest that [vm.NAME.guest] describes, on its test networks.")
+@click.option("--validate", is_flag=True, help="Run its validation hook, and keep the verdict with the test.")
 @json_option
 @click.pass_obj
-def test(session: Session, vm: str, point: str, directory: str | None, as_json: bool) -> None:
+def test(
+    session: Session, vm: str, *, point: str, directory: str | None, boot: bool, validate: bool, as_json: bool
+) -> None:
     """Show VM's disks as they were at a recovery point, at DIR, writable.
 
     What is written there is kept apart until `hvfuse failover cleanup`. It takes the same time whatever
@@ -68,21 +75,53 @@ def test(session: Session, vm: str, point: str, directory: str | None, as_json: 
     """
     with _records(session) as records, _store(session, vm, records) as (home, store):
         directory = os.path.abspath(directory or _free_directory(home, vm))
-        words = ("failover", "test", vm, "--point", point, "--mount", directory)
+        more = (*(("--boot",) if boot else ()), *(("--validate",) if validate else ()))
+        words = ("failover", "test", vm, "--point", point, "--mount", directory, *more)
         points = store.points(vm)
-        with records.jobs.run(JobKind.TEST_FAILOVER, vm, steps=_TEST_STEPS, command=words) as job:
+        steps = (_CHOOSE, _MOUNT, *((_BOOT,) if boot else ()), *((_VALIDATE,) if validate else ()))
+        with records.jobs.run(JobKind.TEST_FAILOVER, vm, steps=steps, command=words) as job:
             job.step(_CHOOSE)
             chosen = trial.choose(points, point, vm=vm)
             job.note(f"{chosen.id}, {time_text(chosen.time_ns)}")
             job.step(_MOUNT)
             pin = trial.begin(home, store, chosen, directory, clock=SystemClock())
             job.note(f"test failover {pin.id} at {pin.owner['mountpoint']}")
+            if boot or validate:
+                _adopt(session, store, records, vm, chosen.id)
+                pin = _try_guest(home, store, job, pin, boot=boot, validate=validate)
     fields = _fields(pin)
     if as_json:
         emit_json({**fields, "time": time_text(chosen.time_ns)})
         return
     click.echo(f"{vm} at recovery point {chosen.id} ({time_text(chosen.time_ns)}) is mounted at {fields['mountpoint']}")
     click.echo(f"when done: hvfuse failover cleanup {vm} {pin.id}")
+
+
+def _adopt(session: Session, store: Store, records: Records, vm: str, point_id: str) -> None:
+    """Where the VM is another home's, what travelled with the point says how it is booted."""
+    home = session.home
+    if not location.is_source(home, records.read(vm), vm):
+        site = Site(home=home, policy=session.config.policy(vm), vm=vm, records=records, clock=SystemClock())
+        wiring.adopter(site, store)(point_id)
+
+
+def _try_guest(home: Home, store: Store, job: Running, pin: Pin, *, boot: bool, validate: bool) -> Pin:
+    """Boot the guest of a test, validate it; the verdict is kept with the test whatever it is."""
+    home.make_state(pin.vm)
+    guest = wiring.guest_of(home, pin.vm, directory=str(pin.owner["mountpoint"]))
+    if boot:
+        job.step(_BOOT)
+        job.note(guest.boot(Mode.TEST, pin.point_id))
+    if validate:
+        job.step(_VALIDATE)
+        try:
+            job.note(guest.validate(Mode.TEST, pin.point_id))
+        except HvfuseError as error:
+            error.hint = error.hint or f"look at {pin.owner['mountpoint']}; hvfuse failover cleanup {pin.vm} {pin.id}"
+            raise
+        finally:
+            pin = store.update_pin(pin.id, {"validation": guest.verdict})
+    return pin
 
 
 @failover.command()
@@ -132,6 +171,9 @@ def _clean_up(home: Home, store: Store, records: Records, pin: Pin, *, force: bo
     options = (*(("--force",) if force else ()), *(() if remark is None else ("--note", remark)))
     words = ("failover", "cleanup", pin.vm, str(pin.id), *options)
     with records.jobs.run(JobKind.CLEANUP, pin.vm, steps=_CLEANUP_STEPS, command=words) as job:
+        job.step(_SHUT_DOWN)
+        guest = wiring.guest_of(home, pin.vm, directory=str(pin.owner["mountpoint"]))
+        job.note(guest.shut_down(Mode.TEST) or "there is none")
         job.step(_UNMOUNT)
         trial.unmount(pin, force=force)
         job.step(_DROP)
@@ -142,6 +184,7 @@ def _clean_up(home: Home, store: Store, records: Records, pin: Pin, *, force: bo
             pin.vm,
             last_test={
                 "point": pin.point_id, "started_ns": pin.created_ns, "ended_ns": time.time_ns(), "note": remark,
+                "validation": pin.owner.get("validation"),
             },
         )  # fmt: skip
         store.unpin(pin.id)
@@ -226,4 +269,5 @@ def _fields(pin: Pin) -> dict[str, Any]:
         "since": time_text(pin.created_ns),
         "mountpoint": pin.owner["mountpoint"],
         "pid": pin.owner["pid"],
+        "validation": pin.owner.get("validation"),
     }

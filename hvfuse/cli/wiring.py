@@ -23,7 +23,7 @@ from hvfuse.states import ReplicationState
 if TYPE_CHECKING:
     from hvfuse.cli.main import Session
     from hvfuse.control.facts import TargetFacts
-    from hvfuse.control.failed_over import Guests
+    from hvfuse.control.failover_guests import FailoverGuest
     from hvfuse.control.fence import Fence
     from hvfuse.control.site import Site
     from hvfuse.position import Position
@@ -239,11 +239,19 @@ def fence_of(home: Home, file: ConfigFile, vm: str, records: Records) -> Fence:
     )
 
 
-def guests(session: Session, site: Site) -> Guests:
-    """What boots the guest of a VM that is failed over to here."""
-    from hvfuse.control.failed_over import Guests
+def guest_of(home: Home, vm: str, *, directory: str, comes_home: bool = False) -> FailoverGuest:
+    """The guest of a VM on failed-over disks. What travelled with the VM may be there only since this command began, so
+    the configuration is read anew."""
+    from hvfuse.control.failover_guests import FailoverGuest
+    from hvfuse.control.guest_settings import Site
 
-    return Guests()
+    return FailoverGuest(
+        home,
+        vm,
+        directory=directory,
+        config=lambda: ConfigFile(home.root, uses_kept=True).current(),
+        site=Site.SOURCE if comes_home else Site.TARGET,
+    )
 
 
 def adopter(site: Site, store: Store) -> Callable[[str | None], None]:

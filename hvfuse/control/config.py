@@ -143,8 +143,8 @@ class Monitoring:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The file's contents. `paths` as written; `default`: the policy of a VM that has no table; `policies`: the
-    others by their names, as of a VM that says nothing of its own; `networks`: by their logical names; `adopted`: by VM,
-    what applies to one whose definition was adopted here (`hvfuse.control.config_layers`)."""
+    others by their names, as of a VM that says nothing of its own; `networks`: by their logical names; `adopted`: by
+    VM, what applies to one whose definition was adopted here (`hvfuse.control.config_layers`)."""
 
     paths: Mapping[str, str] = field(default_factory=dict)
     default: VmPolicy = field(default_factory=VmPolicy)

@@ -21,6 +21,7 @@ from typing import Any
 from hvfuse import mountpoint
 from hvfuse.control import flows, trial
 from hvfuse.control.daemon import serving_pid, start_and_wait, wait_for_end
+from hvfuse.control.failover_guests import FailoverGuest
 from hvfuse.control.job import JobKind
 from hvfuse.control.site import Site
 from hvfuse.control.supervisor import STANDING, require_mountable, stop_tracker, tracker_daemon
@@ -34,22 +35,6 @@ from hvfuse.target.store import Store
 
 END_SECONDS = 60.0
 KINDS = {PLANNED: JobKind.PLANNED_FAILOVER, failing_over.UNPLANNED: JobKind.UNPLANNED_FAILOVER}
-
-
-class Guests:
-    """What boots, ends and checks the guest of a VM; this one has none. `point`: the recovery point that is served."""
-
-    def boot(self, mode: str, point: RecoveryPoint) -> str:
-        """Start it on the mounted disks; returns what there is to say of it."""
-        raise StateError("no guest is configured")
-
-    def validate(self, mode: str, point: RecoveryPoint) -> str:
-        """Run the validation hook; returns its verdict. Raises HvfuseError if it failed."""
-        raise StateError("no validation hook is configured")
-
-    def shut_down(self) -> str | None:
-        """End it, if one runs."""
-        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +53,7 @@ class Options:
 
 class Failover:
     """The flows of one VM at its target. `adopt`: keep the definition that came with a point here (None: forget it
-    again). `guests`: see there."""
+    again). `guest`: what is booted on its disks."""
 
     def __init__(
         self,
@@ -76,14 +61,14 @@ class Failover:
         party: Party,
         store: Store,
         *,
-        guests: Guests,
+        guest: FailoverGuest,
         adopt: Callable[[str | None], None] = lambda point_id: None,
     ) -> None:
         self._site = site
         self._vm = site.vm
         self._party = party
         self._store = store
-        self._guests = guests
+        self._guest = guest
         self._adopt = adopt
         self._point: RecoveryPoint | None = None
 
@@ -96,8 +81,8 @@ class Failover:
             flows.CHOOSE: lambda: self._choose(kind, options.point),
             flows.TAKE: lambda: self._take(kind),
             flows.MOUNT: self._mount,
-            flows.BOOT: lambda: self._guests.boot(kind, self._chosen),
-            flows.VALIDATE: lambda: self._guests.validate(kind, self._chosen),
+            flows.BOOT: lambda: self._guest.boot(kind, self._chosen.id),
+            flows.VALIDATE: lambda: self._guest.validate(kind, self._chosen.id),
         }
         self._run(
             KINDS[kind],
@@ -113,13 +98,13 @@ class Failover:
         kind = str(failover["kind"])
         acts = {
             flows.CHOOSE: lambda: self._choose_other(options.point),
-            flows.SHUT_DOWN: self._guests.shut_down,
+            flows.SHUT_DOWN: self._shut_down,
             flows.UNMOUNT: lambda: self._unmount(force=options.force),
             flows.DROP: self._drop,
             flows.CHANGE: self._change,
             flows.MOUNT: self._mount,
-            flows.BOOT: lambda: self._guests.boot(kind, self._chosen),
-            flows.VALIDATE: lambda: self._guests.validate(kind, self._chosen),
+            flows.BOOT: lambda: self._guest.boot(kind, self._chosen.id),
+            flows.VALIDATE: lambda: self._guest.validate(kind, self._chosen.id),
         }
         self._run(
             KINDS[kind],
@@ -134,7 +119,7 @@ class Failover:
         failing_over.demand_mine(self._store.vm(self._vm), self._party)
         self._demand_open()
         acts = {
-            flows.SHUT_DOWN: self._guests.shut_down,
+            flows.SHUT_DOWN: self._shut_down,
             flows.UNMOUNT: lambda: self._unmount(force=force),
             flows.DROP: self._drop,
             flows.GIVE_BACK: self._give_back,
@@ -234,6 +219,10 @@ class Failover:
         if serving_pid(home.tracker_socket(self._vm)) is None:
             start_and_wait(tracker_daemon(home, self._vm, clock=self._site.clock), clock=self._site.clock)
         return home.mountpoint(self._vm)
+
+    def _shut_down(self) -> str | None:
+        failover = failing_over.demand_mine(self._store.vm(self._vm), self._party)
+        return self._guest.shut_down(str(failover["kind"]))
 
     def _unmount(self, *, force: bool) -> None:
         home = self._site.home

@@ -160,6 +160,10 @@ class Home:
         """Make the VM's part of the state directory. Raises OSError, NotFoundError."""
         if not os.path.isdir(self.folder(vm)):
             raise NotFoundError(f"there is no VM {vm}: {self.folder(vm)} is not a directory")
+        self.make_state(vm)
+
+    def make_state(self, vm: str) -> None:
+        """The same, also of a VM that another home has. Raises OSError."""
         _make_private(os.path.dirname(self.state_dir(vm)))
         _make_private(self.state_dir(vm))
 
