@@ -17,7 +17,7 @@ from hvfuse.control.config import VmPolicy
 from hvfuse.control.config_file import Applied, ConfigFile
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records, VmRecord
-from hvfuse.errors import BusyError, HvfuseError, NotFoundError, UnreachableError
+from hvfuse.errors import BusyError, CorruptError, HvfuseError, NotFoundError, UnreachableError
 from hvfuse.states import ReplicationState
 
 if TYPE_CHECKING:
@@ -363,7 +363,9 @@ class StoreFacts:
 
 def store_of(session: Session, vm: str, records: Records | None) -> str:
     """The directory of the store that a VM's replica lies in."""
-    record = VmRecord() if records is None else records.read(vm)
+    record = VmRecord()
+    with suppress(CorruptError):  # that is told elsewhere, and concerns no store
+        record = record if records is None else records.read(vm)
     return location.store_path(session.home, session.config.policy(vm), record, vm)
 
 

@@ -71,7 +71,7 @@ def test_without_a_command_the_help_is_shown_and_it_counts_as_misuse(capsys: pyt
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nonsense"], ["status", "--nonsense"], ["replicate"], ["--home"], ["failover", "test", "vm"]]
+    "arguments", [["nonsense"], ["status", "--nonsense"], ["replicate"], ["--home"], ["failover", "change-point", "vm"]]
 )
 def test_misuse_is_one_line_a_hint_and_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments) == 2

@@ -52,13 +52,15 @@ def test_the_status_of_a_replicated_vm_has_exactly_these_fields(hvfuse: CommandL
     report = hvfuse.json("replicate", "vm")
     (vm,) = hvfuse.json("status")["vms"]
     assert list(vm) == [
-        "name", "state", "health", "allowed", "last_cycle", "last_replication_time", "rpo_seconds", "pending_bytes",
-        "doubtful_bytes", "points", "latest_point", "replica_state", "tests", "frequency", "monitoring", "forecast",
+        "name", "role", "state", "health", "allowed", "last_cycle", "last_replication_time", "rpo_seconds",
+        "pending_bytes", "doubtful_bytes", "points", "latest_point", "replica_state", "tests", "frequency", "monitoring", "forecast",
         "copy", "copy_due", "orders", "verified", "disks", "excluded", "reasons",
     ]  # fmt: skip
     keys = ["id", "health", "text", "next_command", "allowed", "evidence"]
     assert [list(reason) for reason in vm["reasons"]] == [keys]
-    assert vm["allowed"] == ["hvfuse replication suspend vm", "hvfuse replication disable vm"]
+    assert vm["allowed"] == [
+        "hvfuse replication suspend vm", "hvfuse failover planned vm", "hvfuse replication disable vm",
+    ]  # fmt: skip
     assert (vm["reasons"][0]["id"], vm["reasons"][0]["next_command"]) == ("shipper-down", "hvfuse run")
     assert (vm["name"], vm["state"], vm["last_cycle"], vm["points"]) == ("vm", "Replicating", report["cycle"], 1)
     assert 0 <= vm["rpo_seconds"] < 60

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvfuse.control.job import (
-    COPY_KINDS,
     ENDED,
     ERRORS_KEPT,
+    GOES_ON,
     INTERRUPTED,
     Action,
     Job,
@@ -107,7 +107,7 @@ def test_a_suspended_job_goes_on_where_it_was() -> None:
 @pytest.mark.parametrize("kind", JobKind)
 def test_whose_process_is_gone_is_interrupted_by_its_kind(kind: JobKind) -> None:
     job = replace(RUNNING, kind=kind, command=("failover", "cleanup", "vm", "--note", "it works")).interrupt(20)
-    if kind in COPY_KINDS:
+    if kind in GOES_ON:
         assert (job.state, job.errors) == (JobState.SUSPENDED, ())
         assert job.steps[1].text == "its process ended at “two”; the next one goes on with it"
         assert job.next_command == "hvfuse job resume 3"
@@ -131,6 +131,7 @@ Unplanned failover    -           resume,cancel  resume,cancel  restart  restart
 Commit                -           resume,cancel  resume,cancel  restart  restart    -
 Cancel failover       -           resume,cancel  resume,cancel  restart  restart    -
 Reverse replicate     -           resume,cancel  resume,cancel  restart  restart    -
+Hydrate disks         -           resume,cancel  resume,cancel  restart  restart    -
 Disable protection    -           resume,cancel  resume,cancel  restart  restart    -
 Verify                cancel      resume,cancel  resume,cancel  restart  restart    -
 Export                cancel      resume,cancel  resume,cancel  restart  restart    -

@@ -245,9 +245,9 @@ def test_what_is_asked_of_the_replica_is_passed_on_at_once(verb: str) -> None:
     asleep = len(clock.slept)
     takes = {
         "begin": ("m",), "extent": (b"d",), "occupied": (b"d", 0, 1), "summaries": (b"d", (), "k"),
-        "digests": (b"d", (), "k"), "commit": ("m", 3),
+        "digests": (b"d", (), "k"), "commit": ("m", 3), "define": (b"d",),
     }.get(verb, ())  # fmt: skip
     options = {"from_medium": True} if verb == "inspect" else {}
     answer = getattr(replica, verb)(*takes, **options)
-    assert answer == (verb, takes, options) if verb != "abandon" else answer is None
+    assert answer == (verb, takes, options) if verb not in ("abandon", "define") else answer is None
     assert len(clock.slept) == asleep
