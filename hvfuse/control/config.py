@@ -108,7 +108,7 @@ class VmPolicy:
     begins. `resync`: when resynchronisations do. `digest`: by what blocks are compared. `app_consistent`: seconds from
     one application-consistent point to the next, 0 = none. `exclude`: file names of disks that are not replicated.
     `guest`: how the guest is asked to hold still; a VM's is never None with `app_consistent`. `boot`: how it is booted
-    where it is failed over to; `network`, `network_test`: with which addresses there, and in tests; None: not said."""
+    where it is failed over to; `network`, `network_test`: its addresses there, and in tests; None: not said."""
 
     protect: Literal["auto", "manual"] = "auto"
     target: str | None = None

@@ -154,6 +154,8 @@ class _Reader:
         freezing = {key: value for key, value in values.items() if key in keys.GUEST}
         booting = {key: value for key, value in values.items() if key in guests.BOOT}
         self._refuse_fault(path, guests.boot_fault(booting))
+        if self._is_bare(values):
+            return None, None
         if not booting or freezing:
             return self._freezing(path, freezing), BootSettings(**booting) if booting else None
         return None, BootSettings(**booting)
@@ -173,13 +175,19 @@ class _Reader:
 
     def _addresses(self, path: Path, table: Any) -> Addresses:
         values = self._table(path, table, guests.ADDRESSES)
-        self._refuse_fault(path, guests.addresses_fault(values))
+        if not self._is_bare(values):
+            self._refuse_fault(path, guests.addresses_fault(values))
         return Addresses(**values)
 
     def _network(self, path: Path, table: Any) -> Network:
         values = self._table(path, table, guests.NETWORK)
-        self._refuse_fault(path, guests.network_fault(values))
+        if not self._is_bare(values):
+            self._refuse_fault(path, guests.network_fault(values))
         return Network(**values)
+
+    def _is_bare(self, values: Mapping[str, Any]) -> bool:
+        """Whether a table that travelled here says nothing that this hvfuse knows. In a file, that is a fault."""
+        return not values and self._text is None
 
     def _refuse_fault(self, path: Path, fault: guests.Fault | None) -> None:
         if fault is not None:
