@@ -53,8 +53,8 @@ def test_the_status_of_a_replicated_vm_has_exactly_these_fields(hvfuse: CommandL
     (vm,) = hvfuse.json("status")["vms"]
     assert list(vm) == [
         "name", "role", "state", "health", "allowed", "last_cycle", "last_replication_time", "rpo_seconds",
-        "pending_bytes", "doubtful_bytes", "points", "latest_point", "replica_state", "tests", "frequency", "monitoring",
-        "forecast", "copy", "copy_due", "orders", "verified", "disks", "excluded", "reasons",
+        "pending_bytes", "doubtful_bytes", "points", "latest_point", "replica_state", "tests", "frequency",
+        "monitoring", "forecast", "copy", "copy_due", "orders", "verified", "disks", "excluded", "reasons",
     ]  # fmt: skip
     keys = ["id", "health", "text", "next_command", "allowed", "evidence"]
     assert [list(reason) for reason in vm["reasons"]] == [keys]
