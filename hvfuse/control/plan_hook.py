@@ -67,7 +67,7 @@ def demand_ended(identity: Mapping[str, Any] | None, name: str) -> None:
     if identity is not None and system.is_running(identity):
         raise BusyError(
             f"{name}: the hook that was started before still runs (pid {identity['pid']})",
-            hint=f"wait for its end, or end it: kill -KILL -- -{identity['pid']}",
+            hint=f"wait for its end, or end it: kill -9 -{identity['pid']}",
         )
 
 
