@@ -11,6 +11,7 @@ Exit codes (stable; `docs/exit-codes.md` is for users):
                                            14 less than was asked for
                                            15 suspended at the target
                                            16 failed over: another side has the VM
+                                           17 a recovery plan waits for an administrator
 """
 
 from __future__ import annotations
@@ -106,3 +107,9 @@ class FencedError(HvfuseError):
     """The VM was failed over, or belongs to another home: this side may neither write its disks nor ship them."""
 
     exit_code = 16
+
+
+class PausedError(HvfuseError):
+    """A recovery plan came to a pause: it goes on when an administrator says so."""
+
+    exit_code = 17

@@ -269,14 +269,24 @@ def exclusive_lock(path: str) -> Iterator[bool]:
 
     The kernel drops it with the process, so a lock left behind by a kill is no lock.
     """
+    with inheritable_lock(path) as fd:
+        yield fd is not None
+
+
+@contextmanager
+def inheritable_lock(path: str) -> Iterator[int | None]:
+    """Try for an advisory lock as `exclusive_lock` does; yields its descriptor, None if it was not had.
+
+    A child process that is given the descriptor holds the lock as well, for as long as it lives.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
+            yield None
             return
-        yield True
+        yield fd
     finally:
         os.close(fd)
 

@@ -88,6 +88,11 @@ def cancel(session: Session, job_id: int, as_json: bool) -> None:
         assert records is not None
         if found.kind in COPY_KINDS:
             lines = _resync(session, records, found.vm, "cancel")
+        elif found.kind is JobKind.PLAN:
+            from hvfuse.control.plan_run import give_up
+
+            give_up(session.home, records, found.vm)
+            records.jobs.change(job_id, lambda job: job if job.has_ended else job.cancel(time.time_ns()))
         elif found.state is JobState.IN_PROGRESS:
             lines = _interrupt(session, records, found)
         else:

@@ -50,6 +50,7 @@ _SECTIONS: Mapping[str, Mapping[str, str]] = {
     "Recover": {
         "point": "List recovery points.",
         "failover": "Fail a VM over to a recovery point: on trial, planned, or unplanned.",
+        "plan": "Fail many VMs over, in order, with commands and pauses in between.",
         "store": "Examine the target store.",
     },
     "Files": {
@@ -63,7 +64,7 @@ _MODULES = {"umount": "mount", **dict.fromkeys(_HIDDEN, "daemons")}
 """Where a command lies that does not lie in a module of its name."""
 
 
-_GO_ON = frozenset({"status", "event", "job", "measure", "point", "failover", "store", "umount", *_HIDDEN})
+_GO_ON = frozenset({"status", "event", "job", "measure", "point", "failover", "plan", "store", "umount", *_HIDDEN})
 """Commands that a fault in hvfuse.toml does not stop: what `hvfuse run` read last applies to them too."""
 
 

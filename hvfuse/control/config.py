@@ -13,6 +13,7 @@ from typing import Literal
 
 from hvfuse.control.guest_settings import Addresses, BootSettings, GuestSettings, Network
 from hvfuse.control.home import Home
+from hvfuse.control.plan import Plan
 from hvfuse.shipper.throttle import Throttle
 from hvfuse.shipper.window import Initial, Resync
 from hvfuse.target.retention import RetentionPolicy
@@ -93,6 +94,18 @@ TEMPLATE = """\
 # source = "br0"              # where the VM comes from
 # target = "br1"              # where it is failed over to
 # test = "br-isolated"        # in tests: never the network of the real one
+
+# [plan.site]                 # a recovery plan: `hvfuse plan run site`, and `--test` to try it out
+# point = "latest"            # or "latest-app-consistent", or a time; for single VMs: points = { db01 = "..." }
+
+# [[plan.site.group]]         # groups one after the other; the VMs of a group at once
+# name = "databases"
+# vms = ["db01", "db02"]
+# before = []                 # commands around the failover: ["/path/to/command", "argument"], or a list of such
+# after = []
+# pause = "check that the databases answer" # wait for an administrator, after the group
+# boot = false                # start the guests
+# hook_timeout = "10m"        # "1s" to "1d"
 """
 
 
@@ -150,6 +163,7 @@ class Config:
     default: VmPolicy = field(default_factory=VmPolicy)
     policies: Mapping[str, VmPolicy] = field(default_factory=dict)
     vms: Mapping[str, VmPolicy] = field(default_factory=dict)
+    plans: Mapping[str, Plan] = field(default_factory=dict)
     monitoring: Monitoring = field(default_factory=Monitoring)
     networks: Mapping[str, Network] = field(default_factory=dict)
     adopted: Mapping[str, Config] = field(default_factory=dict)

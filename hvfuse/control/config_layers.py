@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hvfuse.control.config import Config
-from hvfuse.control.config_text import Effective, Origins, Path, UnknownKeyError, dotted, parse_document
+from hvfuse.control.config_plan import Path
+from hvfuse.control.config_text import Effective, Origins, UnknownKeyError, dotted, parse_document
 from hvfuse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def _seen_by(path: str, document: Table, vm: str, definition: Definition) -> tup
 
 def _without(table: Table, path: Path) -> dict[str, Any]:
     """A table without the key at `path`, which it has."""
-    key, *rest = path
+    key, *rest = (str(part) for part in path)
     if not rest:
         return {name: value for name, value in table.items() if name != key}
     return {**table, key: _without(table[key], tuple(rest))}

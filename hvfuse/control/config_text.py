@@ -16,13 +16,11 @@ from typing import Any
 from hvfuse.control import config_guest as guests
 from hvfuse.control import config_values as keys
 from hvfuse.control.config import Config, Monitoring, VmPolicy
+from hvfuse.control.config_plan import Path, PlanReader
 from hvfuse.control.config_values import BadValueError, Key
 from hvfuse.control.guest_settings import Addresses, BootSettings, GuestSettings, Network
 from hvfuse.control.home import name_fault
 from hvfuse.errors import UsageError
-
-Path = tuple[str, ...]
-"""Where a value stands in the file: ("vm", "web01", "frequency")."""
 
 Layer = tuple[Path, Mapping[str, Any]]
 """A table and its values. Of several, a later one says more of a VM than an earlier one."""
@@ -37,7 +35,7 @@ _GUEST_HINT = "agent, or freeze and thaw"
 _ADDRESSES = ("network", "network_test")
 _OWN_TABLES = ("guest", *_ADDRESSES)
 """What a VM may have besides keys."""
-_KINDS = {"vm": "a VM's", "policy": "a policy's", "network": "a network's"}
+_KINDS = {"vm": "a VM's", "policy": "a policy's", "network": "a network's", "plan": "a plan's"}
 
 
 def parse(path: str, text: str) -> Config:
@@ -86,6 +84,7 @@ class _Reader:
         named: dict[str, Layer] = {}
         for name, table in self._named("policy", document):
             named[name] = (("policy", name), self._table(("policy", name), table, keys.POLICY))
+        plans = PlanReader(self._table, self._error)
         return Config(
             paths=values["paths"],
             default=self._policy(general),
@@ -95,6 +94,7 @@ class _Reader:
             networks={
                 name: self._network(("network", name), table) for name, table in self._named("network", document)
             },
+            plans={name: plans.read(name, table) for name, table in self._named("plan", document)},
         )
 
     def _named(self, kind: str, document: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -224,11 +224,13 @@ class _Reader:
     # Faults --------------------------------------------------------------------------------------------------
 
     def _error(self, path: Path, what: str) -> UsageError:
-        table = f"[{dotted(path[:-1])}] " if len(path) > 1 else ""
+        *table, key = path if isinstance(path[-1], str) else path[:-1]
+        brackets = ("[[", "]]") if table and isinstance(table[-1], int) else ("[", "]")
+        named = f"{brackets[0]}{dotted(tuple(table))}{brackets[1]} " if table else ""
         where = self._path
         if self._text is not None:
             where = f"{where}:{lines(self._text).get(path, len(self._text.splitlines()))}"
-        return UsageError(f"{where}: {table}{path[-1]}: {what}")
+        return UsageError(f"{where}: {named}{key}: {what}")
 
     def _syntax_error(self, message: str, text: str) -> UsageError:
         match = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
@@ -273,8 +275,9 @@ def shown(value: Any) -> str:
 
 
 def dotted(path: Path) -> str:
-    """A table's name as the file says it: `vm."web.example"`."""
-    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"' for part in path)
+    """A table's name as the file says it: `vm."web.example"`; an array of tables does not number its items."""
+    names = (part for part in path if isinstance(part, str))
+    return ".".join(part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else f'"{part}"' for part in names)
 
 
 def lines(text: str) -> dict[Path, int]:
@@ -297,6 +300,10 @@ def _paths(path: Path, table: Mapping[str, Any]) -> Iterator[Path]:
         yield (*path, key)
         if isinstance(value, dict):
             yield from _paths((*path, key), value)
+        for number, item in enumerate(value if isinstance(value, list) else (), 1):
+            if isinstance(item, dict):
+                yield (*path, key, number)
+                yield from _paths((*path, key, number), item)
 
 
 # Where a setting comes from -------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ class JobKind(StrEnum):
     VERIFY = "Verify"
     EXPORT = "Export"
     IMPORT = "Import"
+    PLAN = "Recovery plan"
 
 
 COPY_KINDS = frozenset({JobKind.INITIAL, JobKind.RESYNC, JobKind.UPDATE_DISKS})

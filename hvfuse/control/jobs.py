@@ -141,14 +141,25 @@ class Jobs:
 
     @contextlib.contextmanager
     def run(
-        self, kind: JobKind, vm: str, *, steps: Sequence[str] = (), command: Sequence[str] = ()
+        self,
+        kind: JobKind,
+        vm: str,
+        *,
+        steps: Sequence[str] = (),
+        command: Sequence[str] = (),
+        takes_up: int | None = None,
     ) -> Iterator[Running]:
-        """Do a job in this process: it succeeds with the block, and fails with what the block raises."""
+        """Do a job in this process: it succeeds with the block unless that suspends it, and fails with what the block
+        raises. `takes_up`: id of a suspended job to go on with, instead of a new one."""
         self.bury()
         now_ns = self._clock.now_ns()
         job = Job(id=0, kind=kind, vm=vm, command=tuple(command)).planned(steps)
-        job = job.begin(system.process_identity(os.getpid()), now_ns)
-        added = self._database.write(lambda txn: add_job(txn, job, now_ns=now_ns))
+        owner = system.process_identity(os.getpid())
+        job = job.begin(owner, now_ns)
+        if takes_up is None:
+            added = self._database.write(lambda txn: add_job(txn, job, now_ns=now_ns))
+        else:
+            added = self.change(takes_up, lambda now: now.begin(owner, now_ns))
         running = Running(self, added.id, self._clock)
         try:
             yield running
@@ -159,7 +170,9 @@ class Jobs:
             failed = JobError.of(error, otherwise=f"hvfuse {shlex.join(command)}" if command else None)
             self._end(added.id, lambda now: now.fail(failed, self._clock.now_ns()))
             raise
-        self.change(added.id, lambda now: now if now.has_ended else now.succeed(self._clock.now_ns()))
+        self.change(
+            added.id, lambda now: now.succeed(self._clock.now_ns()) if now.state is JobState.IN_PROGRESS else now
+        )
 
     def take_up(self, kind: JobKind, vm: str, *, steps: Sequence[str], command: Sequence[str]) -> int:
         """Work, in this process, at the VM's job of that kind that waits, or at a new one. Returns its id; whoever
@@ -207,6 +220,10 @@ class Running:
             return
         self._told = (now, percent)
         self._jobs.change(self.id, lambda job: job.advanced(percent))
+
+    def suspend(self, text: str) -> None:
+        """The job waits for somebody, after this process too; `text`: for what."""
+        self._jobs.change(self.id, lambda job: job.suspend(text))
 
     def fail(self, error: JobError) -> None:
         """The job is done, and did not come out as it should, although nothing was raised."""

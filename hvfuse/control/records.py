@@ -6,6 +6,7 @@
     "cycle/", "sums/"            `hvfuse.control.statistics`
     "job/", "next/job"           `hvfuse.control.jobs`
     "event/", "cursor/"          `hvfuse.control.events`
+    "plan/", "next/plan"         `hvfuse.control.plan_records`
 
 A VM without a record was never replicated. Fields that are missing have their defaults; fields that are
 not known are kept as they are. A VM's state changes by the events of `hvfuse.states` alone, and what follows from
@@ -23,6 +24,7 @@ from hvfuse.control import following, statistics
 from hvfuse.control.database import Database, Transaction
 from hvfuse.control.events import Events, add_event
 from hvfuse.control.jobs import Jobs
+from hvfuse.control.plan_records import PlanRuns
 from hvfuse.control.statistics import CycleRecord, Failure, Statistics, Sums
 from hvfuse.errors import CorruptError, HvfuseError, StateError, UnreachableError
 from hvfuse.shipper.copy import CopyReport
@@ -113,6 +115,7 @@ class Records:
         self._database = Database(path)
         self.jobs = Jobs(self._database, clock=self._clock)
         self.events = Events(self._database)
+        self.plans = PlanRuns(self._database, clock=self._clock)
         self.statistics = Statistics(self._database)
 
     def __enter__(self) -> Self:

@@ -49,7 +49,7 @@ def test_every_command_that_help_names_can_be_called_and_explains_itself(capsys:
     names = cli.list_commands(click.Context(cli))
     assert set(names) == {
         "run", "status", "replicate", "replication", "resync", "verify", "policy", "seed", "mount", "umount", "job",
-        "event", "measure", "point", "failover", "store", "disk", "log",
+        "event", "measure", "point", "failover", "plan", "store", "disk", "log",
     }  # fmt: skip
     for name in names:
         assert f"  {name} " in shown

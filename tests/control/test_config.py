@@ -25,7 +25,9 @@ def test_the_template_means_all_defaults() -> None:
 
 def test_the_template_with_every_comment_taken_off_is_valid_and_means_the_defaults() -> None:
     lines = [
-        line.removeprefix("# ") if " = " in line or line.startswith(("# [vm.", "# [policy.", "# [net")) else line
+        line.removeprefix("# ")
+        if " = " in line or line.startswith(("# [vm.", "# [policy.", "# [net", "# [plan.", "# [[plan."))
+        else line
         for line in TEMPLATE.splitlines()
     ]
     parsed = parse("hvfuse.toml", "\n".join(lines))
