@@ -124,7 +124,7 @@ def _names(value: Any) -> frozenset[str]:
 
 def _commands(value: Any) -> tuple[tuple[str, ...], ...]:
     """One command, or several."""
-    one = _command()
+    one = command()
     try:
         if isinstance(value, list) and any(isinstance(each, list) for each in value):
             return tuple(one(each) for each in value)
@@ -310,5 +310,5 @@ PLAN_GROUP: Mapping[str, Key] = {
     "after": Key(_commands, []),
     "pause": Key(_line),
     "boot": Key(_yes_or_no, False),
-    "hook_timeout": Key(_duration(1, DAY, 'from "1s" to "1d", such as "10m"'), "10m"),
+    "hook_timeout": Key(duration(1, DAY, 'from "1s" to "1d", such as "10m"'), "10m"),
 }
