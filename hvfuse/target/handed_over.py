@@ -148,7 +148,7 @@ def _begin(
             )
     vm = store.find_vm(txn, vm_name) or store.create_vm(txn, vm_name)
     if vm.moving is not None and vm.primary == primary.home:
-        if set(vm.moving["names"]) != set(names) or vm.moving["folder"] != folder:
+        if set(vm.moving["names"]) != set(names):
             raise StateError(
                 f"{vm_name}: the disks {', '.join(vm.moving['names'])} of {vm.moving['folder']} come first"
             )
