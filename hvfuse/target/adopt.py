@@ -24,7 +24,7 @@ from hvfuse.formats.image_copy import copy_disk
 from hvfuse.formats.raw import RawImage
 from hvfuse.manifest import CycleKind
 from hvfuse.position import NO_DIGEST, Position
-from hvfuse.target import staging, unsynced
+from hvfuse.target import failing_over, relation, staging, unsynced
 from hvfuse.target.admission import MAX_DISK_SIZE, MAX_DISKS, check_name
 from hvfuse.target.environment import Txn, file_faults
 from hvfuse.target.images import ReplicaImages
@@ -149,6 +149,8 @@ def _vacant(store: Store, txn: Txn, vm_name: str) -> VmRecord | None:
     vm = store.find_vm(txn, vm_name)
     if vm is None:
         return None
+    relation.demand_settled(vm)
+    failing_over.demand_claim(vm, None)
     if vm.position is not None or store.listed(txn, vm) or staging.is_pinned(txn, store, vm_name):
         raise UsageError(
             f"{vm_name}: the store has a replica of it already, at {vm.position}",

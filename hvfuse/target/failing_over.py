@@ -7,22 +7,25 @@ What must hold, whoever dies when, and whoever acts at the same time:
     2  `epoch` rises with every failover, and with what takes one back. A source that ships has to know it: one that was
        away while it rose has to look at what became of the VM first (FencedError), and take the new one over.
     3  A failover belongs to the one home that began it (`failover["home"]`). Until it is committed nothing of the
-       replica goes, and `primary` is who it was: to cancel it is one transaction. Once it is committed, `primary` is
-       that home, for good.
+       replica goes, not even by retention, and `primary` is who it was: to cancel it is one transaction. Once it is
+       committed, `primary` is that home, for good.
+    4  What says so outlives the replica: neither `let_go` nor the deletion of a replica (`hvfuse.target.removal`) takes
+       the record of a committed failover away; only another home's disks that are handed over do.
 
 Every act is one transaction, and does nothing where it was done before: what asks for it may die and ask again. The
 record's fields:
 
     source       {"home", "root", "host"}: the home that ships, for messages
     prepared     a planned failover was prepared: {"point", "epoch", "since_ns", "proof"}; `proof`: what was compared
-    failover     {"kind", "point", "pin", "epoch", "home", "root", "host", "since_ns", "committed_ns", "hydrated_ns"}
+    failover     {"kind", "point", "point_ns", "pin", "epoch", "home", "root", "host", "since_ns", "committed_ns",
+                 "hydrated_ns"}
     returns_to   where the VM may be shipped to from here on: {"store", "home", "root", "host"}; put there by the side
                  that gave way
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,8 +64,8 @@ class Claim:
 
 
 def state_of(vm: VmRecord) -> ReplicationState:
-    """The replica's state; of stores of before, which know of no failover, Replicating."""
-    return ReplicationState(vm.state) if vm.state else ReplicationState.REPLICATING
+    """The replica's state; of stores of before, which know of no failover, Replicating. Raises CorruptError."""
+    return relation.known(vm) if vm.state else ReplicationState.REPLICATING
 
 
 def where(party: Mapping[str, Any] | None) -> str:
@@ -74,15 +77,18 @@ def where(party: Mapping[str, Any] | None) -> str:
 
 
 def demand_claim(vm: VmRecord, claim: Claim | None) -> None:
-    """Raises FencedError if whoever claims the VM must not ship it. None: nobody claims anything."""
-    if claim is None:
-        return
+    """Raises FencedError if nothing is taken in, or if whoever claims the VM must not ship it. None: nobody says who
+    ships, so that the state alone counts."""
     if vm.failover is not None and state_of(vm) in AFTER_FAILOVER:
         raise FencedError(
             f"{vm.name} was failed over to {where(vm.failover)}: nothing is taken in", hint=f"hvfuse status {vm.name}"
         )
-    if state_of(vm) in AFTER_FAILOVER:
+    if state_of(vm) is ReplicationState.PREPARED_FOR_FAILOVER:
         raise FencedError(f"{vm.name}: a planned failover is prepared: nothing is taken in any more")
+    if state_of(vm) in AFTER_FAILOVER:
+        raise FencedError(f"{vm.name}: the replica is {vm.state}: nothing is taken in")
+    if claim is None:
+        return
     if vm.primary not in ("", claim.party.home):
         raise FencedError(
             f"{vm.name}: the store has the replica of a VM of that name that belongs to {where(vm.source)}",
@@ -110,7 +116,8 @@ def claimed(txn: Txn, store: Store, vm: VmRecord, claim: Claim | None) -> VmReco
 
 
 def prepare(store: Store, vm_name: str, claim: Claim, *, point_id: str, proof: Mapping[str, Any]) -> None:
-    """From now on nothing is taken in: the point is the last one, and holds all that the source has.
+    """From now on nothing is taken in: the point is the last one, and holds all that the source has. The VM is
+    `claim`'s, if it was nobody's yet.
 
     Raises FencedError, StateError, NotFoundError (the newest point is another one).
     """
@@ -121,7 +128,7 @@ def prepare(store: Store, vm_name: str, claim: Claim, *, point_id: str, proof: M
         done = vm.prepared is not None and vm.prepared["point"] == point_id
         if state is ReplicationState.PREPARED_FOR_FAILOVER and done and vm.primary == claim.party.home:
             return
-        demand_claim(vm, claim)
+        vm = claimed(txn, store, vm, claim)
         after = next_state(state, Event.PREPARE_FAILOVER, what=f"the replica of {vm_name}")
         point = store.load_point(txn, vm, point_id)
         if point.seq != vm.head_seq:
@@ -259,7 +266,8 @@ def cancel(store: Store, vm_name: str, me: Party) -> VmRecord:
 
 
 def commit(store: Store, vm_name: str, me: Party) -> VmRecord:
-    """The VM is this home's for good, and its other recovery points are let go. Idempotent. Raises StateError."""
+    """The VM is this home's for good, and its other recovery points are let go, but for those that somebody else still
+    holds: these go with the replica. Idempotent. Raises StateError."""
 
     def act(txn: Txn) -> VmRecord:
         vm = store.load_vm(txn, vm_name)
@@ -267,8 +275,9 @@ def commit(store: Store, vm_name: str, me: Party) -> VmRecord:
         if state_of(vm) in FAILOVER_DONE:
             return vm
         after = next_state(state_of(vm), Event.COMMIT_FAILOVER, what=f"the replica of {vm_name}")
+        held = {pin.seq for pin in store.scan_pins(txn) if pin.vm == vm_name}
         for point in list(store.scan_points(txn, vm)):
-            if point.id != failover["point"]:
+            if point.seq not in held:
                 store.save_cycle(txn, vm, point.unlisted())
         kept = {**failover, "committed_ns": store.clock.now_ns()}
         vm = replace(vm, state=after.value, primary=me.home, source=me.as_json(), failover=kept)
@@ -280,36 +289,49 @@ def commit(store: Store, vm_name: str, me: Party) -> VmRecord:
 
 def let_go(store: Store, vm_name: str, me: Party) -> None:
     """The disks are hydrated: delete the replica's data. What says who has the VM stays, so that whoever comes back
-    is told. Idempotent, goes on where it was killed. Raises StateError, BusyError (a test failover stands)."""
-    failover = demand_mine(store.vm(vm_name), me)
-    if state_of(store.vm(vm_name)) not in FAILOVER_DONE:
-        raise StateError(f"{vm_name}: its failover is not committed")
-    hydrated = {**failover, "hydrated_ns": failover.get("hydrated_ns") or store.clock.now_ns()}
-    removal.empty(store, vm_name, lambda vm: replace(vm, failover=hydrated), own_pin=int(failover["pin"]))
+    is told. Idempotent, goes on where it was killed. Raises StateError, BusyError (a test failover stands, or the
+    images are being written)."""
+    _demand_committed(store.vm(vm_name), me)
+
+    def keep(vm: VmRecord) -> VmRecord:
+        failover = _demand_committed(vm, me)  # again: by now it may have been handed over
+        return replace(vm, failover={**failover, "hydrated_ns": failover.get("hydrated_ns") or store.clock.now_ns()})
+
+    removal.empty(store, vm_name, keep, own_pin=lambda vm: int(_demand_committed(vm, me)["pin"]))
+
+
+def _demand_committed(vm: VmRecord, me: Party) -> Mapping[str, Any]:
+    failover = demand_mine(vm, me)
+    if state_of(vm) not in FAILOVER_DONE:
+        raise StateError(
+            f"{vm.name}: its failover is not committed, the replica is {state_of(vm)}",
+            hint=f"hvfuse failover commit {vm.name}",
+        )
+    return failover
 
 
 # Reverse replication -------------------------------------------------------------------------------------------
 
 
 def invite(store: Store, vm_name: str, returns_to: Mapping[str, Any]) -> None:
-    """Put down where the VM may be shipped to by who has it now. Durable. Raises NotFoundError."""
-    _change(store, vm_name, lambda vm: replace(vm, returns_to=dict(returns_to)))
+    """Put down where the VM may be shipped to by who has it now. Durable. Raises NotFoundError, StateError (nobody has
+    it by a committed failover)."""
 
+    def act(txn: Txn) -> None:
+        vm = store.load_vm(txn, vm_name)
+        if state_of(vm) not in FAILOVER_DONE:
+            raise StateError(f"the replica of {vm_name} is {state_of(vm)}: no failover is committed")
+        store.save_vm(txn, replace(vm, returns_to=dict(returns_to)))
 
-def _change(store: Store, vm_name: str, change: Callable[[VmRecord], VmRecord]) -> VmRecord:
-    def act(txn: Txn) -> VmRecord:
-        vm = change(store.load_vm(txn, vm_name))
-        store.save_vm(txn, vm)
-        return vm
-
-    return store.write("failover:note", act)
+    store.write("failover:invite", act)
 
 
 def awaiting(txn: Txn, store: Store, vm: VmRecord, primary: Party, *, epoch: int) -> VmRecord:
-    """The VM once this store has become its target, or has again; to be saved. `primary`: who will ship it."""
+    """The VM once this store has become its target, or has again; to be saved. `primary`: who will ship it. Raises
+    StateError (a failover stands that is not committed, or is prepared)."""
     state = relation.state(txn, store, vm)
     if state in AFTER_FAILOVER:
-        state = next_state(state, Event.DISABLE, what=f"the replica of {vm.name}")
+        state = next_state(state, Event.GIVE_WAY, what=f"the replica of {vm.name}")
     state = next_state(state, Event.AWAIT_FIRST_COPY, what=f"the replica of {vm.name}")
     above = max(vm.epoch, epoch)
     if above > vm.epoch:

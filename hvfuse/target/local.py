@@ -23,6 +23,7 @@ from hvfuse.formats.digests import DigestKey, Digests
 from hvfuse.frames import Frame, unpack_header
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint
 from hvfuse.position import Position, PositionMismatchError
+from hvfuse.states import AFTER_FAILOVER
 from hvfuse.target import cycles, definitions, failing_over, relation, schema, staging, unsynced
 from hvfuse.target.admission import admit_frame, check_manifest, check_name, is_same
 from hvfuse.target.digests import HeldBlocks, held_ends
@@ -170,8 +171,9 @@ class LocalReplica:
         unsynced.drop(self._store.unsynced_path(self._vm))
 
     def _abandon(self, txn: Txn) -> None:
-        vm = staging.drop(txn, self._store, self._store.load_vm(txn, self._vm))
-        self._store.save_vm(txn, relation.abandoned(vm))
+        vm = self._store.load_vm(txn, self._vm)
+        failing_over.demand_claim(vm, self._claim())
+        self._store.save_vm(txn, relation.abandoned(staging.drop(txn, self._store, vm)))
 
     def extent(self, disk_id: bytes) -> int:
         """See `Replica`: of a disk of the open COPY."""
@@ -344,7 +346,8 @@ class LocalReplica:
     def housekeep(self, policy: RetentionPolicy, now_ns: int) -> Housekeeping:
         """Let go of the points that the policy does not keep and no pin holds, and merge their cycles.
 
-        Raises BusyError while another process merges.
+        Nothing is let go while a failover stands. Raises BusyError while another process merges, FencedError where
+        `claim` must not ship the VM.
         """
         self._env.reader_check()
         with self._env.read() as txn:
@@ -358,6 +361,10 @@ class LocalReplica:
     def _thin(self, txn: Txn, policy: RetentionPolicy, now_ns: int) -> tuple[int, int | None]:
         """Take points off the list. Returns how many, and the seq of the oldest that stays."""
         vm = self._store.load_vm(txn, self._vm)
+        claim = self._claim()
+        if claim is None and failing_over.state_of(vm) in AFTER_FAILOVER:
+            return 0, None
+        failing_over.demand_claim(vm, claim)
         listed = self._store.listed(txn, vm)
         keep = retain(listed, policy, now_ns)
         keep |= {pin.seq for pin in self._store.scan_pins(txn) if pin.vm == self._vm}

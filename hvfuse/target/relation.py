@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hvfuse.errors import CorruptError, StateError, SuspendedError
+from hvfuse.errors import BusyError, CorruptError, StateError, SuspendedError
 from hvfuse.manifest import CycleKind, CycleManifest
 from hvfuse.states import Event, ReplicationState, next_state
 from hvfuse.target.environment import Txn
@@ -31,21 +31,36 @@ _RESYNCING = ReplicationState.RESYNCHRONIZING
 def state(txn: Txn, store: Store, vm: VmRecord) -> ReplicationState:
     """Where the replica stands. Raises CorruptError for a state that nobody knows."""
     if vm.state:
-        try:
-            return ReplicationState(vm.state)
-        except ValueError:
-            raise CorruptError(f"{vm.name}: the store knows of no state {vm.state!r}") from None
+        return known(vm)
     if vm.position is None or (vm.position.cycle == 0 and not store.listed(txn, vm)):
         return ReplicationState.WAITING_FOR_INITIAL_REPLICATION
     return ReplicationState.RESYNCHRONIZING if vm.position.cycle == 0 else ReplicationState.REPLICATING
 
 
+def known(vm: VmRecord) -> ReplicationState:
+    """The state that a VM's record has. Raises CorruptError for one that nobody knows."""
+    try:
+        return ReplicationState(vm.state)
+    except ValueError:
+        raise CorruptError(f"{vm.name}: the store knows of no state {vm.state!r}") from None
+
+
 def demand_open(vm: VmRecord) -> None:
-    """Raises SuspendedError if the replica takes nothing in."""
+    """Raises SuspendedError if the replica takes nothing in, and as `demand_settled`."""
+    demand_settled(vm)
     if vm.state in SUSPENDED:
         raise SuspendedError(
             f"{vm.name}: the replica is suspended at the target, and takes nothing in",
             hint=f"hvfuse replication resume {vm.name} --replica",
+        )
+
+
+def demand_settled(vm: VmRecord) -> None:
+    """Raises BusyError while disks are being moved to where the images are to be."""
+    if vm.moving is not None:
+        raise BusyError(
+            f"{vm.name}: the disks in {vm.moving['folder']} are being handed over, and not all of them have been",
+            hint=f"where they are: hvfuse replication reverse {vm.name}",
         )
 
 

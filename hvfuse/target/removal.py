@@ -18,6 +18,7 @@ from itertools import islice
 
 from hvfuse import system
 from hvfuse.errors import BusyError, NotFoundError
+from hvfuse.states import FAILOVER_DONE
 from hvfuse.target import schema, unsynced
 from hvfuse.target.environment import Txn, file_faults
 from hvfuse.target.images import ReplicaImages
@@ -40,21 +41,34 @@ _HELD_BY_LIFE = "reader"
 def remove(store: Store, vm_name: str) -> bool:
     """Delete the replica of a VM, or go on with that. Returns whether there was anything to delete.
 
-    Nobody else may take anything in for it meanwhile. Raises BusyError while a recovery point is pinned (a test
-    failover stands) or the images are being written.
+    Of a VM that was failed over for good the record stays, as if it was emptied: without it, its old source would be
+    let in again, while another home has the VM. Nobody else may take anything in for it meanwhile. Raises BusyError
+    while a recovery point is pinned (a test failover stands) or the images are being written.
     """
     with store.env.read() as txn:
-        is_known = store.find_vm(txn, vm_name) is not None or store.half_deleted(txn, vm_name)
-    if not is_known:
-        return False
+        vm = store.find_vm(txn, vm_name)
+        is_gone = vm is None or (vm.state in FAILOVER_DONE and _is_empty(vm))
+        if is_gone and not store.half_deleted(txn, vm_name):
+            return False
     _remove(store, vm_name, lambda txn: _mark(txn, store, vm_name))
     return True
 
 
-def empty(store: Store, vm_name: str, keep: Callable[[VmRecord], VmRecord], *, own_pin: int) -> None:
+def empty(
+    store: Store, vm_name: str, keep: Callable[[VmRecord], VmRecord], *, own_pin: Callable[[VmRecord], int]
+) -> None:
     """Delete what a replica holds but for its record, as `keep` makes it, and with it the pin `own_pin`; or go on with
-    that. As `remove`."""
-    _remove(store, vm_name, lambda txn: _renew(txn, store, vm_name, keep, own_pin))
+    that. As `remove`. Both are asked within the transaction, while nobody else writes the images, and may raise:
+    nothing happens then. Raises NotFoundError."""
+
+    def renew(txn: Txn) -> None:
+        vm = store.load_vm(txn, vm_name)
+        pin = own_pin(vm)
+        if not _is_empty(vm):
+            store.delete_pin(txn, pin)
+            _renew(txn, store, vm, keep)
+
+    _remove(store, vm_name, renew)
 
 
 def _remove(store: Store, vm_name: str, mark: Callable[[Txn], None]) -> None:
@@ -94,6 +108,16 @@ def _mark(txn: Txn, store: Store, vm_name: str) -> None:
     vm = store.find_vm(txn, vm_name)
     if vm is None:
         return
+    if vm.state in FAILOVER_DONE:
+        if not _is_empty(vm):
+            _renew(txn, store, vm, lambda kept: kept)
+        return
+    _end(txn, store, vm)
+
+
+def _end(txn: Txn, store: Store, vm: VmRecord) -> None:
+    """Take the record away, and leave a mark."""
+    vm_name = vm.name
     for pin in _holders(txn, store, vm_name):
         raise BusyError(
             f"{vm_name}: recovery point {pin.point_id} is in use ({pin.owner.get('kind')} {pin.id}): the replica stays",
@@ -105,20 +129,20 @@ def _mark(txn: Txn, store: Store, vm_name: str) -> None:
     txn.put(schema.PREFIX_GONE + schema.u32(vm.id), os.fsencode(vm_name), db=store.env.db(schema.META))
 
 
-def _renew(txn: Txn, store: Store, vm_name: str, keep: Callable[[VmRecord], VmRecord], own_pin: int) -> None:
+def _renew(txn: Txn, store: Store, vm: VmRecord, keep: Callable[[VmRecord], VmRecord]) -> None:
     """The record goes on under another number: nothing that hangs on the old one is the VM's any more."""
-    vm = store.load_vm(txn, vm_name)
-    if vm.position is None and not vm.head_seq:
-        return
-    store.delete_pin(txn, own_pin)
-    _mark(txn, store, vm_name)
+    _end(txn, store, vm)
     number = store.next_vm_number(txn)
-    blank = VmRecord(id=number, name=vm_name)
+    blank = VmRecord(id=number, name=vm.name)
     kept = replace(
         vm, id=number, position=None, head_seq=blank.head_seq, base_seq=blank.base_seq, floor_seq=blank.floor_seq,
         next_disk=blank.next_disk, disks=(), definition="",
     )  # fmt: skip
     store.save_vm(txn, keep(kept))
+
+
+def _is_empty(vm: VmRecord) -> bool:
+    return vm.position is None and not vm.head_seq
 
 
 def _holders(txn: Txn, store: Store, vm_name: str) -> Iterator[schema.Pin]:

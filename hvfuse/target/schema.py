@@ -352,7 +352,8 @@ class VmRecord:
     name of the one given last, "" for none.
     What says who has the VM is kept by `hvfuse.target.failing_over`: `primary`, the id of the home that may write and
     ship it, empty before anybody did; `epoch`, raised by every failover and by what takes one back; `source`, which
-    home that is, `prepared`, `failover`, `returns_to`: see there.
+    home that is, `prepared`, `failover`, `returns_to`: see there. `moving`: disks are being moved to where the images
+    are to be (`hvfuse.target.handed_over`).
     """
 
     id: int
@@ -371,6 +372,7 @@ class VmRecord:
     prepared: Mapping[str, Any] | None = None
     failover: Mapping[str, Any] | None = None
     returns_to: Mapping[str, Any] | None = None
+    moving: Mapping[str, Any] | None = None
 
     def pack(self) -> bytes:
         """The value in `vms`."""

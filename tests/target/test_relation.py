@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from hvfuse.errors import CorruptError, StateError, SuspendedError
+from hvfuse.errors import CorruptError, FencedError, StateError, SuspendedError
 from hvfuse.manifest import CycleKind
 from hvfuse.states import ReplicationState
 from hvfuse.target import relation
@@ -134,7 +134,7 @@ def test_a_replica_that_was_failed_over_takes_nothing_in(store: Store, source: S
     source.ship_to(replica)
     put_state(store, "FailedOverWaitingCompletion")
     for manifest in (source.begin_cycle()[0], over(source)[0]):
-        with pytest.raises(StateError, match="is FailedOverWaitingCompletion"):
+        with pytest.raises(FencedError, match="is FailedOverWaitingCompletion"):
             replica.begin(manifest)
     assert shown(store) == "FailedOverWaitingCompletion"
     replica.close()
