@@ -122,44 +122,6 @@ def _names(value: Any) -> frozenset[str]:
     return frozenset(names)
 
 
-def _commands(value: Any) -> tuple[tuple[str, ...], ...]:
-    """One command, or several."""
-    one = command()
-    try:
-        if isinstance(value, list) and any(isinstance(each, list) for each in value):
-            return tuple(one(each) for each in value)
-        return (one(value),) if value != [] else ()
-    except BadValueError:
-        raise BadValueError(
-            'a command and its arguments, such as ["/usr/local/bin/tell", "now"], or a list of such commands'
-        ) from None
-
-
-def _vms(value: Any) -> tuple[str, ...]:
-    names = _texts(value)
-    if not names or any(name_fault(name) is not None for name in names):
-        raise BadValueError('a list of at least one VM\'s name, such as ["db01", "db02"]')
-    return names
-
-
-def _group_name(value: Any) -> str:
-    if not isinstance(value, str) or name_fault(value) is not None:
-        raise BadValueError("the name of a group, in quotes, without a slash")
-    return value
-
-
-def _line(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or not value.isprintable():
-        raise BadValueError("a line that says what is to be done meanwhile, in quotes")
-    return value
-
-
-def _yes_or_no(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise BadValueError("true or false")
-    return value
-
-
 def _policy_name(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise BadValueError("the name of a policy, in quotes")
@@ -216,16 +178,6 @@ def _days(text: str) -> frozenset[int] | None:
         end = DAYS.index(last) if dash else begin
         days.update((begin + step) % 7 for step in range((end - begin) % 7 + 1))
     return frozenset(days)
-
-
-def _point(value: Any) -> str:
-    is_known = value in ("latest", "latest-app-consistent")
-    if not is_known and (not isinstance(value, str) or instants.parse_date(value) is None):
-        raise BadValueError(
-            '"latest", "latest-app-consistent", or a time such as "2026-11-22T18:30", which means the last recovery '
-            "point not after it"
-        )
-    return str(value)
 
 
 # Rates ----------------------------------------------------------------------------------------------------------
@@ -300,15 +252,4 @@ MONITORING: Mapping[str, Key] = {
     "interval": Key(duration(HOUR, 7 * DAY, 'from "1h" to "7d"'), "12h"),
     "notify": Key(command(optional=True), []),
     "keep_events": Key(duration(DAY, 366 * DAY, 'from "1d" to "366d"'), "30d"),
-}
-PLAN: Mapping[str, Key] = {"point": Key(_point, "latest")}
-"""Without "group" and "points", which are tables."""
-PLAN_GROUP: Mapping[str, Key] = {
-    "name": Key(_group_name),
-    "vms": Key(_vms),
-    "before": Key(_commands, []),
-    "after": Key(_commands, []),
-    "pause": Key(_line),
-    "boot": Key(_yes_or_no, False),
-    "hook_timeout": Key(duration(1, DAY, 'from "1s" to "1d", such as "10m"'), "10m"),
 }

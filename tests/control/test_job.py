@@ -136,6 +136,7 @@ Disable protection    -           resume,cancel  resume,cancel  restart  restart
 Verify                cancel      resume,cancel  resume,cancel  restart  restart    -
 Export                cancel      resume,cancel  resume,cancel  restart  restart    -
 Import                cancel      resume,cancel  resume,cancel  restart  restart    -
+Recovery plan         -           resume,cancel  resume,cancel  restart  restart    -
 """
 
 
