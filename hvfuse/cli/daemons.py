@@ -58,7 +58,11 @@ def shipper(session: Session, vm: str) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: stop.set())
-    with Records(home.records) as records, wiring.shipper(home, session.config_file, vm, records) as here:
+    # Where another target is said, this one ends, and whoever starts it again has it ship there.
+    with (
+        Records(home.records) as records,
+        wiring.shipper(home, session.config_file, vm, records, moved=stop.set) as here,
+    ):
         listener = here.listen(home.shipper_socket(vm))
         try:
             here.run(stop)
@@ -89,7 +93,8 @@ def view(session: Session, path: str, pin_id: int) -> None:
 
         def ready() -> None:
             # Only now, so that whoever finds the socket served finds the view mounted.
-            listener = wire.Listener(trial.view_socket(home, pin_id), lambda _: {"pid": os.getpid()}, name="view")
+            socket = trial.view_socket(home, store, pin_id)
+            listener = wire.Listener(socket, lambda _: {"pid": os.getpid()}, name="view")
             stack.callback(listener.close)
 
         serve_view(shown, str(pin.owner["mountpoint"]), on_ready=ready)

@@ -305,12 +305,11 @@ def cancel(session: Session, vm: str, *, force: bool, yes: bool, dry_run: bool, 
 def _failover(site: Site) -> Iterator[Failover]:
     """The flows of the target. Raises NotFoundError, StateError at the source of the VM."""
     from hvfuse.control.failed_over import Failover
-    from hvfuse.target.store import Store
 
     record = site.records.read(site.vm)
     if record.state in AFTER_FAILOVER and record.held is not None:
         raise StateError(f"{site.vm} is {record.state}: {record.held}", hint="do it there")
-    with Store(site.store_path, create=False) as store:
+    with site.location.open() as store:
         store.vm(site.vm)  # raises NotFoundError
         home, came_home = site.home, record.gave_way_ns is not None
         guest = wiring.guest_of(home, site.vm, directory=home.mountpoint(site.vm), comes_home=came_home)

@@ -6,19 +6,20 @@ import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
 
 from hvfuse.cli import failing_over, wiring
 from hvfuse.cli.main import Session
-from hvfuse.cli.output import emit_json, json_option, print_table, time_text
+from hvfuse.cli.output import emit_json, json_option, note, one_line, print_table, time_text
 from hvfuse.control import location, trial
 from hvfuse.control.guest_settings import Mode
 from hvfuse.control.home import Home
 from hvfuse.control.job import JobKind
 from hvfuse.control.jobs import Running
+from hvfuse.control.location import all_locations
 from hvfuse.control.records import Records
 from hvfuse.control.site import Site
 from hvfuse.errors import HvfuseError, NotFoundError, UsageError
@@ -89,7 +90,7 @@ def test(
             if boot or validate:
                 _adopt(session, store, records, vm, chosen.id)
                 pin = _try_guest(home, store, job, pin, boot=boot, validate=validate)
-    fields = _fields(pin)
+    fields = _fields(store, pin)
     if as_json:
         emit_json({**fields, "time": time_text(chosen.time_ns)})
         return
@@ -149,19 +150,15 @@ def cleanup(
     """
     if (vm is None) is not everything:
         raise UsageError("name a VM, or give --all", hint="hvfuse failover cleanup --help")
-    found: list[Pin] = []
-    with _records(session) as records:
-        for home, store in _stores(session, vm, records):
-            chosen = _chosen(store, vm, test_id)
-            if vm is not None and not chosen and not os.path.isdir(home.folder(vm)):
-                store.point_count(vm)  # raises NotFoundError: there is not even such a VM
-            for pin in chosen:
-                _clean_up(home, store, records, pin, force=force, remark=remark)
-                if not as_json:
-                    click.echo(f"ended test failover {pin.id} of {pin.vm} at {pin.owner['mountpoint']}")
-            found += chosen
+    home = session.home
+    with _records(session) as records, _stores(session, vm, records) as stores:
+        found = _chosen(session, stores, vm, test_id, records)
+        for store, pin in found:
+            _clean_up(home, store, records, pin, force=force, remark=remark)
+            if not as_json:
+                click.echo(f"ended test failover {pin.id} of {pin.vm} at {pin.owner['mountpoint']}")
     if as_json:
-        emit_json({"cleaned": [_fields(pin) for pin in found]})
+        emit_json({"cleaned": [_fields(store, pin) for store, pin in found]})
     elif not found:
         click.echo("there was no test failover to clean up")
 
@@ -196,14 +193,10 @@ def _clean_up(home: Home, store: Store, records: Records, pin: Pin, *, force: bo
 @click.pass_obj
 def list_tests(session: Session, vm: str | None, as_json: bool) -> None:
     """List the test failovers that were not cleaned up yet."""
-    found: list[Pin] = []
-    with wiring.kept_records(session.home) as records:
-        for home, store in _stores(session, vm, records):
-            found += trial.trials(store, vm)
-            if vm is not None and not found and not os.path.isdir(home.folder(vm)):
-                store.point_count(vm)  # raises NotFoundError: there is not even such a VM
+    with wiring.kept_records(session.home) as records, _stores(session, vm, records) as stores:
+        found = _chosen(session, stores, vm, None, records)
     if as_json:
-        emit_json({"tests": [{**_fields(pin), "alive": trial.is_alive(pin)} for pin in found]})
+        emit_json({"tests": [{**_fields(store, pin), "alive": trial.is_alive(pin)} for store, pin in found]})
         return
     if not found:
         click.echo("There is no test failover.")
@@ -216,36 +209,67 @@ def list_tests(session: Session, vm: str | None, as_json: bool) -> None:
             time_text(pin.created_ns),
             pin.owner["mountpoint"] + ("" if trial.is_alive(pin) else " (not mounted any more)"),
         )
-        for pin in found
+        for _, pin in found
     ]
     print_table(("ID", "VM", "POINT", "SINCE", "MOUNTED AT"), rows, right=("ID",))
 
 
-def _chosen(store: Store, vm: str | None, test_id: str | None) -> Sequence[Pin]:
+def _chosen(
+    session: Session, stores: Sequence[Store], vm: str | None, test_id: str | None, records: Records | None
+) -> Sequence[tuple[Store, Pin]]:
+    """The test failovers that are meant, each with its store: an id is one of a store's, and as many tests may bear it
+    as there are stores. Raises NotFoundError, UsageError."""
+    standing = [(store, pin) for store in stores for pin in trial.trials(store)]
+    found = [(store, pin) for store, pin in standing if vm is None or pin.vm == vm]
     if test_id is None:
-        return trial.trials(store, vm)
-    pin = trial.find(store, trial.parse_id(test_id))
-    if pin.vm != vm:
-        raise NotFoundError(f"test failover {pin.id} is of {pin.vm}", hint=f"hvfuse failover cleanup {pin.vm} {pin.id}")
-    return [pin]
+        if vm is not None and not found and not os.path.isdir(session.home.folder(vm)):
+            with _store(session, vm, records) as (_, store):
+                store.point_count(vm)  # raises NotFoundError: there is not even such a VM
+        return found
+    number = trial.parse_id(test_id)
+    found = [(store, pin) for store, pin in found if pin.id == number]
+    if not found:
+        for _, pin in standing:
+            if pin.id == number:
+                hint = f"hvfuse failover cleanup {pin.vm} {pin.id}"
+                raise NotFoundError(f"test failover {pin.id} is of {pin.vm}", hint=hint)
+        raise NotFoundError(f"there is no test failover {number}", hint="hvfuse failover list")
+    if len(found) > 1:
+        where = " and ".join(store.path for store, _ in found)
+        hint = f"to end all tests of {vm}: hvfuse failover cleanup {vm}"
+        raise UsageError(f"there is a test failover {number} of {vm} in {where}", hint=hint)
+    return found
 
 
 @contextmanager
 def _store(session: Session, vm: str, records: Records | None) -> Iterator[tuple[Home, Store]]:
-    """The store that the VM's replica lies in. Raises NotFoundError."""
-    with Store(wiring.store_of(session, vm, records), create=False) as store:
+    """The store that the VM's replica lies in. Raises NotFoundError, UnreachableError."""
+    with wiring.location_of(session, vm, records).open() as store:
         yield session.home, store
 
 
-def _stores(session: Session, vm: str | None, records: Records | None) -> Iterator[tuple[Home, Store]]:
-    """That of the VM; without one, all stores of which this home knows, that are there."""
-    if vm is not None:
-        with _store(session, vm, records) as found:
-            yield found
-        return
-    for path in wiring.stores_of(session, records):
-        with suppress(NotFoundError), Store(path, create=False) as store:
-            yield session.home, store
+@contextmanager
+def _stores(session: Session, vm: str | None, records: Records | None) -> Iterator[list[Store]]:
+    """Every store in which tests may stand: the home's own, and those that its VMs are shipped to. One that is not
+    reached is told, and keeps nobody from the others; but the VM's own has to be there. Raises NotFoundError if there
+    is no store at all."""
+    needed = wiring.location_of(session, vm, records).path if vm is not None else None
+    stores: list[Store] = []
+    missing: list[NotFoundError] = []
+    with ExitStack() as stack:
+        for place in all_locations(session.home, session.config, records):
+            try:
+                stores.append(stack.enter_context(place.open()))
+            except HvfuseError as error:
+                if needed == place.path:
+                    raise
+                if place.is_own and isinstance(error, NotFoundError):  # nothing was ever shipped hither
+                    missing.append(error)
+                else:
+                    note(f"hvfuse: {one_line(str(error))}")
+        if missing and not stores:
+            raise missing[0]
+        yield stores
 
 
 def _free_directory(home: Home, vm: str) -> str:
@@ -261,8 +285,9 @@ def _records(session: Session) -> Records:
     return Records(session.prepare().records)
 
 
-def _fields(pin: Pin) -> dict[str, Any]:
+def _fields(store: Store, pin: Pin) -> dict[str, Any]:
     return {
+        "store": store.path,
         "vm": pin.vm,
         "id": pin.id,
         "point": pin.point_id,

@@ -23,7 +23,6 @@ from hvfuse.control.records import Records
 from hvfuse.control.site import Site
 from hvfuse.errors import HvfuseError, NotFoundError, UsageError
 from hvfuse.system import SystemClock
-from hvfuse.target.store import Store
 from hvfuse.words import duration_text
 
 
@@ -264,7 +263,7 @@ def _ready(session: Session, records: Records, wanted: Plan, vm: str) -> dict[st
     point = wanted.point_of(vm)
     fields: dict[str, Any] = {"vm": vm, "wanted": point, "point": None, "time": None, "error": None}
     try:
-        with Store(_site(session, records, vm).store_path, create=False, read_only=True) as store:
+        with _site(session, records, vm).location.open(read_only=True) as store:
             chosen = trial.choose(store.points(vm), point, vm=vm)
     except HvfuseError as error:
         return {**fields, "error": str(error)}

@@ -28,11 +28,9 @@ def point() -> None:
 @click.pass_obj
 def list_points(session: Session, vm: str, as_json: bool) -> None:
     """List a VM's recovery points, the newest last."""
-    from hvfuse.target.store import Store
-
     with wiring.kept_records(session.home) as records:
-        path = wiring.store_of(session, vm, records)
-    with Store(path, create=False, read_only=True) as store:
+        place = wiring.location_of(session, vm, records)
+    with place.open(read_only=True) as store:
         points = store.points(vm)
         pinned = {pin.point_id for pin in store.pins(vm)}
     if as_json:

@@ -166,6 +166,9 @@ def _reason(health: Health, text: str, next_command: str | None) -> Iterator[str
 def _figures(status: VmStatus) -> Iterator[str]:
     points = "unknown" if status.points is None else f"{status.points} in the store"
     due = f"a new one is due every {duration_text(status.frequency)}" if status.is_protected else "no new ones are made"
+    if status.role == "replica":  # how old it may be, only its source can tell
+        age = _seconds(status.rpo_seconds)
+        due = f"the newest is {status.latest_point}, its age {age}" if status.latest_point else "the first is awaited"
     yield _line("points", f"{points}; {due}")
     sums = status.past.sums
     if sums.successful or sums.missed:

@@ -19,6 +19,7 @@ from hvfuse.cli.progress import showing_copy
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home, check_vm_name
 from hvfuse.control.job import JobKind
+from hvfuse.control.location import location_of
 from hvfuse.control.records import Records
 from hvfuse.errors import BusyError, HvfuseError, UnreachableError, UsageError
 from hvfuse.shipper.orders import Orders
@@ -215,7 +216,6 @@ def _wake_shipper(home: Home, vm: str, generation: str) -> None:
 def _import(session: Session, directory: str, name: str | None) -> dict[str, Any]:
     from hvfuse.medium import SeedReader
     from hvfuse.target.local import LocalReplica
-    from hvfuse.target.store import Store
 
     started = time.monotonic()
     reader = SeedReader(directory)
@@ -226,7 +226,7 @@ def _import(session: Session, directory: str, name: str | None) -> dict[str, Any
     with (
         Records(home.records) as records,
         records.jobs.run(JobKind.IMPORT, vm, steps=(_VERIFY, _IMPORT), command=words) as job,
-        Store(home.store) as store,
+        location_of(home, session.config, records, vm).open(create=True) as store,
         closing(LocalReplica(store, vm)) as replica,
     ):
         already = _is_imported(replica, vm, cycle.generation)
@@ -288,7 +288,6 @@ def _read_in(reader: SeedReader, replica: LocalReplica, vm: str, job: Running) -
 
 def _adopt(session: Session, directory: str, existing: str) -> dict[str, Any]:
     from hvfuse.target.adopt import adopt
-    from hvfuse.target.store import Store
 
     started = time.monotonic()
     vm = check_vm_name(existing)
@@ -298,7 +297,7 @@ def _adopt(session: Session, directory: str, existing: str) -> dict[str, Any]:
         Records(home.records) as records,
         records.jobs.run(JobKind.IMPORT, vm, steps=(_COPY,), command=words) as job,
         _told_to_repeat(vm, "begins again"),
-        Store(home.store) as store,
+        location_of(home, session.config, records, vm).open(create=True) as store,
         _bar(vm, "copying", 0) as bar,
     ):
 

@@ -59,12 +59,11 @@ def serve_failed_over(session: Session, home: Home, vm: str, records: Records) -
     """Serve the recovery point that the store says the VM was failed over at; once that is committed, hydrate it.
     Raises StateError where the store knows of no failover to here."""
     from hvfuse.control.standing import serve_standing
-    from hvfuse.target.store import Store
 
     policy = session.config.policy(vm)
-    path = location.store_path(home, policy, records.read(vm), vm)
+    place = location.locate(home, policy, records.read(vm), vm)
     with ExitStack() as stack:
-        store = stack.enter_context(Store(path, create=False))
+        store = stack.enter_context(place.open())
         hydrating = _Hydrating(session, home, vm, records, store)
         try:
             serve_standing(

@@ -8,39 +8,69 @@ from typing import TYPE_CHECKING
 import click
 
 from hvfuse.cli.output import counted, emit_json, json_option, note, print_table, time_text
-from hvfuse.errors import CorruptError
+from hvfuse.cli.wiring import kept_records
+from hvfuse.errors import CorruptError, NotFoundError
 from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hvfuse.cli.main import Session
+    from hvfuse.target.store import Store
     from hvfuse.target.usage import StoreUsage, VmUsage
 
 _COLUMNS = ("VM", "STATE", "POSITION", "NEWEST POINT", "POINTS", "JOURNAL", "BASE", "PINS")
 
 
-def store_path(ctx: click.Context) -> str:
-    """The directory of the installation's store."""
-    return str(ctx.obj.home.store)
-
-
 @click.group()
 def store() -> None:
-    """Examine the target store."""
+    """Examine the home's own store.
+
+    VMs whose `target` is another home's store lie there: ask that home.
+    """
+
+
+def _own(session: Session, elsewhere: Mapping[str, str]) -> Store:
+    """The home's own store. Raises NotFoundError, which tells of the VMs that lie elsewhere."""
+    from hvfuse.target.store import Store
+
+    try:
+        return Store(session.home.store, create=False, read_only=True)
+    except NotFoundError as error:
+        if elsewhere:
+            error.hint = "; ".join(_elsewhere_lines(elsewhere))
+        raise
+
+
+def _elsewhere(session: Session) -> dict[str, str]:
+    """The VMs of this home whose replicas lie in other stores, and in which."""
+    from hvfuse.control.location import all_vms, location_of
+
+    with kept_records(session.home) as records:
+        places = [location_of(session.home, session.config, records, vm) for vm in all_vms(session.home, records)]
+    return {place.vm: place.path for place in places if not place.is_own}
+
+
+def _elsewhere_lines(elsewhere: Mapping[str, str]) -> list[str]:
+    return [f"{vm} lies elsewhere: in {path}" for vm, path in elsewhere.items()]
 
 
 @store.command()
 @json_option
-@click.pass_context
-def info(ctx: click.Context, as_json: bool) -> None:
+@click.pass_obj
+def info(session: Session, as_json: bool) -> None:
     """Show the VMs in the store, their recovery points, and the room they take."""
-    from hvfuse.target.store import Store
     from hvfuse.target.usage import usage
 
-    with Store(store_path(ctx), create=False, read_only=True) as opened:
+    elsewhere = _elsewhere(session)
+    with _own(session, elsewhere) as opened:
         found = usage(opened)
     if as_json:
-        emit_json(_usage_fields(found))
-    else:
-        _print_usage(found)
+        emit_json({**_usage_fields(found), "elsewhere": elsewhere})
+        return
+    _print_usage(found)
+    for line in _elsewhere_lines(elsewhere):
+        click.echo(line)
 
 
 @store.command()
@@ -52,10 +82,9 @@ def check(ctx: click.Context, as_json: bool) -> None:
     Ends with 7 when something is damaged; everything is looked at in any case.
     """
     from hvfuse.target.check import check as check_store
-    from hvfuse.target.store import Store
     from hvfuse.target.usage import usage
 
-    with Store(store_path(ctx), create=False, read_only=True) as opened:
+    with _own(ctx.obj, _elsewhere(ctx.obj)) as opened:
         expected = sum(vm.journal_bytes for vm in usage(opened).vms)
         with click.progressbar(
             length=expected, label="Verifying", file=sys.stderr, hidden=not sys.stderr.isatty()

@@ -16,6 +16,7 @@ from hvfuse.control import definition, location
 from hvfuse.control.config import VmPolicy
 from hvfuse.control.config_file import Applied, ConfigFile
 from hvfuse.control.home import Home
+from hvfuse.control.location import Location
 from hvfuse.control.records import Records, VmRecord
 from hvfuse.errors import BusyError, CorruptError, HvfuseError, NotFoundError, UnreachableError
 from hvfuse.states import ReplicationState
@@ -37,13 +38,19 @@ _log = logging.getLogger(__name__)
 
 
 class FollowedPolicy:
-    """The policy of a VM that is being shipped, as the configuration says it at any time. For the shipper's thread."""
+    """The policy of a VM that is being shipped, as the configuration says it at any time. For the shipper's thread.
 
-    def __init__(self, file: ConfigFile, vm: str, *, source: Source, records: Records) -> None:
+    `moved`: called with a policy that says another target than the one before.
+    """
+
+    def __init__(
+        self, file: ConfigFile, vm: str, *, source: Source, records: Records, moved: Callable[[], None] = lambda: None
+    ) -> None:
         self._file = file
         self._vm = vm
         self._source = source
         self._records = records
+        self._moved = moved
         self.policy = file.current().policy(vm)
         self._shipping = shipping_policy(self.policy)
         self._is_told = False  # the tracker, which may have begun with an older text
@@ -56,6 +63,8 @@ class FollowedPolicy:
                 self._shipping = shipping_policy(policy)
                 self._note(changes_text(policy, self.policy))
                 self._is_told = False
+                if policy.target != self.policy.target:
+                    self._moved()
             self.policy = policy
         if not self._is_told:
             self._tell_tracker()
@@ -160,11 +169,14 @@ def shipping_policy(policy: VmPolicy) -> ShippingPolicy:
 
 
 @contextmanager
-def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator[Shipper]:
+def shipper(
+    home: Home, file: ConfigFile, vm: str, records: Records, *, moved: Callable[[], None] = lambda: None
+) -> Iterator[Shipper]:
     """The shipper of a VM, into the store that its replica lies in; nobody else ships the VM meanwhile. It follows what
-    the configuration says of the VM.
+    the configuration says of the VM, but for the target: `moved` is called when that is another one.
 
-    Raises BusyError when another process does, StateError when the VM is not to be replicated.
+    Raises BusyError when another process does, StateError when the VM is not to be replicated, and what
+    `Location.open` raises.
     """
     from hvfuse.control import protected
     from hvfuse.control.guest import GuardedGuest
@@ -173,24 +185,24 @@ def shipper(home: Home, file: ConfigFile, vm: str, records: Records) -> Iterator
     from hvfuse.shipper.source import TrackerSource
     from hvfuse.target.failing_over import Claim
     from hvfuse.target.local import LocalReplica
-    from hvfuse.target.store import Store
 
     clock = system.SystemClock()
     source = TrackerSource(home.tracker_socket(vm), home.folder(vm))
-    followed = FollowedPolicy(file, vm, source=source, records=records)
+    followed = FollowedPolicy(file, vm, source=source, records=records, moved=moved)
     with system.exclusive_lock(home.shipper_lock(vm)) as had:
         if not had:
             raise BusyError(f"{vm}: another process is replicating it just now", hint="try again in a moment")
         protected.begin(records, vm, followed.policy)  # with the lock, without which nobody disables it
         records.of(vm).count_absence(followed.policy.frequency)
-        path = location.store_path(home, followed.policy, records.read(vm), vm)
-        location.demand_usable(home, path, records.read(vm))
+        place = location.locate(home, followed.policy, records.read(vm), vm)
         this, fence = party(home), fence_of(home, file, vm, records)
 
         def claim() -> Claim:
             return Claim(party=this, epoch=records.read(vm).epoch)
 
-        with Store(path) as store, closing(LocalReplica(store, vm, claim=claim)) as replica:
+        with place.open(create=True) as store, closing(LocalReplica(store, vm, claim=claim)) as replica:
+            # Now that it is there: once it holds a point, it is missed if it is gone.
+            records.update(vm, shipped_to=None if place.is_own else place.path)
 
             def keep_house() -> None:
                 replica.housekeep(followed.policy.retention, clock.now_ns())
@@ -288,30 +300,33 @@ def require_known(home: Home, records: Records | None, vm: str | None) -> None:
 def drop_staged(home: Home, policy: VmPolicy, vm: str, records: Records) -> None:
     """Drop what the store holds of a copy that was given up. Whoever is just making it has to do that himself."""
     from hvfuse.target.local import LocalReplica
-    from hvfuse.target.store import Store
 
     home.make_vm(vm)
-    with system.exclusive_lock(home.shipper_lock(vm)) as had, suppress(NotFoundError):
+    with system.exclusive_lock(home.shipper_lock(vm)) as had:
         if had:
-            path = location.store_path(home, policy, records.read(vm), vm)
-            with Store(path, create=False) as store, closing(LocalReplica(store, vm)) as replica:
-                replica.abandon()
+            with location.opened(location.locate(home, policy, records.read(vm), vm)) as store, suppress(NotFoundError):
+                if store is not None:
+                    with closing(LocalReplica(store, vm)) as replica:
+                        replica.abandon()
 
 
 class StoreFacts:
-    """What the stores tell of VMs; one that is not there yet knows nothing of any. `path`: of the store of a VM."""
+    """What the stores tell of VMs; one that is not there yet knows nothing of any. `locate`: says where a VM's is."""
 
-    def __init__(self, path: Callable[[str], str]) -> None:
-        self._path = path
+    def __init__(self, locate: Callable[[str], Location]) -> None:
+        self._locate = locate
         self._stores: dict[str, Store] = {}
 
     def facts(self, vm: str) -> TargetFacts:
-        """What the health rules want to know."""
+        """What the health rules want to know. Raises StoreMissingError, UnreachableError, UsageError where the store
+        is not there, though it should be."""
         from hvfuse.control import trial
         from hvfuse.control.facts import StandingTest, TargetFacts
 
+        store = self._open(self._locate(vm))
         try:
-            store = self._open(vm)
+            if store is None:
+                return TargetFacts()
             count, newest, state = store.summary(vm)
             record = store.vm(vm)
         except NotFoundError:
@@ -330,9 +345,10 @@ class StoreFacts:
         )
 
     def position(self, vm: str) -> Position | None:
-        """Where the replica of a VM stands; None if it has none."""
+        """Where the replica of a VM stands; None if it has none. Raises as `facts`."""
+        store = self._open(self._locate(vm))
         try:
-            return self._open(vm).vm(vm).position
+            return None if store is None else store.vm(vm).position
         except NotFoundError:
             return None
 
@@ -344,40 +360,30 @@ class StoreFacts:
 
     def held(self, path: str) -> list[str]:
         """The VMs of the store at `path` that were replicated to it, or failed over from it. Raises HvfuseError."""
-        try:
-            found = self._open_at(path).vms()
-        except NotFoundError:
-            return []
+        store = self._open(Location(vm="", path=path, is_own=True, has_point=False))
+        found = [] if store is None else store.vms()
         return [vm.name for vm in found if vm.position is not None or vm.failover is not None]
 
-    def _open(self, vm: str) -> Store:
-        return self._open_at(self._path(vm))
-
-    def _open_at(self, path: str) -> Store:
-        from hvfuse.target.store import Store
-
-        if path not in self._stores:
-            self._stores[path] = Store(path, create=False, read_only=True)
-        return self._stores[path]
+    def _open(self, place: Location) -> Store | None:
+        if place.path not in self._stores:
+            store = place.find(read_only=True)
+            if store is None:
+                return None
+            self._stores[place.path] = store
+        return self._stores[place.path]
 
 
-def store_of(session: Session, vm: str, records: Records | None) -> str:
-    """The directory of the store that a VM's replica lies in."""
+def location_of(session: Session, vm: str, records: Records | None) -> Location:
+    """Where a VM's replica lies."""
     record = VmRecord()
     with suppress(CorruptError):  # that is told elsewhere, and concerns no store
         record = record if records is None else records.read(vm)
-    return location.store_path(session.home, session.config.policy(vm), record, vm)
-
-
-def stores_of(session: Session, records: Records | None) -> list[str]:
-    """The home's own store, and those that its VMs are sent to."""
-    names = [] if records is None else records.names()
-    return list(dict.fromkeys([session.home.store, *(store_of(session, vm, records) for vm in names)]))
+    return location.locate(session.home, session.config.policy(vm), record, vm)
 
 
 @contextmanager
 def store_facts(session: Session, records: Callable[[], Records | None]) -> Iterator[StoreFacts]:
     """What asks the stores, which are opened when they are there, and closed at the end. `records`: as far as there are
     any by now."""
-    with closing(StoreFacts(lambda vm: store_of(session, vm, records()))) as facts:
+    with closing(StoreFacts(lambda vm: location_of(session, vm, records()))) as facts:
         yield facts

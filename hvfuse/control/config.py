@@ -109,9 +109,6 @@ TEMPLATE = """\
 """
 
 
-CONFIG_TARGET_HINT = "check target in [replication] of hvfuse.toml, and that its disk is mounted"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmPolicy:
     """How one VM is replicated. `protect`: whether `hvfuse run` protects it by itself. `target`: the store that it is

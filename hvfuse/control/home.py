@@ -150,11 +150,11 @@ class Home:
         return None
 
     def make(self) -> None:
-        """Make the directories that are missing. Raises OSError."""
+        """Make the directories that are missing. Raises OSError. Not the store's: where an empty one lies, nobody can
+        tell it from a mount point whose disk is missing (`hvfuse.control.location`)."""
         for path in (self.root, self.disks, self.mnt):
             os.makedirs(path, exist_ok=True)
-        for path in (self.store, self.state):
-            _make_private(path)
+        _make_private(self.state)
 
     def make_vm(self, vm: str) -> None:
         """Make the VM's part of the state directory. Raises OSError, NotFoundError."""

@@ -25,7 +25,6 @@ from hvfuse.shipper.cycle import CycleReport
 from hvfuse.states import AFTER_FAILOVER, Event, ReplicationState, next_state
 from hvfuse.target import failing_over
 from hvfuse.target.failing_over import Claim, Party
-from hvfuse.target.store import Store
 
 HELD = "a planned failover is prepared"
 
@@ -65,7 +64,7 @@ def prepare(
         return f"{kept['proof']['bytes']} bytes of {kept['proof']['disks']} disks are equal"
 
     def close() -> str:
-        with Store(site.store_path, create=False) as store:
+        with site.location.open() as store:
             claim = Claim(party=party, epoch=site.records.read(site.vm).epoch)
             failing_over.prepare(store, site.vm, claim, point_id=kept["point"], proof=kept["proof"])
         site.records.update(site.vm, prepared={"point": kept["point"], **kept["proof"]})
@@ -125,7 +124,7 @@ def cancel(site: Site, party: Party) -> None:
         raise StateError(f"{site.vm} is {record.state}: {what}", hint=f"hvfuse status {site.vm}")
 
     def reopen() -> None:
-        with Store(site.store_path, create=False) as store:
+        with site.location.open() as store:
             claim = Claim(party=party, epoch=site.records.read(site.vm).epoch)
             failing_over.withdraw(store, site.vm, claim)
 

@@ -47,7 +47,6 @@ from hvfuse.shipper.retry import refusal
 from hvfuse.states import AFTER_FAILOVER, ReplicationState, allowed_commands
 from hvfuse.target import relation
 from hvfuse.target.schema import UNKNOWN_DISK, VmRecord
-from hvfuse.target.store import Store
 from hvfuse.tracker.ways_in import refuse_other_ways_in
 from hvfuse.words import bytes_text
 
@@ -264,7 +263,7 @@ def _log_room(site: Site) -> str:
 
 
 def _target(site: Site) -> str:
-    with Store(site.store_path) as store:
+    with site.location.open(create=True) as store:
         return store.path
 
 
@@ -276,7 +275,7 @@ def _target_room(site: Site) -> str:
     free = _free(site.store_path)
     text = f"{bytes_text(free)} are free at the target; the first copy takes about {bytes_text(needed)}"
     if free < TIGHT * needed:
-        raise NoSpaceError(f"{site.store_path}: {text}", hint="make room, or put the store elsewhere ([paths] store)")
+        raise NoSpaceError(f"{site.store_path}: {text}", hint="make room, or put the store elsewhere (target)")
     if free < needed:
         raise _WarningError(text, "make room at the target")
     return text
@@ -284,7 +283,7 @@ def _target_room(site: Site) -> str:
 
 def _replica(site: Site) -> str:
     record = _replica_record(site)
-    with Store(site.store_path, create=False, read_only=True) as store, store.env.read() as txn:
+    with site.location.open(read_only=True) as store, store.env.read() as txn:
         if record is None and store.half_deleted(txn, site.vm):
             raise BusyError(
                 f"the replica that {site.vm} had is not wholly deleted yet",
@@ -313,7 +312,7 @@ def _replica(site: Site) -> str:
 def _replica_record(site: Site) -> VmRecord | None:
     """What the store has of the VM. Raises _SkippedError if that cannot be told."""
     try:
-        with Store(site.store_path, create=False, read_only=True) as store, store.env.read() as txn:
+        with site.location.open(read_only=True) as store, store.env.read() as txn:
             return store.find_vm(txn, site.vm)
     except (HvfuseError, OSError) as error:
         raise _SkippedError(f"the target cannot be asked: {error}") from None

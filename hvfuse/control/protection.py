@@ -24,6 +24,7 @@ from hvfuse.control.guest import GuardedGuest
 from hvfuse.control.home import Home
 from hvfuse.control.job import INTERRUPTED, JobError, JobKind, JobState
 from hvfuse.control.jobs import Running
+from hvfuse.control.location import opened
 from hvfuse.control.prerequisites import Check, Outcome, demand, make_checks, names
 from hvfuse.control.records import resuming
 from hvfuse.control.site import Site
@@ -31,7 +32,6 @@ from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError, Unr
 from hvfuse.shipper.orders import Orders
 from hvfuse.states import Event, ReplicationState, next_state
 from hvfuse.target import relation, removal
-from hvfuse.target.store import Store
 from hvfuse.target.usage import usage
 from hvfuse.tracker.vm import TrackedVm
 
@@ -81,7 +81,7 @@ def _note(job: Running, check: Check) -> None:
 
 
 def _has_position(site: Site) -> bool:
-    with contextlib.suppress(NotFoundError), Store(site.store_path, create=False, read_only=True) as store:
+    with contextlib.suppress(NotFoundError), site.location.open(read_only=True) as store:
         return store.vm(site.vm).position is not None
     return False
 
@@ -138,13 +138,13 @@ def _told_shipper(site: Site, op: str) -> bool:
 
 def suspend_replica(site: Site) -> ReplicationState:
     """Have the store take nothing in for the VM. Returns the replica's state. Raises NotFoundError, StateError."""
-    with Store(site.store_path, create=False) as store:
+    with site.location.open() as store:
         return relation.suspend(store, site.vm)
 
 
 def resume_replica(site: Site) -> ReplicationState:
     """Take that back, and have a shipper that runs here know at once. As `suspend_replica`."""
-    with Store(site.store_path, create=False) as store:
+    with site.location.open() as store:
         state = relation.resume(store, site.vm)
     with contextlib.suppress(UnreachableError):  # it comes back by itself, if later
         _told_shipper(site, "wake")
@@ -164,15 +164,15 @@ class Replica:
 
 
 def replica(site: Site) -> Replica | None:
-    """What would be deleted with the VM's replica; None if there is none."""
-    try:
-        with Store(site.store_path, create=False, read_only=True) as store:
-            found = next((vm for vm in usage(store).vms if vm.name == site.vm), None)
-            if found is not None:
-                return Replica(points=found.points, bytes=found.journal_bytes + found.base_bytes)
-            return Replica(points=0, bytes=0, is_half_deleted=True) if removal.is_half_done(store, site.vm) else None
-    except NotFoundError:
-        return None
+    """What would be deleted with the VM's replica; None if there is none. Raises StoreMissingError, UnreachableError
+    where nobody can tell."""
+    with opened(site.location, read_only=True) as store:
+        if store is None:
+            return None
+        found = next((vm for vm in usage(store).vms if vm.name == site.vm), None)
+        if found is not None:
+            return Replica(points=found.points, bytes=found.journal_bytes + found.base_bytes)
+        return Replica(points=0, bytes=0, is_half_deleted=True) if removal.is_half_done(store, site.vm) else None
 
 
 def demand_disablable(site: Site, *, delete_replica: bool) -> None:
@@ -185,8 +185,8 @@ def demand_disablable(site: Site, *, delete_replica: bool) -> None:
         raise StateError(f"{site.vm}: replication was disabled before; allowed: enable")
     if not delete_replica:
         return
-    with contextlib.suppress(NotFoundError), Store(site.store_path, create=False, read_only=True) as store:
-        for pin in removal.holders(store, site.vm):
+    with opened(site.location, read_only=True) as store:
+        for pin in removal.holders(store, site.vm) if store is not None else ():
             raise BusyError(
                 f"{site.vm}: recovery point {pin.point_id} is in use ({pin.owner.get('kind')} {pin.id}): the "
                 "replica stays",
@@ -299,8 +299,9 @@ def _give_up_at_rest(site: Site, job: Running) -> None:
 
 
 def _delete_replica(site: Site) -> None:
-    with contextlib.suppress(NotFoundError), Store(site.store_path, create=False) as store:
-        removal.remove(store, site.vm)
+    with opened(site.location) as store, contextlib.suppress(NotFoundError):
+        if store is not None:
+            removal.remove(store, site.vm)
     site.records.update(
         site.vm, point=None, cycle=0, generation=None, last_replication_time_ns=None, last_applied_time_ns=None,
         last_copy=None, last_app_consistent_ns=None,

@@ -60,6 +60,7 @@ class VmRecord:
     `health`, `health_reasons`: as they were last told of, with the reasons' ids. `last_test`: the last test failover,
     for `hvfuse measure`.
     `store`: directory of the store where the VM's replica lies as this home uses it; None: as hvfuse.toml says.
+    `shipped_to`: directory of the store that it was last shipped to, which holds `point`; None: the home's own.
     `epoch`: the one under which this side has the VM (`hvfuse.target.failing_over`). `held`: why its disks are
     read-only; None: they are not. `prepared`: what a planned failover proved: {"point", "bytes", "disks"}.
     `giving_way`: what this side is about to hand over to its own store: {"disks", "store", "primary", "epoch"};
@@ -98,6 +99,7 @@ class VmRecord:
     health_reasons: tuple[str, ...] = ()
     last_test: dict[str, Any] | None = None
     store: str | None = None
+    shipped_to: str | None = None
     epoch: int = 0
     held: str | None = None
     prepared: dict[str, Any] | None = None

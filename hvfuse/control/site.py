@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvfuse.control import location
 from hvfuse.control.config import VmPolicy
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.home import Home
+from hvfuse.control.location import Location, locate
 from hvfuse.control.records import Records
 from hvfuse.errors import HvfuseError
 from hvfuse.system import Clock
@@ -24,9 +24,14 @@ class Site:
     clock: Clock
 
     @property
+    def location(self) -> Location:
+        """Where the VM's replica lies, as its record and the policy say now."""
+        return locate(self.home, self.policy, self.records.read(self.vm), self.vm)
+
+    @property
     def store_path(self) -> str:
         """The directory of the store where the VM's replica lies."""
-        return location.store_path(self.home, self.policy, self.records.read(self.vm), self.vm)
+        return self.location.path
 
     @property
     def is_mounted(self) -> bool:

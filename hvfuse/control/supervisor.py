@@ -54,7 +54,7 @@ def find_vms(home: Home) -> list[str]:
     found = []
     with contextlib.suppress(FileNotFoundError), os.scandir(home.disks) as entries:
         for entry in entries:
-            if name_fault(entry.name) is None and entry.is_dir() and (_has_disk(entry.path) or is_standing(entry.path)):
+            if name_fault(entry.name) is None and entry.is_dir() and (has_disk(entry.path) or is_standing(entry.path)):
                 found.append(entry.name)
     return sorted(found)
 
@@ -64,7 +64,8 @@ def is_standing(folder: str) -> bool:
     return os.path.isdir(os.path.join(folder, STANDING))
 
 
-def _has_disk(folder: str) -> bool:
+def has_disk(folder: str) -> bool:
+    """Whether a folder holds a disk; false if there is none that can be read."""
     try:
         return any(is_disk_name(name) for name in os.listdir(folder))
     except OSError:

@@ -7,11 +7,15 @@ and taken away last, so that a crash at any step, of any process or of the host,
 
     STORE/overlays/PIN/         what was written into the view
     STATE/views/PIN/view.sock   where the view's process answers; view.log: what it said
+
+Ids of pins are a store's own. Where the store is another home's, it is STATE/views/STORE-PIN/, with a digest of the
+store's path.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -21,6 +25,7 @@ from hvfuse import mountpoint
 from hvfuse.consistency import Consistency
 from hvfuse.control.daemon import Daemon, command, start_and_wait, wait_for_end
 from hvfuse.control.home import Home
+from hvfuse.control.location import same
 from hvfuse.control.supervisor import require_mountable
 from hvfuse.errors import BusyError, NotFoundError, UnreachableError, UsageError
 from hvfuse.manifest import RecoveryPoint
@@ -39,13 +44,16 @@ def overlay_path(store: Store, pin_id: int) -> str:
     return os.path.join(store.path, "overlays", str(pin_id))
 
 
-def view_socket(home: Home, pin_id: int) -> str:
+def view_socket(home: Home, store: Store, pin_id: int) -> str:
     """Where the view's process answers."""
-    return os.path.join(_view_state(home, pin_id), "view.sock")
+    return os.path.join(_view_state(home, store, pin_id), "view.sock")
 
 
-def _view_state(home: Home, pin_id: int) -> str:
-    return os.path.join(home.state, "views", str(pin_id))
+def _view_state(home: Home, store: Store, pin_id: int) -> str:
+    name = str(pin_id)
+    if not same(store.path, home.store):
+        name = f"{hashlib.blake2s(os.fsencode(os.path.realpath(store.path)), digest_size=4).hexdigest()}-{pin_id}"
+    return os.path.join(home.state, "views", name)
 
 
 def choose(points: Sequence[RecoveryPoint], wanted: str, *, vm: str) -> RecoveryPoint:
@@ -88,12 +96,12 @@ def begin(home: Home, store: Store, point: RecoveryPoint, directory: str, *, clo
         raise BusyError(str(error), hint="choose another directory") from None
     pin_id = store.pin(point.vm, point.id, {"kind": KIND, "mountpoint": directory})
     try:
-        os.makedirs(_view_state(home, pin_id), mode=0o700)
+        os.makedirs(_view_state(home, store, pin_id), mode=0o700)
         daemon = Daemon(
             "view",
             command(home, "_view", store.path, str(pin_id)),
-            socket_path=view_socket(home, pin_id),
-            log_path=os.path.join(_view_state(home, pin_id), "view.log"),
+            socket_path=view_socket(home, store, pin_id),
+            log_path=os.path.join(_view_state(home, store, pin_id), "view.log"),
             clock=clock,
         )
         start_and_wait(daemon, clock=clock)
@@ -149,7 +157,7 @@ def unmount(pin: Pin, *, force: bool) -> None:
 
 def drop_written(home: Home, store: Store, pin: Pin) -> None:
     """The second step of `clean_up`."""
-    for path in (overlay_path(store, pin.id), _view_state(home, pin.id)):
+    for path in (overlay_path(store, pin.id), _view_state(home, store, pin.id)):
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(path)
 

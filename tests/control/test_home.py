@@ -45,13 +45,14 @@ def test_no_vm_can_take_the_place_of_the_control_planes_own_files() -> None:
     assert not own & {home.state_dir("records"), home.state_dir("run.lock"), home.tracker_socket("records")}
 
 
-def test_state_and_store_are_private(tmp_path: Path) -> None:
+def test_the_state_is_private_and_the_store_is_not_made_empty(tmp_path: Path) -> None:
     home = Config().home(str(tmp_path / "home"))
     home.make()
     (Path(home.disks) / "vm").mkdir()
     home.make_vm("vm")
     home.make()
-    for path in (home.state, home.store, home.state_dir("vm")):
+    for path in (home.state, home.state_dir("vm")):
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
+    assert not os.path.exists(home.store), "nobody could tell it from the mount point of a disk that is missing"
     with pytest.raises(NotFoundError, match="there is no VM other"):
         home.make_vm("other")
