@@ -30,11 +30,14 @@ def tracker(session: Session, vm: str) -> None:
     """Serve VM's mount until it is unmounted."""
     from hvfuse.cli import serving
     from hvfuse.control.records import Records
+    from hvfuse.control.sole_server import serving as alone
+    from hvfuse.system import SystemClock
 
     _log_to_stderr()
     home = session.home_with(vm)
     home.make_vm(vm)
     with ExitStack() as stack:
+        stack.enter_context(alone(home, vm, clock=SystemClock()))
         records: Records | None = None
         with suppress(HvfuseError):  # a guest must start, whatever became of the records
             records = stack.enter_context(Records(home.records))

@@ -9,8 +9,9 @@ import click
 
 from hvfuse.cli.main import Session
 from hvfuse.cli.output import emit_json, json_option
-from hvfuse.control.daemon import serving_pid, start_and_wait, wait_for_end
-from hvfuse.control.supervisor import require_mountable, require_no_supervisor, stop_tracker, tracker_daemon
+from hvfuse.control.daemon import serving_pid, wait_for_end
+from hvfuse.control.sole_server import start_tracker
+from hvfuse.control.supervisor import require_mountable, require_no_supervisor, stop_tracker
 from hvfuse.errors import NotFoundError, UnreachableError
 from hvfuse.mountpoint import clear_dead_mount
 from hvfuse.system import SystemClock
@@ -37,10 +38,7 @@ def mount(session: Session, vm: str, as_json: bool) -> None:
     if pid is None:
         require_mountable()
         home.make_vm(vm)
-        clock = SystemClock()
-        daemon = tracker_daemon(home, vm, clock=clock)
-        start_and_wait(daemon, clock=clock)
-        pid = daemon.pid
+        pid = start_tracker(home, vm, clock=SystemClock())
     if as_json:
         emit_json({"vm": vm, "mountpoint": mountpoint, "pid": pid, "already_mounted": already})
     else:

@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hvfuse import mountpoint
 from hvfuse.control import flows, trial
-from hvfuse.control.daemon import serving_pid, start_and_wait, wait_for_end
 from hvfuse.control.failover_guests import FailoverGuest
 from hvfuse.control.job import JobKind
 from hvfuse.control.site import Site
-from hvfuse.control.supervisor import STANDING, require_mountable, stop_tracker, tracker_daemon
-from hvfuse.errors import BusyError, NotFoundError, StateError, UnreachableError
+from hvfuse.control.sole_server import nobody_serves, start_tracker
+from hvfuse.control.supervisor import STANDING, require_mountable
+from hvfuse.errors import BusyError, NotFoundError, StateError
 from hvfuse.manifest import RecoveryPoint
 from hvfuse.states import FAILOVER_DONE, FAILOVER_OPEN, Event, ReplicationState
 from hvfuse.target import failing_over, schema
@@ -33,7 +31,6 @@ from hvfuse.target.failing_over import PLANNED, Party, state_of
 from hvfuse.target.standing import drop
 from hvfuse.target.store import Store
 
-END_SECONDS = 60.0
 KINDS = {PLANNED: JobKind.PLANNED_FAILOVER, failing_over.UNPLANNED: JobKind.UNPLANNED_FAILOVER}
 
 
@@ -71,6 +68,8 @@ class Failover:
         self._guest = guest
         self._adopt = adopt
         self._point: RecoveryPoint | None = None
+        self._alone = contextlib.ExitStack()
+        """That nobody serves the VM meanwhile."""
 
     # The flows ------------------------------------------------------------------------------------------------
 
@@ -143,7 +142,7 @@ class Failover:
         command: tuple[str, ...],
     ) -> None:
         jobs = self._site.records.jobs
-        with jobs.run(kind, self._vm, steps=[step.name for step in steps], command=command) as job:
+        with self._alone, jobs.run(kind, self._vm, steps=[step.name for step in steps], command=command) as job:
             flows.drive(job, steps, acts)
 
     # The steps ------------------------------------------------------------------------------------------------
@@ -216,8 +215,8 @@ class Failover:
         os.makedirs(os.path.join(home.folder(self._vm), STANDING), mode=0o700, exist_ok=True)
         home.make_vm(self._vm)
         self._adopt(self._chosen.id)
-        if serving_pid(home.tracker_socket(self._vm)) is None:
-            start_and_wait(tracker_daemon(home, self._vm, clock=self._site.clock), clock=self._site.clock)
+        self._alone.close()
+        start_tracker(home, self._vm, clock=self._site.clock)
         return home.mountpoint(self._vm)
 
     def _shut_down(self) -> str | None:
@@ -225,16 +224,9 @@ class Failover:
         return self._guest.shut_down(str(failover["kind"]))
 
     def _unmount(self, *, force: bool) -> None:
-        home = self._site.home
-        pid = serving_pid(home.tracker_socket(self._vm))
-        if pid is not None:
-            if force:
-                os.kill(pid, signal.SIGTERM)
-            else:
-                stop_tracker(home, self._vm)
-            if not wait_for_end(pid, END_SECONDS):
-                raise UnreachableError(f"{self._vm}: the process that serves it (pid {pid}) does not end")
-        mountpoint.clear_dead_mount(home.mountpoint(self._vm))
+        """Nobody serves the VM from here on until it is mounted again, or the flow has ended."""
+        alone = nobody_serves(self._site.home, self._vm, clock=self._site.clock, force=force)
+        self._alone.enter_context(alone)
 
     def _drop(self) -> None:
         drop(self._site.home.folder(self._vm))

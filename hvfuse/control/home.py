@@ -110,6 +110,10 @@ class Home:
         """Where the VM's shipper answers."""
         return os.path.join(self.state_dir(vm), "shipper.sock")
 
+    def tracker_lock(self, vm: str) -> str:
+        """Lock of whoever serves the VM, or moves its files."""
+        return os.path.join(self.state_dir(vm), "tracker.lock")
+
     def shipper_lock(self, vm: str) -> str:
         """Lock of whoever runs cycles of the VM."""
         return os.path.join(self.state_dir(vm), "shipper.lock")

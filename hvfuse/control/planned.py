@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 from hvfuse import wire
 from hvfuse.control import flows
-from hvfuse.control.daemon import start_and_wait
 from hvfuse.control.fence import ANSWER_SECONDS, tell_tracker
 from hvfuse.control.job import JobKind
 from hvfuse.control.protection import LOCK_SECONDS, LOOK_SECONDS, end_shipper
 from hvfuse.control.site import Site
-from hvfuse.control.supervisor import require_mountable, tracker_daemon
+from hvfuse.control.sole_server import start_tracker
+from hvfuse.control.supervisor import require_mountable
 from hvfuse.errors import BusyError, HvfuseError, StateError
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.states import AFTER_FAILOVER, Event, ReplicationState, next_state
@@ -89,7 +89,7 @@ def _hold_if_unused(site: Site) -> None:
     if not site.is_mounted:
         require_mountable()
         site.home.make_vm(site.vm)
-        start_and_wait(tracker_daemon(site.home, site.vm, clock=site.clock), clock=site.clock)
+        start_tracker(site.home, site.vm, clock=site.clock)
     wire.request(site.home.tracker_socket(site.vm), "hold", timeout=ANSWER_SECONDS, reason=HELD, only_if_unused=True)
 
 

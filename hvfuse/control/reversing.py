@@ -19,16 +19,13 @@ from typing import Any
 
 from hvfuse import spool
 from hvfuse.control import flows
-from hvfuse.control.daemon import serving_pid, wait_for_end
-from hvfuse.control.failed_over import END_SECONDS
 from hvfuse.control.fence import Fence, judge, read_replica
 from hvfuse.control.job import JobKind
 from hvfuse.control.protection import end_shipper, nobody_ships
 from hvfuse.control.site import Site
-from hvfuse.control.supervisor import stop_tracker
-from hvfuse.errors import NotFoundError, StateError, UnreachableError, UsageError
+from hvfuse.control.sole_server import nobody_serves
+from hvfuse.errors import NotFoundError, StateError, UsageError
 from hvfuse.formats.image import is_disk_name
-from hvfuse.mountpoint import clear_dead_mount
 from hvfuse.shipper.orders import Orders
 from hvfuse.states import FAILOVER_DONE, Event, next_state
 from hvfuse.target import failing_over, handed_over, schema
@@ -68,7 +65,7 @@ def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: han
     def check() -> str:
         if shared is not None:
             _note_giving_way(site, fence, shared, into)
-        _unmount(site)
+        alone.enter_context(nobody_serves(site.home, site.vm, clock=site.clock))
         return ""
 
     def release() -> None:
@@ -109,7 +106,10 @@ def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: han
     }
     steps = [step.name for step in flows.GIVE_WAY]
     command = ("replication", "reverse", site.vm, "--yes")
-    with site.records.jobs.run(JobKind.REVERSE, site.vm, steps=steps, command=command) as job:
+    with (
+        contextlib.ExitStack() as alone,
+        site.records.jobs.run(JobKind.REVERSE, site.vm, steps=steps, command=command) as job,
+    ):
         primary = where(_kept(site)["primary"]) if shared is None else ""
         flows.drive(job, flows.GIVE_WAY, acts)
     return primary or str(site.records.read(site.vm).store)
@@ -155,17 +155,6 @@ def _kept(site: Site) -> dict[str, Any]:
 
 def _party(fields: dict[str, str]) -> Party:
     return Party(home=fields["home"], root=fields["root"], host=fields["host"])
-
-
-def _unmount(site: Site) -> None:
-    """Raises BusyError naming who uses the mount."""
-    home = site.home
-    pid = serving_pid(home.tracker_socket(site.vm)) if os.path.isdir(home.state_dir(site.vm)) else None
-    if pid is not None:
-        stop_tracker(home, site.vm)
-        if not wait_for_end(pid, END_SECONDS):
-            raise UnreachableError(f"{site.vm}: the tracker (pid {pid}) does not end")
-    clear_dead_mount(home.mountpoint(site.vm))
 
 
 def loss(site: Site) -> Loss:
