@@ -192,7 +192,8 @@ def shipper(
     with system.exclusive_lock(home.shipper_lock(vm)) as had:
         if not had:
             raise BusyError(f"{vm}: another process is replicating it just now", hint="try again in a moment")
-        protected.begin(records, vm, followed.policy)  # with the lock, without which nobody disables it
+        # With the lock, without which nobody disables it.
+        protected.begin(records, vm, followed.policy, folder=home.folder(vm))
         records.of(vm).count_absence(followed.policy.frequency)
         place = location.locate(home, followed.policy, records.read(vm), vm)
         this, fence = party(home), fence_of(home, file, vm, records)

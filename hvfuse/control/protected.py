@@ -8,6 +8,7 @@ from hvfuse.control.config import VmPolicy
 from hvfuse.control.job import JobKind
 from hvfuse.control.jobs import Running
 from hvfuse.control.records import Records
+from hvfuse.control.supervisor import is_standing
 from hvfuse.errors import FencedError, HvfuseError, StateError
 from hvfuse.shipper.orders import Orders
 from hvfuse.shipper.source import Source
@@ -25,9 +26,15 @@ def is_automatic(policy: VmPolicy) -> bool:
     return policy.protect == "auto"
 
 
-def begin(records: Records, vm: str, policy: VmPolicy) -> None:
+def begin(records: Records, vm: str, policy: VmPolicy, *, folder: str) -> None:
     """A VM about which nobody said anything is replicated from when somebody first asks for it. Raises StateError for
-    one that was disabled, or that the policy leaves to an administrator."""
+    one that was disabled, or that the policy leaves to an administrator; or that was failed over to here, and is not
+    this home's before that is committed, nor has disks in `folder` before they are hydrated."""
+    if is_standing(folder):
+        raise StateError(
+            f"{vm} was failed over to here, and has no disks of its own yet that could be replicated",
+            hint=f"hvfuse failover commit {vm} --wait; then: hvfuse replication reverse {vm}",
+        )
     record = records.read(vm)
     if record.held is not None and record.state in AFTER_FAILOVER - {ReplicationState.PREPARED_FOR_FAILOVER}:
         raise FencedError(f"{vm}: {record.held}", hint=f"hvfuse status {vm}")
