@@ -269,7 +269,8 @@ class TestACommandsJob:
         assert (view / "os.raw").exists()
         (pin,) = hvfuse.json("failover", "list")["tests"]
         command = f"hvfuse failover cleanup vm {pin['id']} --note 'it boots'"
-        for step, name in enumerate(("unmount", "drop what was written", "let the recovery point go"), start=1):
+        names = ("shut the guest down", "unmount", "drop what was written", "let the recovery point go")
+        for step, name in enumerate(names, start=1):
             killed_at(hvfuse, step, "failover", "cleanup", "vm", str(pin["id"]), "--note", "it boots")
             last = interrupted(hvfuse, "Cleanup test failover", name, command)
             (measured,) = hvfuse.json("measure")["vms"]

@@ -22,7 +22,7 @@ import pytest
 from hvfuse.control.daemon import serving_pid
 from hvfuse.states import FAILOVER_DONE, ReplicationState
 from tests.e2e.conftest import mounts_below
-from tests.e2e.worlds import VM, Content, Side, World
+from tests.e2e.worlds import VM, Side, World
 
 EXAMPLES = int(os.environ.get("HVFUSE_EXAMPLES", "1"))
 STEPS = int(os.environ.get("HVFUSE_STEPS", "22"))

@@ -22,7 +22,7 @@ from typing import Any
 
 from hvfuse.control.daemon import serving_pid
 from hvfuse.control.records import Records, VmRecord
-from hvfuse.errors import FencedError, HvfuseError
+from hvfuse.errors import FencedError
 from hvfuse.states import FAILOVER_DONE, FAILOVER_OPEN, ReplicationState
 from hvfuse.target import schema
 from hvfuse.target.failing_over import Claim, Party, demand_claim, state_of
@@ -513,6 +513,4 @@ def _write_direct(path: Path, offset: int, data: bytes) -> None:
 def _started_at(pid: int) -> float:
     """When a process began, on the monotonic clock, to a hundredth of a second."""
     fields: list[Any] = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(fields[19]) / os.sysconf("SC_CLK_TCK") - (
-        time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-    )
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK") - (time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic())
