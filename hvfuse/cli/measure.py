@@ -141,7 +141,7 @@ def _tell(row: dict[str, Any]) -> None:
         ("latency", _mean_and_greatest(row, "latency")),
         ("saved", saved),
         ("guest", f"{points}, {row['app_consistent_failures']} failed; frozen: {_mean_and_greatest(row, 'frozen')}"),
-        ("pending", bytes_text(row["pending_bytes"])),
+        ("pending", "unknown" if row["pending_bytes"] is None else bytes_text(row["pending_bytes"])),
         ("replicated", f"{row['last_replication_time'] or 'never'}, applied {row['last_applied_time'] or 'never'}"),
         ("test", _test_text(row)),
         *(("health", detail) for detail in row["health_details"]),

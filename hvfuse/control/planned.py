@@ -49,6 +49,8 @@ def prepare(
     uses a disk, StateError, CorruptError (the sides differ), UnreachableError, FencedError."""
     record = site.records.read(site.vm)
     next_state(record.state, Event.PREPARE_FAILOVER, what=site.vm)
+    if record.prepared is not None and _is_closed(site, str(record.prepared["point"])):
+        return str(record.prepared["point"])
     kept: dict[str, Any] = {}
 
     def ship_last() -> str:
@@ -82,6 +84,15 @@ def prepare(
     with site.records.jobs.run(JobKind.PLANNED_FAILOVER, site.vm, steps=steps, command=command) as job:
         flows.drive(job, flows.PREPARE, acts)
     return str(kept["point"])
+
+
+def _is_closed(site: Site, point: str) -> bool:
+    """Whether the replica is, at that point: then nothing is left to do, and nothing would be taken in."""
+    with site.location.open(read_only=True) as store:
+        replica = store.vm(site.vm)
+    if failing_over.state_of(replica) is not ReplicationState.PREPARED_FOR_FAILOVER:
+        return False
+    return replica.prepared is not None and replica.prepared["point"] == point
 
 
 def _hold_if_unused(site: Site) -> None:
