@@ -41,7 +41,7 @@ class Life(World):
             (16, self.write_somewhere), (10, self.replicate), (6, self.run_or_end), (4, self.mount_or_not),
             (3, self.kill_a_process), (4, self.away_or_back), (2, self.cut_or_mend), (5, self.planned),
             (7, self.unplanned), (4, self.change_point), (5, self.cancel), (8, self.commit), (9, self.reverse),
-            (3, self.try_out),
+            (3, self.try_out), (2, self.enable),
         ]  # fmt: skip
 
     def step(self) -> None:
@@ -148,6 +148,10 @@ class Life(World):
         to = ["--to", str(self.root / "C" / "store")] if self.random.random() < 0.06 else []
         self.order(side, "reverse", "replication", "reverse", VM, "--yes", *to)
 
+    def enable(self, _: Side) -> None:
+        """Of a VM that is protected, or another's: always too much."""
+        self.order(self.random.choice([self.a, self.b]), "enable", "replication", "enable", VM)
+
     def try_out(self, _: Side) -> None:
         """A test failover shows what the point is; it is cleaned up, or left for later."""
         side, points = self.other, self.stores[self.other.name].points
@@ -177,6 +181,8 @@ class Life(World):
                 self.end_run(side, signal.SIGKILL)
                 self.start_run(side)
         self.observe()
+        for side in {side for side, _ in self.tests}:
+            self.hvfuse(side, "failover", "cleanup", VM)
         for _ in range(ROUNDS):
             time.sleep(2.5)  # whoever has to look has looked
             self.observe()

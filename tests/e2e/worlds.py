@@ -36,9 +36,9 @@ BLOCK = 4096
 NOTICE_SECONDS = 10.0
 """Within which `hvfuse run` has seen that the VM is another's: it looks every 2 s."""
 PATIENCE = 120.0
-REFUSALS = (2, 5, 6, 11, 12, 13, 15, 16)
+REFUSALS = (2, 5, 6, 10, 11, 12, 13, 15, 16)
 """Exit codes with which a flow may end, beside 0."""
-NOTHING_DONE = (2, 5, 13)
+NOTHING_DONE = (2, 5, 10, 13)
 """Those after which all is as it was."""
 
 Content = dict[str, bytes]
@@ -53,7 +53,7 @@ class Version:
     content: Content
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Side:
     """One home. `content`: what the VM's disks have to hold here, None where it has none; `others`: or one of these, as
     a flow was cut off. `fenced_at`: since when a store that it can reach says that the VM is another side's."""
