@@ -16,8 +16,9 @@ often it is interrupted, makes no difference:
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hvfuse import system
 from hvfuse.control.database import Transaction
@@ -25,6 +26,7 @@ from hvfuse.control.events import Severity, add_event
 from hvfuse.control.job import Job, JobError, JobKind
 from hvfuse.control.jobs import add_job, put_job, readable_job
 from hvfuse.states import BEFORE_FIRST_COPY, COPYING, OF_RESYNC, Event, ReplicationState
+from hvfuse.words import bytes_text
 
 if TYPE_CHECKING:
     from hvfuse.control.records import VmRecord
@@ -120,10 +122,20 @@ def _with_figures(job: Job, change: Change) -> Job:
         is_complete = _is_complete(after)
         job = job.advanced(100 if is_complete else min(99, int(100 * (after.progress or 0.0))))
         if is_complete:
-            job = job.step(POINT_STEP, change.now_ns)
+            job = (job if _is_complete(before) else _told(job, after.copy)).step(POINT_STEP, change.now_ns)
     if after.error is not None and after.error != before.error:
         job = job.attempt_failed(_error(after))
     return job
+
+
+def _told(job: Job, copy: Mapping[str, Any]) -> Job:
+    """With what the copy took, as its step tells it."""
+    report = copy["report"]
+    if not {"bytes_total", "bytes_sent"} <= report.keys():  # of before
+        return job
+    compared = report.get("bytes_compared")
+    done = f"{bytes_text(report['bytes_total'])} copied" if compared is None else f"{bytes_text(compared)} compared"
+    return job.note(f"{done}, {bytes_text(report['bytes_sent'])} sent")
 
 
 def _error(record: VmRecord) -> JobError:

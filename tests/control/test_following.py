@@ -154,9 +154,11 @@ def test_figures_move_the_percentage_and_a_complete_copy_the_step(records: Recor
     assert records.jobs.get(job.id).percent == 60
     records.update("vm", copy={**COPY, "bytes_done": 100}, progress=1.0)
     assert records.jobs.get(job.id).percent == 99
-    records.update("vm", copy={**COPY, "report": {}}, progress=1.0)
+    report = {"bytes_total": 4096, "bytes_compared": None, "bytes_sent": 1024}
+    records.update("vm", copy={**COPY, "report": report}, progress=1.0)
     after = records.jobs.get(job.id)
     assert [step.state.value for step in after.steps] == ["Succeeded", "InProgress"]
+    assert [step.text for step in after.steps] == ["4 KiB copied, 1 KiB sent", None]
     records.apply("vm", Event.COMMIT_POINT, copy=None, progress=None)
     assert [step.state.value for step in records.jobs.get(job.id).steps] == ["Succeeded", "Succeeded"]
 
