@@ -38,10 +38,10 @@ class Life(World):
     def steps(self) -> list[tuple[int, Callable[[Side], None]]]:
         """Each with its weight."""
         return [
-            (16, self.write_somewhere), (10, self.replicate), (6, self.run_or_end), (4, self.mount_or_not),
-            (3, self.kill_a_process), (4, self.away_or_back), (2, self.cut_or_mend), (5, self.planned),
-            (7, self.unplanned), (4, self.change_point), (5, self.cancel), (8, self.commit), (9, self.reverse),
-            (3, self.try_out), (2, self.enable),
+            (14, self.write_somewhere), (24, self.lead_on), (4, self.replicate), (6, self.run_or_end),
+            (4, self.mount_or_not), (4, self.kill_a_process), (4, self.away_or_back), (2, self.cut_or_mend),
+            (2, self.planned), (3, self.unplanned), (4, self.change_point), (3, self.cancel), (3, self.commit),
+            (4, self.reverse), (3, self.try_out), (2, self.enable),
         ]  # fmt: skip
 
     def step(self) -> None:
@@ -51,7 +51,7 @@ class Life(World):
 
     def order(self, side: Side, verb: str, *words: str) -> int | None:
         """A command, which dies in the middle now and then; what it made of the world is seen after it."""
-        killed_after = self.random.uniform(0.15, 1.2) if self.random.random() < 0.2 else None
+        killed_after = self.random.uniform(0.15, 1.2) if self.random.random() < 0.25 else None
         if side.is_away:
             return None
         code = self.hvfuse(side, *words, killed_after=killed_after)
@@ -73,6 +73,21 @@ class Life(World):
                 if not side.others:
                     self.write(side)
         self.observe()
+
+    def lead_on(self, _: Side) -> None:
+        """What an administrator would do next, so that a life goes round more than once."""
+        owner, other = self.owner, self.other
+        if any(seen.failover and not seen.failover.is_done for seen in self.stores.values()):
+            self.commit(other)
+        elif owner.record.state is ReplicationState.REPLICATING and not owner.is_away:
+            self.random.choice([self.replicate, self.planned, self.unplanned])(owner)
+        elif owner.record.state not in FAILOVER_DONE:
+            self.order(owner, "mount", "mount", VM)
+            self.order(owner, "replicate", "replicate", VM)
+        elif other.record.gave_way_ns is None:
+            self.order(other, "reverse", "replication", "reverse", VM, "--yes")
+        else:
+            self.order(owner, "reverse", "replication", "reverse", VM, "--yes")
 
     def replicate(self, _: Side) -> None:
         self.order(self.mostly(self.owner), "replicate", "replicate", VM)
@@ -113,7 +128,7 @@ class Life(World):
     def mend(self) -> None:
         if not self.link.is_symlink():
             self.tell("A can reach B's store again")
-            self.link.symlink_to(self.b.root / "store")
+            self.link.symlink_to(self.b.root)
 
     def planned(self, _: Side) -> None:
         self.order(self.mostly(self.owner), "planned", "failover", "planned", VM, "--yes")
@@ -233,6 +248,7 @@ def live(root: Path, seed: int) -> None:
             life.step()
         life.end_well()
         life.demand_no_traceback()
+        print("\n".join(life.story))
     except BaseException:
         print("\n".join(life.story))
         for path, text in life.logs():

@@ -151,13 +151,12 @@ class World:
         for side in self.sides.values():
             side.folder.parent.mkdir(parents=True)
             (side.root / "mnt").mkdir()
-            target = f'target = "{self.link}"\n' if side is self.a else ""
+            target = f'target = "{self.link}/store"\n' if side is self.a else ""
             (side.root / "hvfuse.toml").write_text(
                 f'[replication]\nfrequency = "1h"\nhard_limit = 1000\nresync_window = "always"\n{target}'
             )
-        self.b.store.mkdir(mode=0o700)
         (self.root / "C").mkdir()
-        self.link.symlink_to(self.b.store)
+        self.link.symlink_to(self.b.root)
         self.a.folder.mkdir()
         content = {name: self.random.randbytes(size) for name, size in DISKS.items()}
         for name, data in content.items():
