@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from hvfuse import wire
 from hvfuse.control import flows
-from hvfuse.control.fence import ANSWER_SECONDS, tell_tracker
+from hvfuse.control.fence import ANSWER_SECONDS, read_replica, tell_tracker
 from hvfuse.control.job import JobKind
 from hvfuse.control.protection import LOCK_SECONDS, LOOK_SECONDS, end_shipper
 from hvfuse.control.site import Site
@@ -54,12 +54,16 @@ def prepare(
 
     def ship_last() -> str:
         end_shipper(site)
+        if _is_closed(site, party, kept):
+            return f"recovery point {kept['point']}, before"
         with _patiently(site, ship) as shipping:
             report = shipping.cycle_now()
             kept["point"] = report.point
         return f"recovery point {report.point}"
 
     def prove() -> str:
+        if "proof" in kept:
+            return "they were equal, and nothing was written or taken in since"
         with _patiently(site, ship) as shipping:
             kept["proof"] = dict(shipping.prove(progress=progress))
         return f"{kept['proof']['bytes']} bytes of {kept['proof']['disks']} disks are equal"
@@ -83,6 +87,16 @@ def prepare(
     with site.records.jobs.run(JobKind.PLANNED_FAILOVER, site.vm, steps=steps, command=command) as job:
         flows.drive(job, flows.PREPARE, acts)
     return str(kept["point"])
+
+
+def _is_closed(site: Site, party: Party, kept: dict[str, Any]) -> bool:
+    """Whether the replica is closed already, as whoever had done so died at once; then "point" and "proof" are `kept`.
+    It is opened before the disks are let go: nothing was written since."""
+    replica = read_replica(site.store_path, site.vm)
+    if replica is None or replica.prepared is None or replica.primary != party.home:
+        return False
+    kept.update(point=replica.prepared["point"], proof=dict(replica.prepared["proof"]))
+    return True
 
 
 def _hold_if_unused(site: Site) -> None:
