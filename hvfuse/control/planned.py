@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from hvfuse import wire
 from hvfuse.control import flows
-from hvfuse.control.fence import ANSWER_SECONDS, tell_tracker
+from hvfuse.control.fence import ANSWER_SECONDS, read_replica, tell_tracker
 from hvfuse.control.job import JobKind
 from hvfuse.control.protection import LOCK_SECONDS, LOOK_SECONDS, end_shipper
 from hvfuse.control.site import Site
@@ -49,18 +49,20 @@ def prepare(
     uses a disk, StateError, CorruptError (the sides differ), UnreachableError, FencedError."""
     record = site.records.read(site.vm)
     next_state(record.state, Event.PREPARE_FAILOVER, what=site.vm)
-    if record.prepared is not None and _is_closed(site, str(record.prepared["point"])):
-        return str(record.prepared["point"])
     kept: dict[str, Any] = {}
 
     def ship_last() -> str:
         end_shipper(site)
+        if _is_closed(site, party, kept):
+            return f"recovery point {kept['point']}, before"
         with _patiently(site, ship) as shipping:
             report = shipping.cycle_now()
             kept["point"] = report.point
         return f"recovery point {report.point}"
 
     def prove() -> str:
+        if "proof" in kept:
+            return "they were equal, and nothing was written or taken in since"
         with _patiently(site, ship) as shipping:
             kept["proof"] = dict(shipping.prove(progress=progress))
         return f"{kept['proof']['bytes']} bytes of {kept['proof']['disks']} disks are equal"
@@ -86,13 +88,14 @@ def prepare(
     return str(kept["point"])
 
 
-def _is_closed(site: Site, point: str) -> bool:
-    """Whether the replica is, at that point: then nothing is left to do, and nothing would be taken in."""
-    with site.location.open(read_only=True) as store:
-        replica = store.vm(site.vm)
-    if failing_over.state_of(replica) is not ReplicationState.PREPARED_FOR_FAILOVER:
+def _is_closed(site: Site, party: Party, kept: dict[str, Any]) -> bool:
+    """Whether the replica is closed already, as whoever had done so died at once; then "point" and "proof" are `kept`.
+    It is opened before the disks are let go: nothing was written since."""
+    replica = read_replica(site.store_path, site.vm)
+    if replica is None or replica.prepared is None or replica.primary != party.home:
         return False
-    return replica.prepared is not None and replica.prepared["point"] == point
+    kept.update(point=replica.prepared["point"], proof=dict(replica.prepared["proof"]))
+    return True
 
 
 def _hold_if_unused(site: Site) -> None:

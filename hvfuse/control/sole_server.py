@@ -1,8 +1,8 @@
 """Who may serve a VM: one process at a time, and nobody while its files are being moved or thrown away.
 
 The process holds a lock from before it looks at the VM's folder until it has ended; the kernel drops it with the
-process. So two that start one at the same time, `hvfuse run` and a command, say, end up with the same one; and whoever has the
-lock knows that none is being started, which nobody can tell from a socket that is not there yet.
+process. So two that start one at the same time, `hvfuse run` and a command, say, end up with the same one; and whoever
+has the lock knows that none is being started, which nobody can tell from a socket that is not there yet.
 """
 
 from __future__ import annotations

@@ -353,7 +353,7 @@ def main() -> None:
     names = [match[2] for match in MARK.finditer(text)]
     assert sorted(names) == sorted(screens), f"{page} has {sorted(set(names) ^ set(screens))} too much or too little"
     page.write_text(MARK.sub(lambda match: f"{match[1]}```\n{screens[match[2]]}```\n{match[4]}", text))
-    print(f"written {found.written} bytes, sent {found.sent}")  # noqa: T201
+    print(f"written {found.written} bytes, sent {found.sent}")
 
 
 if __name__ == "__main__":
