@@ -2,6 +2,7 @@
 
 Critical   failover-not-served     it was failed over to here, and nobody serves its disks
            replica-suspended       as of any VM, here by what the target itself knows
+           held                    its disks are read-only as the store could not be asked, and the fence is strict
 Warning    failover-unprepared     a planned failover was begun on this side, and is not prepared yet
            failover-prepared       a planned failover is prepared: the target has to fail over, or this be cancelled
            fenced                  another side has the VM: its disks are read-only here
@@ -40,6 +41,8 @@ def source_reasons(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
         yield _fenced(facts, state)
     elif state in FAILOVER_DONE:
         yield from _taken_over(facts)
+    elif record.held is None and (held := (facts.tracker.answer or {}).get("held")) is not None:
+        yield critical("held", f"its disks are read-only here: {held}", "hvfuse run")
 
 
 def _prepared(facts: Facts) -> Reason:

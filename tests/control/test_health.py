@@ -264,6 +264,9 @@ RULES: dict[str, tuple[dict[str, Any], list[str], Health, str | None]] = {
     "failed over to elsewhere for good": (
         record(state=STATE.FAILED_OVER, held="it was failed over"), ["fenced"], W, "hvfuse replication reverse vm",
     ),
+    "held as the store could not be asked": (
+        {"tracker": Process(answer={**ANSWER, "held": "nobody could be asked"}, pid=11)}, ["held"], C, "hvfuse run",
+    ),
     "failed over to here, not reversed": (
         record(state=STATE.FAILED_OVER), ["failed-over"], W, "hvfuse replication reverse vm",
     ),
