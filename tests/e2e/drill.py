@@ -53,7 +53,8 @@ class Terminal:
         (programs / "hvfuse").write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m hvfuse "$@"\n')
         (programs / "hvfuse").chmod(0o755)
         self._environment = {
-            **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY), "LC_ALL": "C.UTF-8",
+            **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
+            "LC_ALL": "C.UTF-8",
         }  # fmt: skip
 
     def path(self, shown: str) -> Path:
@@ -139,7 +140,10 @@ target = "/srv/target/store"
 frequency = "1m"
 END"""
 
-LOAD = "fio --name=load --directory=/srv/guest --rw=randwrite --direct=1 --bs=16k --size=8M --rate=1M --time_based --runtime=3"
+LOAD = (
+    "fio --name=load --directory=/srv/guest --rw=randwrite --direct=1 --bs=16k --size=8M --rate=1M --time_based "
+    "--runtime=3"
+)
 NEW_BYTES = 16 * MIB
 
 
