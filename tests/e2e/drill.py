@@ -46,7 +46,6 @@ class Terminal:
         self.srv = folder / "srv"
         self.srv.mkdir()
         self.screens: dict[str, str] = {}
-        self.commands: dict[str, list[str]] = {}
         self._running: list[subprocess.Popen[bytes]] = []
         programs = folder / "bin"
         programs.mkdir()
@@ -99,7 +98,6 @@ class Terminal:
 
     def _keep(self, screen: str, command: str, told: str) -> None:
         self.screens[screen] = self.screens.get(screen, "") + f"$ {command}\n{told}"
-        self.commands.setdefault(screen, []).append(command)
 
     def logs(self) -> str:
         paths = [path for path in sorted(self.srv.rglob("*.log")) if path.is_file()]
@@ -336,13 +334,17 @@ def _hex(what: str, length: int) -> str:
 
 
 def page_commands(page: str) -> dict[str, list[str]]:
-    """What a page has typed, by the name of the screen."""
-    return {match[2]: COMMAND.findall(match[3]) for match in MARK.finditer(page)}
+    """What a page has typed, by the name of the screen; without what a cycle more or less would change."""
+    return {match[2]: [_general(typed) for typed in COMMAND.findall(match[3])] for match in MARK.finditer(page)}
 
 
 def commands_on_page(terminal: Terminal) -> dict[str, list[str]]:
-    """What has been typed, as the page shows it."""
-    return {name: COMMAND.findall(text) for name, text in on_page(terminal.screens).items()}
+    """What has been typed, as `page_commands` would find it."""
+    return {name: [_general(typed) for typed in COMMAND.findall(text)] for name, text in terminal.screens.items()}
+
+
+def _general(command: str) -> str:
+    return re.sub(r"\b[0-9a-f]{8}-\d{6}\b", "POINT", re.sub(r"job show \d+", "job show ID", command))
 
 
 def main() -> None:
