@@ -22,7 +22,8 @@ import pytest
 from hvfuse.control.daemon import serving_pid
 from hvfuse.states import FAILOVER_DONE, ReplicationState
 from tests.e2e.conftest import mounts_below
-from tests.e2e.worlds import VM, Side, World
+from tests.e2e.two_homes import VM, Side
+from tests.e2e.worlds import World
 
 EXAMPLES = int(os.environ.get("HVFUSE_EXAMPLES", "1"))
 STEPS = int(os.environ.get("HVFUSE_STEPS", "22"))
@@ -79,6 +80,8 @@ class Life(World):
         owner, other = self.owner, self.other
         if any(seen.failover and not seen.failover.is_done for seen in self.stores.values()):
             self.commit(other)
+        elif owner.record.state is ReplicationState.PREPARED_FOR_FAILOVER:
+            self.order(other, "planned", "failover", "planned", VM, "--yes")
         elif owner.record.state is ReplicationState.REPLICATING and not owner.is_away:
             self.random.choice([self.replicate, self.planned, self.unplanned])(owner)
         elif owner.record.state not in FAILOVER_DONE:
@@ -244,6 +247,7 @@ def live(root: Path, seed: int) -> None:
     life = Life(root, seed)
     try:
         life.begin()
+        life.observe()
         for _ in range(STEPS):
             life.step()
         life.end_well()
