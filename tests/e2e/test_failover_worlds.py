@@ -4,7 +4,8 @@ Never are there two sides of which each could write the VM and keep what it wrot
 point that was committed; and from wherever it got to, the story can be led to an end in which the VM is protected
 again. Real processes and mounts; `tests.e2e.worlds` says what is checked after each step.
 
-The seed is printed; HVFUSE_SEED repeats a run, as far as processes that run beside it allow. HVFUSE_EXAMPLES: how many.
+The seed is printed; HVFUSE_SEED repeats a run, as far as processes that run beside it allow. HVFUSE_EXAMPLES: how many
+lives, of HVFUSE_STEPS steps each.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.e2e.two_homes import VM, Side
 from tests.e2e.worlds import World
 
 EXAMPLES = int(os.environ.get("HVFUSE_EXAMPLES", "1"))
-STEPS = int(os.environ.get("HVFUSE_STEPS", "22"))
+STEPS = int(os.environ.get("HVFUSE_STEPS", "18"))
 ROUNDS = 12
 """Of what it may take to lead a story to its end."""
 
