@@ -51,6 +51,7 @@ class Side:
     versions: list[Version] = field(default_factory=list)
     record: VmRecord = field(default_factory=VmRecord)
     fenced_at: float | None = None
+    gave_way_ns: int | None = None
     run: subprocess.Popen[bytes] | None = None
     run_at: float = 0.0
     is_away: bool = False

@@ -192,7 +192,9 @@ class World(TwoHomes):
                 side.holds_nothing()
 
     def _follow_giving_way(self, side: Side, actor: Side | None, verb: str) -> None:
-        if side.content is None or (side.record.giving_way is None and side.record.gave_way_ns is None):
+        gave_way_ns, side.gave_way_ns = side.gave_way_ns, side.record.gave_way_ns
+        is_new = side.gave_way_ns is not None and side.gave_way_ns != gave_way_ns
+        if side.content is None or (side.record.giving_way is None and not is_new):
             return
         assert (actor, verb) == (side, "reverse"), f"{side.name} gave way by {verb}"
         assert side is not self.owner, f"{side.name} has the VM, and gives way"
