@@ -18,16 +18,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from hvfuse import wire
+from hvfuse import system, wire
 from hvfuse.control.home import Home
 from hvfuse.control.records import Records, VmRecord
-from hvfuse.errors import HvfuseError, NotFoundError, StateError, UnreachableError
+from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError, UnreachableError
 from hvfuse.states import AFTER_FAILOVER, FAILOVER_DONE, FAILOVER_OPEN, Event, ReplicationState
 from hvfuse.target import schema
 from hvfuse.target.failing_over import state_of, where
@@ -37,6 +39,8 @@ ANSWER_SECONDS = 30.0
 LOOK_SECONDS = 2.0
 """How often a source looks whether it still has its VMs."""
 END_SECONDS = 5.0
+LOCK_SECONDS = 30.0
+WAIT_SECONDS = 0.02
 
 _S = ReplicationState
 _log = logging.getLogger(__name__)
@@ -121,6 +125,14 @@ class Fence:
     def look(self) -> Verdict:
         """Ask the store, and have the record say what it said. Durable. Where it cannot be asked, the policy says
         whether a process that begins may serve the disks. Raises HvfuseError of the records alone."""
+        try:
+            with deciding(self._home, self._vm):
+                return self._look()
+        except BusyError as error:
+            return self._unasked(self._records.read(self._vm), error)
+
+    def _look(self) -> Verdict:
+        """As `look`; the caller decides."""
         record = self._records.read(self._vm)
         try:
             replica = read_replica(self._store_path(), self._vm)
@@ -145,15 +157,39 @@ class Fence:
     def enforce(self) -> Verdict:
         """Look, and have the tracker that runs hold the disks, or let them go; as long as the store cannot be asked,
         it goes on as it does. Raises as `look`."""
-        verdict = self.look()
-        if not verdict.is_asked:
-            return verdict
+        try:
+            with deciding(self._home, self._vm):
+                verdict = self._look()
+                if verdict.is_asked:
+                    self._tell(verdict)
+                return verdict
+        except BusyError as error:
+            return self._unasked(self._records.read(self._vm), error)
+
+    def _tell(self, verdict: Verdict) -> None:
         try:
             tell_tracker(self._home, self._vm, verdict.held)
         except HvfuseError as error:
             if not isinstance(error, UnreachableError):
                 _log.warning("%s: the tracker cannot be told: %s", self._vm, error)
-        return verdict
+
+
+@contextlib.contextmanager
+def deciding(home: Home, vm: str) -> Iterator[None]:
+    """Be the one who decides whether the VM's disks are held, and says so to record and tracker: a decision by what was
+    read before would undo another's, and let go what a planned failover holds. Raises BusyError."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while os.path.isdir(home.state_dir(vm)):
+        with system.exclusive_lock(home.fence_lock(vm)) as had:
+            if had:
+                yield
+                return
+        if time.monotonic() >= deadline:
+            raise BusyError(
+                f"{vm}: another process is asking who has it, and gets no answer", hint=f"hvfuse status {vm}"
+            )
+        time.sleep(WAIT_SECONDS)
+    yield  # nobody ever served it
 
 
 def tell_tracker(home: Home, vm: str, held: str | None) -> None:

@@ -12,6 +12,7 @@
             tracker.sock        requests to the tracker (`hvfuse.wire`), mode 0600
             shipper.sock        requests to the shipper
             shipper.lock        held by whoever runs cycles of this VM
+            fence.lock          held by whoever decides whether its disks are held
             guest/              what stands of a freeze of the guest (`hvfuse.control.guest_guard`)
             definition          what the source said of the VM, where it was failed over to here, and
             definition.d/       the files that this names (`hvfuse.control.definition`)
@@ -113,6 +114,10 @@ class Home:
     def tracker_lock(self, vm: str) -> str:
         """Lock of whoever serves the VM, or moves its files."""
         return os.path.join(self.state_dir(vm), "tracker.lock")
+
+    def fence_lock(self, vm: str) -> str:
+        """Lock of whoever decides whether the VM's disks are held, and tells its tracker."""
+        return os.path.join(self.state_dir(vm), "fence.lock")
 
     def shipper_lock(self, vm: str) -> str:
         """Lock of whoever runs cycles of the VM."""

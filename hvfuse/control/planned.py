@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from hvfuse import wire
 from hvfuse.control import flows
-from hvfuse.control.fence import ANSWER_SECONDS, read_replica, tell_tracker
+from hvfuse.control.fence import ANSWER_SECONDS, deciding, read_replica, tell_tracker
 from hvfuse.control.job import JobKind
 from hvfuse.control.protection import LOCK_SECONDS, LOOK_SECONDS, end_shipper
 from hvfuse.control.site import Site
@@ -109,8 +109,9 @@ def _hold_if_unused(site: Site) -> None:
 
 def _hold(site: Site) -> None:
     """Durably. Whoever looked at the fence in between has let them go again."""
-    record = site.records.apply(site.vm, Event.PREPARE_FAILOVER, held=HELD, error=None, hint=None)
-    tell_tracker(site.home, site.vm, record.held)
+    with deciding(site.home, site.vm):
+        record = site.records.apply(site.vm, Event.PREPARE_FAILOVER, held=HELD, error=None, hint=None)
+        tell_tracker(site.home, site.vm, record.held)
 
 
 @contextlib.contextmanager
@@ -143,9 +144,10 @@ def cancel(site: Site, party: Party) -> None:
             failing_over.withdraw(store, site.vm, claim)
 
     def let_go() -> None:
-        site.records.apply(site.vm, Event.CANCEL_FAILOVER, held=None, prepared=None)
-        with contextlib.suppress(HvfuseError):
-            tell_tracker(site.home, site.vm, None)
+        with deciding(site.home, site.vm):
+            site.records.apply(site.vm, Event.CANCEL_FAILOVER, held=None, prepared=None)
+            with contextlib.suppress(HvfuseError):
+                tell_tracker(site.home, site.vm, None)
 
     steps = [step.name for step in flows.REOPEN]
     command = ("failover", "cancel", site.vm, "--yes")

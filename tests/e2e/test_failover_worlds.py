@@ -4,7 +4,8 @@ Never are there two sides of which each could write the VM and keep what it wrot
 point that was committed; and from wherever it got to, the story can be led to an end in which the VM is protected
 again. Real processes and mounts; `tests.e2e.worlds` says what is checked after each step.
 
-The seed is printed; HVFUSE_SEED repeats a run, as far as processes that run beside it allow. HVFUSE_EXAMPLES: how many.
+The seed is printed; HVFUSE_SEED repeats a run, as far as processes that run beside it allow. HVFUSE_EXAMPLES: how many
+lives, of HVFUSE_STEPS steps each.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import pytest
 from hvfuse.control.daemon import serving_pid
 from hvfuse.states import FAILOVER_DONE, ReplicationState
 from tests.e2e.conftest import mounts_below
-from tests.e2e.worlds import VM, Side, World
+from tests.e2e.two_homes import VM, Side
+from tests.e2e.worlds import World
 
 EXAMPLES = int(os.environ.get("HVFUSE_EXAMPLES", "1"))
-STEPS = int(os.environ.get("HVFUSE_STEPS", "22"))
+STEPS = int(os.environ.get("HVFUSE_STEPS", "18"))
 ROUNDS = 12
 """Of what it may take to lead a story to its end."""
 
@@ -79,6 +81,8 @@ class Life(World):
         owner, other = self.owner, self.other
         if any(seen.failover and not seen.failover.is_done for seen in self.stores.values()):
             self.commit(other)
+        elif owner.record.state is ReplicationState.PREPARED_FOR_FAILOVER:
+            self.order(other, "planned", "failover", "planned", VM, "--yes")
         elif owner.record.state is ReplicationState.REPLICATING and not owner.is_away:
             self.random.choice([self.replicate, self.planned, self.unplanned])(owner)
         elif owner.record.state not in FAILOVER_DONE:
@@ -244,6 +248,7 @@ def live(root: Path, seed: int) -> None:
     life = Life(root, seed)
     try:
         life.begin()
+        life.observe()
         for _ in range(STEPS):
             life.step()
         life.end_well()

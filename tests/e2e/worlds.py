@@ -1,111 +1,32 @@
-"""Two homes that fail a VM over to each other, and what has to be true of them whatever happens.
+"""What has to be true of two homes that fail a VM over to each other, whatever happens.
 
-A `World` is two homes, each with its own store, their real processes and mounts, and a model: the bytes that each
-side's disks have to hold, the bytes of each recovery point, and who has the VM. `World.observe` is called after
-everything that happens: it reads the stores' and homes' records, says what may have become of what, and fails on
-anything else.
+A `World` has a model: the bytes that each side's disks have to hold, the bytes of each recovery point, and who has the
+VM. `World.observe` is called after everything that happens: it reads the stores' and homes' records, says what may have
+become of what, and fails on anything else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
-import random
-import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hvfuse.control.daemon import serving_pid
-from hvfuse.control.records import Records, VmRecord
+from hvfuse.control.records import Records
 from hvfuse.errors import FencedError
 from hvfuse.states import FAILOVER_DONE, FAILOVER_OPEN, ReplicationState
 from hvfuse.target import schema
-from hvfuse.target.failing_over import Claim, Party, demand_claim, state_of
+from hvfuse.target.failing_over import Claim, demand_claim, state_of
 from hvfuse.target.journal import PointReader
 from hvfuse.target.store import Store
-from tests.e2e.conftest import Installation, mounts_below, processes_of
+from tests.e2e.two_homes import BLOCK, DISKS, VM, Content, Side, TwoHomes, Version, started_at, write_direct
 
-VM = "web"
-DISKS = {"a.raw": 4 << 20, "b.raw": 1 << 20}
-BLOCK = 4096
 NOTICE_SECONDS = 10.0
 """Within which `hvfuse run` has seen that the VM is another's: it looks every 2 s."""
-PATIENCE = 120.0
-REFUSALS = (2, 5, 6, 10, 11, 12, 13, 15, 16)
-"""Exit codes with which a flow may end, beside 0."""
 NOTHING_DONE = (2, 5, 10, 13)
 """Those after which all is as it was."""
-
-Content = dict[str, bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """What a side's disks held from some instant within `begun_ns` to `ended_ns` on."""
-
-    begun_ns: int
-    ended_ns: int
-    content: Content
-
-
-@dataclass(slots=True, eq=False)
-class Side:
-    """One home. `content`: what the VM's disks have to hold here, None where it has none; `others`: or one of these, as
-    a flow was cut off. `fenced_at`: since when a store that it can reach says that the VM is another side's."""
-
-    name: str
-    root: Path
-    home: str = ""
-    content: Content | None = None
-    others: list[Content] = field(default_factory=list)
-    versions: list[Version] = field(default_factory=list)
-    record: VmRecord = field(default_factory=VmRecord)
-    fenced_at: float | None = None
-    run: subprocess.Popen[bytes] | None = None
-    run_at: float = 0.0
-    is_away: bool = False
-
-    @property
-    def place(self) -> Path:
-        return self.root.with_suffix(".away") if self.is_away else self.root
-
-    @property
-    def store(self) -> Path:
-        return self.place / "store"
-
-    @property
-    def mnt(self) -> Path:
-        return self.root / "mnt" / VM
-
-    @property
-    def folder(self) -> Path:
-        return self.place / "disks" / VM
-
-    @property
-    def socket(self) -> str:
-        return str(self.root / "state" / "vms" / VM / "tracker.sock")
-
-    @property
-    def runs(self) -> bool:
-        return self.run is not None and self.run.poll() is None
-
-    @property
-    def party(self) -> Party:
-        return Party(home=self.home, root=str(self.root), host="")
-
-    def holds(self, content: Content, *, others: list[Content] | None = None) -> None:
-        """From now on."""
-        self.content, self.others = content, others or []
-        now_ns = time.time_ns()
-        self.versions.append(Version(now_ns, now_ns, content))
-
-    def holds_nothing(self) -> None:
-        self.content, self.others = None, []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,118 +52,14 @@ class Seen:
         return (self.failover, self.vm and self.vm.primary, self.vm and self.vm.prepared)
 
 
-class World:
-    """See the module. Everything is drawn from `seed`."""
+class World(TwoHomes):
+    """See the module."""
 
     def __init__(self, root: Path, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.root = root
-        self.story: list[str] = []
-        self.sides = {name: Side(name, root / name) for name in "AB"}
-        self.a, self.b = self.sides["A"], self.sides["B"]
-        self.link = root / "to-B"
+        super().__init__(root, seed)
         self.stores = {"A": Seen(), "B": Seen(), "C": Seen()}
         self.points: dict[tuple[str, str], Content] = {}
         self.owner = self.a
-        self.tests: list[tuple[Side, Path]] = []
-
-    def begin(self) -> None:
-        """Make both homes; A has the VM, and sends it to B's store."""
-        for side in self.sides.values():
-            side.folder.parent.mkdir(parents=True)
-            (side.root / "mnt").mkdir()
-            target = f'target = "{self.link}/store"\n' if side is self.a else ""
-            (side.root / "hvfuse.toml").write_text(
-                f'[replication]\nfrequency = "1h"\nhard_limit = 1000\nresync_window = "always"\n{target}'
-            )
-        (self.root / "C").mkdir()
-        self.link.symlink_to(self.b.root)
-        self.a.folder.mkdir()
-        content = {name: self.random.randbytes(size) for name, size in DISKS.items()}
-        for name, data in content.items():
-            (self.a.folder / name).write_bytes(data)
-        self.a.holds(content)
-        for words in (("mount", VM), ("replicate", VM)):
-            assert self.hvfuse(self.a, *words) == 0
-        self.a.home = (self.a.root / "state" / "home-id").read_text().strip()
-        assert self.hvfuse(self.b, "status") in (0, 3, 4)
-        self.observe()
-
-    # What is done -------------------------------------------------------------------------------------------
-
-    def tell(self, text: str) -> None:
-        self.story.append(f"{time.strftime('%H:%M:%S')} {text}")
-
-    def environment(self) -> dict[str, str]:
-        return Installation(self.root).environment()
-
-    def hvfuse(self, side: Side, *words: str, killed_after: float | None = None) -> int | None:
-        """Run a command. Returns its exit code; None if it was killed."""
-        command = Installation(side.root).command(*words)
-        process = subprocess.Popen(
-            command, cwd="/", env=self.environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        try:
-            out, err = process.communicate(timeout=killed_after or PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, err = process.communicate()
-            assert killed_after is not None, f"{side.name}: {words}: no end after {PATIENCE} s\n{out}\n{err}"
-            self.tell(f"{side.name}: {' '.join(words)} -> killed after {killed_after:.2f} s")
-            return None
-        self.tell(f"{side.name}: {' '.join(words)} -> {process.returncode} {err.strip() or out.strip()[:200]}")
-        assert "Traceback" not in err and "internal error" not in err, f"{words}\n{out}\n{err}"
-        if words[0] != "status":
-            assert process.returncode in (0, *REFUSALS), f"{words}: {process.returncode}\n{out}\n{err}"
-        return process.returncode
-
-    def start_run(self, side: Side) -> None:
-        self.tell(f"{side.name}: run")
-        with open(side.root / "run.out", "ab") as out:
-            command = Installation(side.root).command("run")
-            side.run = subprocess.Popen(
-                command, cwd="/", env=self.environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
-            )  # fmt: skip
-        side.run_at = time.monotonic()
-
-    def end_run(self, side: Side, number: signal.Signals) -> None:
-        if side.run is not None:
-            self.tell(f"{side.name}: run gets {number.name}")
-            side.run.send_signal(number)
-            side.run.wait(PATIENCE)
-            side.run = None
-
-    def kill(self, pid: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(OSError):
-                fd = os.pidfd_open(pid)
-                __import__("select").select([fd], [], [], 10)
-                os.close(fd)
-
-    def bring_down(self, side: Side) -> None:
-        """The host of a home stops."""
-        self.end_run(side, signal.SIGKILL)
-        for _ in range(3):
-            for pid in processes_of(side.root):
-                self.kill(pid)
-        for mount in mounts_below(side.root):
-            subprocess.run(["umount", "-l", mount], capture_output=True, check=False)
-        for test in [one for one in self.tests if one[0] is side]:
-            subprocess.run(["umount", "-l", str(test[1])], capture_output=True, check=False)
-
-    def go_away(self, side: Side) -> None:
-        self.tell(f"{side.name} goes away")
-        self.bring_down(side)
-        side.root.rename(side.root.with_suffix(".away"))
-        side.is_away = True
-
-    def come_back(self, side: Side) -> None:
-        self.tell(f"{side.name} comes back")
-        side.place.rename(side.root)
-        side.is_away = False
 
     def write(self, side: Side) -> None:
         """A guest writes a few blocks, if it can."""
@@ -252,7 +69,7 @@ class World:
         data = bytes(blocks * BLOCK) if self.random.random() < 0.1 else self.random.randbytes(blocks * BLOCK)
         began_ns, fenced_at = time.time_ns(), side.fenced_at
         try:
-            _write_direct(side.mnt / name, offset, data)
+            write_direct(side.mnt / name, offset, data)
         except OSError as error:
             self.tell(f"{side.name}: write {name} {offset}+{len(data)}: {error}")
             return
@@ -272,7 +89,7 @@ class World:
         now = time.monotonic()
         pid = serving_pid(side.socket)
         assert pid is not None
-        started = _started_at(pid)
+        started = started_at(pid)
         assert started < fenced_at, f"{side.name}: mounted writable {started - fenced_at:.2f} s after it was fenced"
         if side.runs:
             known = min(now - fenced_at, now - side.run_at)
@@ -375,7 +192,9 @@ class World:
                 side.holds_nothing()
 
     def _follow_giving_way(self, side: Side, actor: Side | None, verb: str) -> None:
-        if side.content is None or (side.record.giving_way is None and side.record.gave_way_ns is None):
+        gave_way_ns, side.gave_way_ns = side.gave_way_ns, side.record.gave_way_ns
+        is_new = side.gave_way_ns is not None and side.gave_way_ns != gave_way_ns
+        if side.content is None or (side.record.giving_way is None and not is_new):
             return
         assert (actor, verb) == (side, "reverse"), f"{side.name} gave way by {verb}"
         assert side is not self.owner, f"{side.name} has the VM, and gives way"
@@ -441,24 +260,6 @@ class World:
                 return {name: (side.folder / name).read_bytes() for name in DISKS}
         return None
 
-    # The end ------------------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Leave nothing behind."""
-        for side in self.sides.values():
-            if not side.is_away:
-                self.bring_down(side)
-        for mount in mounts_below(self.root):
-            subprocess.run(["umount", "-l", mount], capture_output=True, check=False)
-        for pid in processes_of(self.root):
-            self.kill(pid)
-
-    def logs(self) -> Iterator[tuple[Path, str]]:
-        for side in self.sides.values():
-            for path in [side.place / "run.out", *sorted((side.place / "state").rglob("*.log"))]:
-                if path.exists():
-                    yield path, path.read_text(errors="replace")
-
 
 def _is_let_in(vm: schema.VmRecord, side: Side) -> bool:
     try:
@@ -496,20 +297,3 @@ def _differences(found: Content, expected: list[Content]) -> str:
             if blocks:
                 told.append(f"{name}: {len(blocks)} blocks, {blocks[:20]}")
     return f"{len(expected)} possible; {'; '.join(told)}"
-
-
-def _write_direct(path: Path, offset: int, data: bytes) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_DIRECT)
-    try:
-        with mmap.mmap(-1, len(data)) as buffer:
-            buffer.write(data)
-            assert os.pwrite(fd, buffer, offset) == len(data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _started_at(pid: int) -> float:
-    """When a process began, on the monotonic clock, to a hundredth of a second."""
-    fields: list[Any] = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return int(fields[19]) / os.sysconf("SC_CLK_TCK") - (time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic())
