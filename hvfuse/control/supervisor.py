@@ -215,7 +215,7 @@ class Keeper:
         if self._record is not None and self._record.state is not ReplicationState.DISABLED:
             return True
         folder = self._home.folder(self.vm)
-        return not self.tracker.has_ended_well and (_has_disk(folder) or is_standing(folder))
+        return not self.tracker.has_ended_well and (has_disk(folder) or is_standing(folder))
 
     def _tell(self, daemon: Daemon, fields: Callable[[str | None, str | None], dict[str, Any]]) -> None:
         """Record why a process failed, or that it serves, when that is news."""
