@@ -41,6 +41,7 @@ def tracker(session: Session, vm: str) -> None:
         records: Records | None = None
         with suppress(HvfuseError):  # a guest must start, whatever became of the records
             records = stack.enter_context(Records(home.records))
+            serving.stand_again(session, home, vm, records)
         if records is not None and serving.is_failed_over(home, vm):
             serving.serve_failed_over(session, home, vm, records)
         else:

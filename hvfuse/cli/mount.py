@@ -30,6 +30,8 @@ def mount(session: Session, vm: str, as_json: bool) -> None:
     Its tracker goes on in the background until `hvfuse umount`. Nothing is replicated by itself;
     `hvfuse replicate VM` makes recovery points.
     """
+    if not os.path.isdir(session.home.folder(vm)):
+        _stand_again(session, vm)
     session.home_with(vm)
     home = session.prepare()
     mountpoint = home.mountpoint(vm)
@@ -43,6 +45,16 @@ def mount(session: Session, vm: str, as_json: bool) -> None:
         emit_json({"vm": vm, "mountpoint": mountpoint, "pid": pid, "already_mounted": already})
     else:
         click.echo(f"{vm} is {'already ' if already else ''}mounted at {mountpoint}")
+
+
+def _stand_again(session: Session, vm: str) -> None:
+    """Begin the folder of a VM that is failed over to here, where the failover died before that."""
+    from hvfuse.cli import serving
+    from hvfuse.cli.wiring import kept_records
+
+    with kept_records(session.home) as records:
+        if records is not None:
+            serving.stand_again(session, session.home, vm, records)
 
 
 @click.command()

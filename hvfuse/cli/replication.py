@@ -220,12 +220,14 @@ def reverse(
     replication to there begins: both sides are compared, and only what differs is sent.
     """
     from hvfuse.cli.reversal import give_way, turn_round
+    from hvfuse.control.reversing import has_turned
     from hvfuse.states import FAILOVER_DONE
 
     with open_site(session, vm) as site:
         _demand_known(session, site)
         record = site.records.read(vm)
-        if record.state in FAILOVER_DONE and record.held is None and record.giving_way is None:
+        has_it = record.state in FAILOVER_DONE and record.held is None and record.giving_way is None
+        if has_it or has_turned(site):
             turn_round(session, site, to=to, dry_run=dry_run, as_json=as_json)
         else:
             give_way(session, site, into=into, yes=yes, dry_run=dry_run, as_json=as_json)

@@ -14,6 +14,7 @@ from hvfuse.control.home import Home
 from hvfuse.control.job import JobKind, JobState
 from hvfuse.control.records import Records
 from hvfuse.errors import HvfuseError, NotFoundError, StateError
+from hvfuse.formats.image import is_disk_name
 from hvfuse.states import FAILOVER_DONE
 from hvfuse.system import SystemClock
 from hvfuse.target import standing
@@ -32,16 +33,36 @@ def is_failed_over(home: Home, vm: str) -> bool:
     return standing.stands(home.folder(vm))
 
 
+def stand_again(session: Session, home: Home, vm: str, records: Records) -> None:
+    """Where the VM is failed over to here, and a flow died before its overlays were begun, begin them: what is served
+    is the recovery point. Raises HvfuseError, OSError."""
+    from hvfuse.control.failed_over import standing as standing_failover
+
+    folder = home.folder(vm)
+    if os.path.isdir(folder) and (is_failed_over(home, vm) or any(map(is_disk_name, os.listdir(folder)))):
+        return
+    place = location.locate(home, session.config.policy(vm), records.read(vm), vm)
+    with suppress(NotFoundError), place.open(read_only=True) as store:
+        failover = standing_failover(store, vm, wiring.party(home))
+        if failover is not None and failover.get("hydrated_ns") is None:
+            os.makedirs(standing.overlays(folder), mode=0o700, exist_ok=True)
+
+
 def serve_tracked(session: Session, home: Home, vm: str, records: Records | None) -> None:
     """Serve the tracked folder; held where another side has the VM."""
     from hvfuse.tracker.service import run_tracker
 
     policy = session.config.policy(vm)
-    is_disabled, held = False, None
+    is_disabled, held, is_moving = False, None, False
     if records is not None:
         with suppress(HvfuseError):
-            is_disabled = records.read(vm).enabled is False
+            record = records.read(vm)
+            is_disabled, is_moving = record.enabled is False, record.giving_way is not None
             held = wiring.fence_of(home, session.config_file, vm, records).look().held
+    if is_moving:
+        raise StateError(
+            f"{vm}: its disks are being handed over to the other side", hint=f"hvfuse replication reverse {vm}"
+        )
     run_tracker(
         vm=vm,
         folder=home.folder(vm),

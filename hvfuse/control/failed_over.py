@@ -20,9 +20,10 @@ from typing import Any
 from hvfuse.control import flows, trial
 from hvfuse.control.failover_guests import FailoverGuest
 from hvfuse.control.job import JobKind
+from hvfuse.control.protection import was_interrupted
 from hvfuse.control.site import Site
 from hvfuse.control.sole_server import nobody_serves, start_tracker
-from hvfuse.control.supervisor import STANDING, require_mountable
+from hvfuse.control.supervisor import STANDING, is_standing, require_mountable
 from hvfuse.errors import BusyError, NotFoundError, StateError
 from hvfuse.manifest import RecoveryPoint
 from hvfuse.states import FAILOVER_DONE, FAILOVER_OPEN, Event, ReplicationState
@@ -115,8 +116,9 @@ class Failover:
 
     def cancel(self, *, force: bool) -> None:
         """The VM is its source's again, and what was written here is dropped. Raises StateError, BusyError."""
-        failing_over.demand_mine(self._store.vm(self._vm), self._party)
-        self._demand_open()
+        if not self._has_given_back():
+            failing_over.demand_mine(self._store.vm(self._vm), self._party)
+            self._demand_open()
         acts = {
             flows.SHUT_DOWN: self._shut_down,
             flows.UNMOUNT: lambda: self._unmount(force=force),
@@ -220,8 +222,17 @@ class Failover:
         return home.mountpoint(self._vm)
 
     def _shut_down(self) -> str | None:
-        failover = failing_over.demand_mine(self._store.vm(self._vm), self._party)
-        return self._guest.shut_down(str(failover["kind"]))
+        vm = self._store.vm(self._vm)
+        if vm.failover is None and self._has_given_back():
+            return None
+        return self._guest.shut_down(str(failing_over.demand_mine(vm, self._party)["kind"]))
+
+    def _has_given_back(self) -> bool:
+        """Whether a cancel has died just behind the store's transaction, or has left something in another way."""
+        if self._store.vm(self._vm).failover is not None:
+            return False
+        is_left = is_standing(self._site.home.folder(self._vm))
+        return is_left or was_interrupted(self._site, JobKind.CANCEL_FAILOVER)
 
     def _unmount(self, *, force: bool) -> None:
         """Nobody serves the VM from here on until it is mounted again, or the flow has ended."""
@@ -236,7 +247,8 @@ class Failover:
         return self._told()
 
     def _give_back(self) -> None:
-        failing_over.cancel(self._store, self._vm, self._party)
+        if self._store.vm(self._vm).failover is not None:
+            failing_over.cancel(self._store, self._vm, self._party)
         self._adopt(None)
         with contextlib.suppress(OSError):
             os.rmdir(self._site.home.folder(self._vm))

@@ -16,7 +16,7 @@ from hvfuse import wire
 from hvfuse.control import flows
 from hvfuse.control.fence import ANSWER_SECONDS, deciding, read_replica, tell_tracker
 from hvfuse.control.job import JobKind
-from hvfuse.control.protection import LOCK_SECONDS, LOOK_SECONDS, end_shipper
+from hvfuse.control.protection import LOCK_SECONDS, LOOK_SECONDS, end_shipper, was_interrupted
 from hvfuse.control.site import Site
 from hvfuse.control.sole_server import start_tracker
 from hvfuse.control.supervisor import require_mountable
@@ -134,7 +134,11 @@ def cancel(site: Site, party: Party) -> None:
     """Take a preparation back: the VM is replicated as before. Idempotent. Raises StateError where there is none,
     FencedError if the target has failed over by now."""
     record = site.records.read(site.vm)
-    if record.state is not ReplicationState.PREPARED_FOR_FAILOVER:
+    # One that died before it had written anything down may have left the disks held, and a cancel its job unended.
+    is_left = record.state not in AFTER_FAILOVER and any(
+        was_interrupted(site, kind) for kind in (JobKind.PLANNED_FAILOVER, JobKind.CANCEL_FAILOVER)
+    )
+    if record.state is not ReplicationState.PREPARED_FOR_FAILOVER and not is_left:
         what = "cancel it there" if record.state in AFTER_FAILOVER else "no failover is prepared"
         raise StateError(f"{site.vm} is {record.state}: {what}", hint=f"hvfuse status {site.vm}")
 
@@ -145,7 +149,8 @@ def cancel(site: Site, party: Party) -> None:
 
     def let_go() -> None:
         with deciding(site.home, site.vm):
-            site.records.apply(site.vm, Event.CANCEL_FAILOVER, held=None, prepared=None)
+            if not is_left:
+                site.records.apply(site.vm, Event.CANCEL_FAILOVER, held=None, prepared=None)
             with contextlib.suppress(HvfuseError):
                 tell_tracker(site.home, site.vm, None)
 

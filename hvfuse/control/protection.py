@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 def enable(site: Site, *, tell: Callable[[list[Check]], None] = lambda checks: None) -> list[Check]:
     """Protect a VM, if every prerequisite is met. `tell` gets the checks in any case. Returns them. Raises what
     `demand` raises."""
-    goes_on = _was_interrupted(site, JobKind.ENABLE)
+    goes_on = was_interrupted(site, JobKind.ENABLE)
     is_made = site.records.read(site.vm).enabled and goes_on
     command = ("replication", "enable", site.vm)
     with site.records.jobs.run(JobKind.ENABLE, site.vm, steps=(*names(), MAKE_STEP), command=command) as job:
@@ -86,7 +86,7 @@ def _has_position(site: Site) -> bool:
     return False
 
 
-def _was_interrupted(site: Site, kind: JobKind) -> bool:
+def was_interrupted(site: Site, kind: JobKind) -> bool:
     """Whether the last job of that kind was cut off in the middle."""
     site.records.jobs.bury()
     last = next((job for job in reversed(site.records.jobs.all()) if job.vm == site.vm and job.kind is kind), None)
@@ -180,7 +180,7 @@ def demand_disablable(site: Site, *, delete_replica: bool) -> None:
     deleted."""
     record = site.records.read(site.vm)
     is_off = record.state is ReplicationState.DISABLED and record.enabled is False
-    has_more_to_do = _was_interrupted(site, JobKind.DISABLE) or (delete_replica and replica(site) is not None)
+    has_more_to_do = was_interrupted(site, JobKind.DISABLE) or (delete_replica and replica(site) is not None)
     if is_off and not has_more_to_do:
         raise StateError(f"{site.vm}: replication was disabled before; allowed: enable")
     if not delete_replica:

@@ -21,13 +21,13 @@ from hvfuse import spool
 from hvfuse.control import flows
 from hvfuse.control.fence import Fence, judge, read_replica
 from hvfuse.control.job import JobKind
-from hvfuse.control.protection import end_shipper, nobody_ships
+from hvfuse.control.protection import end_shipper, nobody_ships, was_interrupted
 from hvfuse.control.site import Site
 from hvfuse.control.sole_server import nobody_serves
 from hvfuse.errors import NotFoundError, StateError, UsageError
 from hvfuse.formats.image import is_disk_name
 from hvfuse.shipper.orders import Orders
-from hvfuse.states import FAILOVER_DONE, Event, next_state
+from hvfuse.states import AFTER_FAILOVER, FAILOVER_DONE, Event, ReplicationState, next_state
 from hvfuse.target import failing_over, handed_over, schema
 from hvfuse.target.failing_over import Party, where
 from hvfuse.target.store import Store
@@ -60,7 +60,9 @@ def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: han
     Idempotent: goes on where it was killed. Raises StateError (the VM was not failed over, or that is not committed),
     BusyError naming who uses a disk, NotFoundError, NoSpaceError.
     """
-    shared = site.store_path if site.records.read(site.vm).giving_way is None else None
+    before = site.records.read(site.vm)
+    is_done = before.giving_way is None and before.gave_way_ns is not None and was_interrupted(site, JobKind.REVERSE)
+    shared = site.store_path if before.giving_way is None else None
 
     def check() -> str:
         if shared is not None:
@@ -110,6 +112,9 @@ def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: han
         contextlib.ExitStack() as alone,
         site.records.jobs.run(JobKind.REVERSE, site.vm, steps=steps, command=command) as job,
     ):
+        if is_done:
+            job.note("an earlier command had done so")
+            return str(before.store)
         primary = where(_kept(site)["primary"]) if shared is None else ""
         flows.drive(job, flows.GIVE_WAY, acts)
     return primary or str(site.records.read(site.vm).store)
@@ -184,7 +189,9 @@ def reverse(
     FencedError.
     """
     record = site.records.read(site.vm)
-    next_state(record.state, Event.REVERSE, what=site.vm)
+    is_turned = has_turned(site)
+    if not is_turned:
+        next_state(record.state, Event.REVERSE, what=site.vm)
     kept: dict[str, str] = {}
 
     def choose() -> str:
@@ -201,8 +208,18 @@ def reverse(
     steps = [step.name for step in flows.REVERSE]
     command = ("replication", "reverse", site.vm, *(("--to", to) if to else ()), "--yes")
     with site.records.jobs.run(JobKind.REVERSE, site.vm, steps=steps, command=command) as job:
+        if is_turned:
+            job.note("an earlier command had done so")
+            return str(record.store)
         flows.drive(job, flows.REVERSE, acts)
     return kept["to"]
+
+
+def has_turned(site: Site) -> bool:
+    """Whether replication was turned round, and whoever had done so died at once."""
+    record = site.records.read(site.vm)
+    is_source = record.state not in AFTER_FAILOVER | {ReplicationState.DISABLED}
+    return is_source and record.store is not None and was_interrupted(site, JobKind.REVERSE)
 
 
 def _invited(site: Site, own: str) -> str:

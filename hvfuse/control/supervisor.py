@@ -196,7 +196,7 @@ class Keeper:
             self._record = self._records.read(self.vm)
             self._is_protected = self._record.state not in NOT_SHIPPED
         self.tracker.check()
-        if not self._must_be_mounted and not self.tracker.is_running and self.tracker.has_ended_well:
+        if not self.tracker.is_running and not self._is_to_be_mounted:
             return
         self.tracker.tick()
         if not self._is_protected:
@@ -207,9 +207,15 @@ class Keeper:
         self._tell(self.shipper, lambda error, _: {"shipper_error": error})
 
     @property
-    def _must_be_mounted(self) -> bool:
-        """Whether the VM's mount is not left to whoever unmounts it: one that is shipped, or held read-only."""
-        return self._record is not None and self._record.state is not ReplicationState.DISABLED
+    def _is_to_be_mounted(self) -> bool:
+        """Whether the VM is to be mounted, if it is not. One that is shipped, or held read-only, is not left to whoever
+        unmounts it; one whose disks are on the move, or have gone, is left alone."""
+        if self._record is not None and self._record.giving_way is not None:
+            return False
+        if self._record is not None and self._record.state is not ReplicationState.DISABLED:
+            return True
+        folder = self._home.folder(self.vm)
+        return not self.tracker.has_ended_well and (has_disk(folder) or is_standing(folder))
 
     def _tell(self, daemon: Daemon, fields: Callable[[str | None, str | None], dict[str, Any]]) -> None:
         """Record why a process failed, or that it serves, when that is news."""
