@@ -106,7 +106,7 @@ _COLUMNS = (
     "mean_bytes", "max_bytes", "mean_latency_seconds", "max_latency_seconds", "mean_frozen_seconds",
     "max_frozen_seconds", "saved_by_overwriting_bytes", "saved_by_zeroes_bytes", "saved_by_compression_bytes",
     "last_replication_time", "last_applied_time", "last_test_failover", "last_test_failover_point",
-    "last_test_failover_note", "late_cycles",
+    "last_test_failover_note", "late_cycles", "last_test_failover_validation",
 )  # fmt: skip
 """Of the CSV: a new one goes to the end."""
 
@@ -157,5 +157,7 @@ def _mean_and_greatest(row: dict[str, Any], what: str) -> str:
 def _test_text(row: dict[str, Any]) -> str:
     if row["last_test_failover"] is None:
         return "none was ever cleaned up"
+    verdict = row["last_test_failover_validation"]
+    validated = f", validation {verdict}" if verdict else ""
     note = f": {row['last_test_failover_note']}" if row["last_test_failover_note"] else ""
-    return f"{row['last_test_failover']}, of point {row['last_test_failover_point']}{note}"
+    return f"{row['last_test_failover']}, of point {row['last_test_failover_point']}{validated}{note}"

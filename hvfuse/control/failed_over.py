@@ -45,8 +45,9 @@ class Options:
     force: bool = False
 
     def words(self) -> tuple[str, ...]:
-        """As they are typed."""
-        return (*(("--point", self.point) if self.point != trial.LATEST else ()), *(("--boot",) if self.boot else ()))
+        """As they are typed, but for the point."""
+        chosen = (("--boot", self.boot), ("--validate", self.validate), ("--force", self.force))
+        return tuple(word for word, is_chosen in chosen if is_chosen)
 
 
 class Failover:
@@ -84,11 +85,12 @@ class Failover:
             flows.BOOT: lambda: self._guest.boot(kind, self._chosen.id),
             flows.VALIDATE: lambda: self._guest.validate(kind, self._chosen.id),
         }
+        point = ("--point", options.point) if options.point != trial.LATEST else ()
         self._run(
             KINDS[kind],
             flows.failover(boot=options.boot, validate=options.validate),
             acts,
-            ("failover", kind, self._vm, *options.words(), "--yes"),
+            ("failover", kind, self._vm, *point, *options.words(), "--yes"),
         )
         return self._chosen
 
@@ -110,7 +112,7 @@ class Failover:
             KINDS[kind],
             flows.change_point(boot=options.boot, validate=options.validate),
             acts,
-            ("failover", "change-point", self._vm, "--point", options.point, "--yes"),
+            ("failover", "change-point", self._vm, "--point", options.point, *options.words(), "--yes"),
         )
         return self._chosen
 

@@ -75,4 +75,11 @@ def fields(sums: Sums, record: VmRecord, span: Window) -> dict[str, Any]:
         "last_test_failover_point": test.get("point"),
         "last_test_failover_note": test.get("note"),
         "late_cycles": sums.late,
+        "last_test_failover_validation": _verdict(test),
     }
+
+
+def _verdict(test: Mapping[str, Any]) -> str | None:
+    """What the validation of a test failover came to; None if there was none."""
+    found = test.get("validation")
+    return None if found is None else "passed" if found["ok"] else "failed"

@@ -74,7 +74,7 @@ def choose(points: Sequence[RecoveryPoint], wanted: str, *, vm: str) -> Recovery
         if point.id == wanted:
             return point
     try:
-        instant_ns = int(datetime.fromisoformat(wanted).timestamp()) * 10**9 + 999_999_999
+        instant_ns = _end_of(datetime.fromisoformat(wanted), has_fraction="." in wanted or "," in wanted)
     except ValueError:
         raise NotFoundError(f"{vm} has no recovery point {wanted}", hint=f"hvfuse point list {vm}") from None
     earlier = [point for point in points if point.time_ns <= instant_ns]
@@ -82,6 +82,14 @@ def choose(points: Sequence[RecoveryPoint], wanted: str, *, vm: str) -> Recovery
         first = datetime.fromtimestamp(points[0].time_ns // 10**9, UTC).isoformat()
         raise NotFoundError(f"{vm} has no recovery point before {wanted}; the first is of {first}")
     return earlier[-1]
+
+
+def _end_of(instant: datetime, *, has_fraction: bool) -> int:
+    """The last nanosecond of what is named: a second, or, as points' times are shown, a millisecond."""
+    micros = instant.microsecond if has_fraction else 999_999
+    if micros % 1000 == 0:
+        micros += 999
+    return int(instant.replace(microsecond=0).timestamp()) * 10**9 + micros * 1000 + 999
 
 
 def begin(home: Home, store: Store, point: RecoveryPoint, directory: str, *, clock: Clock) -> Pin:

@@ -18,7 +18,7 @@ FIELDS = [
     "mean_bytes", "max_bytes", "mean_latency_seconds", "max_latency_seconds", "mean_frozen_seconds",
     "max_frozen_seconds", "saved_by_overwriting_bytes", "saved_by_zeroes_bytes", "saved_by_compression_bytes",
     "last_replication_time", "last_applied_time", "last_test_failover", "last_test_failover_point",
-    "last_test_failover_note", "late_cycles",
+    "last_test_failover_note", "late_cycles", "last_test_failover_validation",
 ]  # fmt: skip
 
 

@@ -59,7 +59,9 @@ def test_figures_are_told_per_cycle_and_what_was_saved_by_cause() -> None:
         size=400, max_size=300, latency=2.0, max_latency=1.25, frozen_seconds=0.5, max_frozen_seconds=0.375,
         bytes_logged=10_000, bytes_coalesced=8_000, bytes_zero=1_000,
     )  # fmt: skip
-    record = VmRecord(last_test={"point": "p-1", "started_ns": 5, "ended_ns": 9, "note": "it boots"})
+    record = VmRecord(
+        last_test={"point": "p-1", "started_ns": 5, "ended_ns": 9, "note": "it boots", "validation": {"ok": False}}
+    )
     told = fields(sums, record, window(record, 3600, NOW * SECOND))
     assert told == {
         "window_begin_ns": (NOW - 3600) * SECOND,
@@ -85,4 +87,5 @@ def test_figures_are_told_per_cycle_and_what_was_saved_by_cause() -> None:
         "last_test_failover_ns": 5,
         "last_test_failover_point": "p-1",
         "last_test_failover_note": "it boots",
+        "last_test_failover_validation": "failed",
     }

@@ -1,7 +1,7 @@
 """A real guest for tests: Debian's kernel under qemu's emulator, an initramfs of busybox and the real guest agent.
 
 Kernel and agent are the release's own packages. They are fetched and unpacked once, into HVFUSE_TEST_CACHE (default:
-/var/cache/hvfuse-tests), and never installed. What runs in the guest is `INIT`.
+/var/cache/hvfuse-tests), and never installed. What runs in the guest is `INIT`, or what a test says instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -117,17 +117,18 @@ def written(said: str) -> int:
     return max((int(number) for number in re.findall(r"WROTE (\d+)\r?\n", said)), default=0)
 
 
-def prepare() -> tuple[Path, Path]:
-    """The paths of kernel and initramfs, made at need."""
+def prepare(init: str = INIT, *, name: str = "initramfs", programs: Sequence[str] = ("qemu-ga",)) -> tuple[Path, Path]:
+    """The paths of kernel and initramfs, made at need. `init`: what runs in the guest; `name`: of the initramfs,
+    one for each init; `programs`: "qemu-ga", or what is installed here; with their libraries."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         kernel = _unpacked(KERNEL)
-        agent = _unpacked(AGENT)
         (image,) = kernel.glob("boot/vmlinuz-*")
-        initramfs = CACHE / "initramfs.gz"
-        beside = CACHE / "initramfs.new"
-        beside.write_bytes(gzip.compress(b"".join(_archive(_contents(kernel, agent))), 1))
+        initramfs = CACHE / f"{name}.gz"
+        beside = CACHE / f"{name}.new"
+        found = [_program(program) for program in programs]
+        beside.write_bytes(gzip.compress(b"".join(_archive(_contents(kernel, init, found))), 1))
         beside.replace(initramfs)
     # A test that runs at the same time may replace it once more by the same: qemu has it open by then, or reads that.
     return image, initramfs
@@ -165,14 +166,23 @@ def _run(*words: str, cwd: Path | None = None) -> str:
     return subprocess.run(words, cwd=cwd, check=True, capture_output=True, text=True).stdout
 
 
-def _contents(kernel: Path, agent: Path) -> Mapping[str, bytes | None]:
+def _program(name: str) -> Path:
+    if name == "qemu-ga":
+        return _unpacked(AGENT) / "usr/sbin/qemu-ga"
+    path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    assert path is not None, f"there is no {name} here"
+    return Path(path)
+
+
+def _contents(kernel: Path, init: str, programs: Sequence[Path]) -> Mapping[str, bytes | None]:
     """What the guest's root holds: by path the file's bytes, None for a directory."""
-    busybox, qemu_ga = Path(shutil.which("busybox") or "/bin/busybox"), agent / "usr/sbin/qemu-ga"
+    busybox = _program("busybox")
     found: dict[str, bytes | None] = dict.fromkeys(
         ("bin", "dev", "proc", "sys", "run", "data", "modules", "usr", "usr/sbin", "lib", "lib64", "etc", "tmp")
     )
-    found |= {"init": INIT.encode(), "bin/busybox": busybox.read_bytes(), "usr/sbin/qemu-ga": qemu_ga.read_bytes()}
-    for library in sorted(_libraries(busybox) | _libraries(qemu_ga)):
+    found |= {"init": init.encode(), "bin/busybox": busybox.read_bytes()}
+    found |= {f"usr/sbin/{program.name}": program.read_bytes() for program in programs}
+    for library in sorted(set().union(*map(_libraries, (busybox, *programs)))):
         for parent in reversed(library.relative_to("/").parents[:-1]):
             found.setdefault(str(parent))
         found[str(library.relative_to("/"))] = library.read_bytes()
