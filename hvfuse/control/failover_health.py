@@ -52,7 +52,7 @@ def _prepared(facts: Facts) -> Reason:
         return warning("failover-unprepared", text, f"hvfuse failover planned {vm}")
     text = (
         f"a planned failover is prepared at recovery point {proof['point']}, and the disks are read-only here; next, "
-        f"on the target: hvfuse failover planned {vm}; or, to go on here as before:"
+        f"on the target: hvfuse failover planned {vm}. The command below takes it back"
     )
     return warning("failover-prepared", text, f"hvfuse failover cancel {vm}", point=proof["point"])
 
@@ -109,7 +109,7 @@ def replica_reasons(facts: Facts) -> Iterator[Reason]:
             yield critical("failover-not-served", text, f"hvfuse mount {vm}")
         text = (
             f"it was failed over to here at recovery point {failover['point']}, which is neither committed nor "
-            f"cancelled; to keep it:"
+            "cancelled"
         )
         yield warning("failover-open", text, f"hvfuse failover commit {vm}", point=failover["point"])
     elif state in FAILOVER_DONE and is_here:

@@ -105,7 +105,8 @@ def _all(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
     yield from _target(facts)
     yield from _pauses(facts, state)
     yield from _past(facts, state)
-    yield from _limits(facts)
+    if state not in AFTER_FAILOVER:
+        yield from _limits(facts)
     yield from _guest(facts)
     yield from source_reasons(facts, state)
     yield from test_reasons(facts)
