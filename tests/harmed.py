@@ -8,7 +8,7 @@ HVFUSE_HARM is JSON; an empty object, or none, harms nobody:
                     `number`th time
     home            only where hvfuse works on the home in that directory
     marker          a file that is made just before, and must not exist: harm comes once
-    do              "kill", "interrupt": of this process itself; or a list of [socket, or run.lock]: kill who serves there
+    do              "kill", "interrupt": of this process itself; or a list of sockets, or run.lock: kill who serves it
 
 As a program: the processes in the background are started so. `run` does the same in a child of a test.
 """

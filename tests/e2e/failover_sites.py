@@ -93,6 +93,14 @@ class Side:
     def jobs(self) -> list[dict[str, Any]]:
         return list(self.json("job", "list", "--all")["jobs"])
 
+    def pins(self) -> list[str]:
+        """The kinds of the pins in its own store."""
+        program = "import sys; from hvfuse.target.store import Store\nwith Store(sys.argv[1], create=False) as store: "
+        program += "print(*(pin.owner.get('kind') for pin in store.pins()))"
+        words = [sys.executable, "-c", program, str(self.root / "store")]
+        done = subprocess.run(words, env=self.environment(None), capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
     def environment(self, harm: Mapping[str, Any] | None) -> dict[str, str]:
         return {**os.environ, "PYTHONPATH": str(REPOSITORY), "HVFUSE_HARM": json.dumps(harm or {})}
 
