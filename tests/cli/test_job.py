@@ -283,6 +283,15 @@ class TestACommandsJob:
         assert measured["last_test_failover"] is not None
 
     @pytest.mark.mount
+    def test_a_failover_is_gone_on_with_as_it_was_ordered(self, hvfuse: CommandLine) -> None:
+        hvfuse.add_vm("vm")
+        assert hvfuse("mount", "vm") == 0
+        assert hvfuse("replicate", "vm") == 0
+        words = ("failover", "unplanned", "vm", "--point", "2026-11-22T18:30", "--boot", "--validate", "--yes")
+        killed_at(hvfuse, 1, *words)
+        interrupted(hvfuse, "Unplanned failover", "choose the recovery point", f"hvfuse {' '.join(words)}")
+
+    @pytest.mark.mount
     def test_a_test_failover_of_a_point_that_does_not_exist_fails_with_where_to_look(
         self, hvfuse: CommandLine, tmp_path: Path
     ) -> None:

@@ -88,7 +88,7 @@ class Drill:
         with open(folder / DISK, "wb") as file:
             file.truncate(64 << 20)
         run("mkfs.ext4", "-q", "-F", folder / DISK)
-        self.start_source()
+        self.source.start()
 
     def close(self) -> None:
         for home in (self.source, self.target):
@@ -98,9 +98,6 @@ class Drill:
             assert mounts_below(home.root) == []
 
     # The source ------------------------------------------------------------------------------------------------
-
-    def start_source(self) -> None:
-        self.source.start()
 
     def boot_source(self) -> Writer:
         """The guest on the source's mount, as its definition says, once it is replicated."""
@@ -125,7 +122,14 @@ class Drill:
         for pid in pids:
             kill(pid)
         self.source.buried()
-        wait_until(lambda: not processes_of(self.source.root), lambda: f"{processes_of(self.source.root)}")
+
+        def all_are_gone() -> bool:
+            left = processes_of(self.source.root)  # what `hvfuse run` may have started just before its own end
+            for pid in left:
+                kill(pid)
+            return not left
+
+        wait_until(all_are_gone, lambda: f"{processes_of(self.source.root)}")
         return began
 
     def disk_is(self, what: str) -> bool:
@@ -269,7 +273,7 @@ def give_back(drill: Drill, *, returns_early: bool) -> str:
     """The failover is cancelled, and the source goes on by itself: it is back by then, or comes back later."""
     drill.written_on(3)
     if returns_early:
-        drill.start_source()
+        drill.source.start()
         drill.source.wait_for_state(VM, "FailedOverWaitingCompletion")
         wait_until(lambda: drill.disk_is("held"), drill.source.logs)
     drill.target.json("failover", "cancel", VM, "--yes")
@@ -277,7 +281,7 @@ def give_back(drill: Drill, *, returns_early: bool) -> str:
     assert "UNMOUNTED" in drill.console.read_text(errors="replace"), "it was shut down by its power button"
     assert mounts_below(drill.target.root) == [] and not (drill.target.disks / VM).exists()
     if not returns_early:
-        drill.start_source()
+        drill.source.start()
     drill.source.wait_for_state(VM)
     wait_until(lambda: drill.disk_is("writable"), drill.source.logs)
     drill.wait_for_points_since(time.time_ns(), 1)
@@ -298,7 +302,7 @@ def commit(drill: Drill, report: Report) -> str:
     run("e2fsck", "-fn", copy)
     records = run("debugfs", "-R", "cat /records", copy).splitlines()
     assert [int(record[:8]) for record in records] == [*range(1, len(records) + 1)] and len(records) >= last
-    drill.start_source()
+    drill.source.start()
     drill.source.wait_for_state(VM, "FailedOver")
     wait_until(lambda: drill.disk_is("held"), drill.source.logs)
     return COMMITTED
