@@ -51,7 +51,11 @@ until [ -e /run/pressed ]; do
     n=$((n + 1))
     c=$(((c * 31 + n * 7919) % 2147483647))
     printf "%08d %-400s %010d\\n" $n "record of $n" $c >/run/record
-    dd if=/run/record of=/data/records bs=4k oflag=append conv=notrunc,fsync 2>/run/log || { cat /run/log; break; }
+    if ! dd if=/run/record of=/data/records bs=4k oflag=append conv=notrunc,fsync 2>/run/log; then
+        echo WRITE-FAILED
+        cat /run/log
+        break
+    fi
     echo "synced $n"
     # Something for the journal, and blocks that come and go.
     dd if=/dev/urandom of=/data/new bs=4k count=$((n % 7 + 1)) 2>/dev/null

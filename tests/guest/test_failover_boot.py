@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ import pytest
 
 from hvfuse.control.boot import plan_failed_over
 from hvfuse.control.config_file import ConfigFile
+from hvfuse.control.guest_monitor import Monitor
+from hvfuse.control.guest_plan import MONITOR
 from hvfuse.control.guest_settings import Mode, Site
 from hvfuse.words import time_text
 from tests.e2e.conftest import Installation, mounts_below, processes_of, run, wait_until
@@ -211,6 +214,20 @@ def guests_of(home: Installation) -> list[int]:
     return found
 
 
+def resume(monitor: Path) -> None:
+    """Have a qemu that is paused try again what it could not write."""
+    with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rw") as lines:
+        sock.connect(str(monitor))
+        for command in ("qmp_capabilities", "cont"):
+            lines.write(f'{{"execute": "{command}"}}\n')
+        lines.flush()
+        answers = 0
+        while answers < 2:
+            answer = json.loads(lines.readline())
+            assert "error" not in answer, answer
+            answers += "return" in answer
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Drill, Writer]]:
     """A drill whose guest writes: one for both tests, as a guest takes its time to boot."""
@@ -348,6 +365,29 @@ def test_a_guest_on_test_is_validated_beside_the_one_that_runs_and_ends_with_the
     assert measured["last_test_failover_validation"] == "passed"
     assert "passed" in target.hvfuse("measure", VM)
     guest.wait_until_synced(guest.synced() + 5)
+
+
+def test_a_source_that_runs_on_has_its_guest_pause_while_another_side_has_it_and_go_on_after_that(
+    running: tuple[Drill, Writer],
+) -> None:
+    drill, guest = running
+    monitor = Monitor(str(guest.console.parent), MONITOR)
+    guest.wait_until_synced(1)
+    drill.target.json("failover", "unplanned", VM, "--yes")
+    wait_until(lambda: monitor.status() == "io-error", drill.source.logs)
+    stood = guest.synced()
+    drill.target.json("failover", "cancel", VM, "--yes")
+    wait_until(lambda: drill.source.status(VM).get("state") == "Replicating", drill.source.logs)
+
+    def goes_on() -> bool:
+        resume(guest.console.parent / MONITOR)
+        time.sleep(0.2)  # until a disk that is still held has stopped it again
+        return monitor.status() == "running" and guest.synced() > stood
+
+    wait_until(goes_on, drill.source.logs)
+    guest.wait_until_synced(stood + 10)
+    assert wait_for_report(guest.console).is_sound and "WRITE-FAILED" not in guest.said()
+    drill.wait_for_points_since(time.time_ns(), 1)
 
 
 @pytest.mark.timeout(240 * ROUNDS)
