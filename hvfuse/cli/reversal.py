@@ -23,6 +23,8 @@ def give_way(session: Session, site: Site, *, into: str | None, yes: bool, dry_r
     vm = site.vm
     if dry_run:
         return show_plan(JobKind.REVERSE, vm, flows.GIVE_WAY, as_json=as_json)
+    if site.records.read(vm).giving_way is None:
+        reversing.demand_taken_over(site, wiring.party(site.home))
     logged = reversing.loss(site).logged
     what = f"this makes the disks of {vm} here the replica of what it has become on the other side" + (
         f"; {bytes_text(logged)} that were written here and never arrived there are dropped" if logged else ""

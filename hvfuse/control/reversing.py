@@ -19,7 +19,7 @@ from typing import Any
 
 from hvfuse import spool
 from hvfuse.control import flows
-from hvfuse.control.fence import Fence, judge, read_replica
+from hvfuse.control.fence import Fence, read_replica
 from hvfuse.control.job import JobKind
 from hvfuse.control.protection import end_shipper, nobody_ships, was_interrupted
 from hvfuse.control.site import Site
@@ -27,8 +27,8 @@ from hvfuse.control.sole_server import nobody_serves
 from hvfuse.errors import NotFoundError, StateError, UsageError
 from hvfuse.formats.image import is_disk_name
 from hvfuse.shipper.orders import Orders
-from hvfuse.states import AFTER_FAILOVER, FAILOVER_DONE, Event, ReplicationState, next_state
-from hvfuse.target import failing_over, handed_over, schema
+from hvfuse.states import AFTER_FAILOVER, Event, ReplicationState, next_state
+from hvfuse.target import failing_over, handed_over
 from hvfuse.target.failing_over import Party, where
 from hvfuse.target.store import Store
 
@@ -42,16 +42,15 @@ class Loss:
     doubtful: int
 
 
-def old_source(site: Site) -> schema.VmRecord | None:
-    """What the store says of the failover by which another side has this home's VM; None if this side has it, or none
-    of it is known. Raises HvfuseError."""
-    record = site.records.read(site.vm)
-    if record.giving_way is not None:
-        return read_replica(str(record.giving_way["shared"]), site.vm)
-    if record.state in FAILOVER_DONE and record.held is None:
-        return None
+def demand_taken_over(site: Site, party: Party) -> None:
+    """Raises StateError where the VM was failed over to this home, and that is not committed, or not to its end."""
+    if site.records.read(site.vm).state is not ReplicationState.DISABLED:
+        return
     replica = read_replica(site.store_path, site.vm)
-    return replica if judge(record, replica, site.home.identity()).held and replica is not None else None
+    if replica is not None and replica.failover is not None and replica.failover["home"] == party.home:
+        raise StateError(
+            f"{site.vm} was failed over to here, and is not this home's yet", hint=f"hvfuse failover commit {site.vm}"
+        )
 
 
 def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: handed_over.Progress) -> str:
