@@ -308,7 +308,9 @@ def _failover(site: Site) -> Iterator[Failover]:
 
     record = site.records.read(site.vm)
     if record.state in AFTER_FAILOVER and record.held is not None:
-        raise StateError(f"{site.vm} is {record.state}: {record.held}", hint="do it there")
+        is_prepared = record.state is ReplicationState.PREPARED_FOR_FAILOVER
+        hint = f"on the target; or take it back: hvfuse failover cancel {site.vm}" if is_prepared else "do it there"
+        raise StateError(f"{site.vm} is {record.state}: {record.held}", hint=hint)
     with site.location.open() as store:
         store.vm(site.vm)  # raises NotFoundError
         home, came_home = site.home, record.gave_way_ns is not None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -98,17 +98,22 @@ def _machine(state_dir: str, record: GuestRecord) -> Machine:
 # Booting --------------------------------------------------------------------------------------------------------
 
 
+def demand_bootable(plan: BootPlan) -> None:
+    """Raises UsageError if nothing says how the guest is booted."""
+    if plan.kind is Kind.NOTHING:
+        raise UsageError(
+            f"nothing says how the guest of {plan.vm} is booted",
+            hint=f'add to hvfuse.toml: [vm.{plan.vm}.guest] qemu = ["qemu-system-x86_64", …]; see docs/guests.md',
+        )
+
+
 def boot(plan: BootPlan) -> BootedGuest:
     """Boot a guest, or go on with a boot that was interrupted; one that runs is returned as it is.
 
     Raises UsageError if nothing says how; PrerequisiteError, BusyError, UnreachableError; StateError if another guest
     runs in its place; HvfuseError with what a hook or the guest said that failed.
     """
-    if plan.kind is Kind.NOTHING:
-        raise UsageError(
-            f"nothing says how the guest of {plan.vm} is booted",
-            hint=f'add to hvfuse.toml: [vm.{plan.vm}.guest] qemu = ["qemu-system-x86_64", …]; see docs/guests.md',
-        )
+    demand_bootable(plan)
     os.makedirs(plan.state_dir, mode=0o700, exist_ok=True)
     with _changing(plan.state_dir):
         record = guest_record.load(plan.state_dir)
@@ -207,13 +212,18 @@ def shut_down(state_dir: str, timeout: float = SHUTDOWN_SECONDS) -> Ending:
         return ending
 
 
-def validate(plan: BootPlan) -> Verdict:
-    """Whether what was failed over is sound, by the `validate` hook: exit code 0. Raises UsageError without one."""
+def demand_validatable(plan: BootPlan) -> None:
+    """Raises UsageError without a `validate` hook."""
     if not plan.validate:
         raise UsageError(
             f"nothing says how {plan.vm} is validated",
             hint=f'add to hvfuse.toml: [vm.{plan.vm}.guest] validate = ["/path/to/command"]',
         )
+
+
+def validate(plan: BootPlan) -> Verdict:
+    """Whether what was failed over is sound, by the `validate` hook: exit code 0. Raises UsageError without one."""
+    demand_validatable(plan)
     return run_command(plan.validate, plan.environment, seconds=plan.validate_timeout)
 
 
@@ -238,9 +248,11 @@ def plan_failed_over(
     directory: str,
     networks: Mapping[str, Network],
     site: Site = Site.TARGET,
+    disks: Collection[str] | None = None,
 ) -> BootPlan:
     """How the guest of `vm` is booted or validated on the disks in `directory`. `networks`: all of the configuration;
-    `site`: which side this is, unless it is a test. Raises UsageError, NotFoundError."""
+    `site`: which side this is, unless it is a test; `disks`: the names of those that are going to be there, None: look.
+    Raises UsageError, NotFoundError."""
     settings = policy.boot or BootSettings()
     directory = os.path.abspath(directory)
     return plan_boot(
@@ -249,7 +261,7 @@ def plan_failed_over(
         mode=mode,
         point=point,
         directory=directory,
-        disks=_disks(directory),
+        disks=_disks(directory) if disks is None else {name: os.path.join(directory, name) for name in disks},
         state_dir=guest_state_dir(home, vm, mode=mode, directory=directory),
         networks=networks_at(Site.TEST if mode is Mode.TEST else site, networks),
         addresses=policy.network_test if mode is Mode.TEST else policy.network,

@@ -24,8 +24,9 @@ from hvfuse.control.protection import was_interrupted
 from hvfuse.control.site import Site
 from hvfuse.control.sole_server import nobody_serves, start_tracker
 from hvfuse.control.supervisor import STANDING, is_standing, require_mountable
-from hvfuse.errors import BusyError, NotFoundError, StateError
+from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError
 from hvfuse.manifest import RecoveryPoint
+from hvfuse.mountpoint import check_mountpoint, clear_dead_mount
 from hvfuse.states import FAILOVER_DONE, FAILOVER_OPEN, Event, ReplicationState
 from hvfuse.target import failing_over, schema
 from hvfuse.target.failing_over import PLANNED, Party, state_of
@@ -79,7 +80,7 @@ class Failover:
         """Fail over. Returns the point. Idempotent: where the same failover stands, its disks are mounted again.
         Raises StateError, NotFoundError, BusyError, PrerequisiteError."""
         acts = {
-            flows.CHOOSE: lambda: self._choose(kind, options.point),
+            flows.CHOOSE: lambda: self._choose(kind, options),
             flows.TAKE: lambda: self._take(kind),
             flows.MOUNT: self._mount,
             flows.BOOT: lambda: self._guest.boot(kind, self._chosen.id),
@@ -99,7 +100,7 @@ class Failover:
         failover = failing_over.demand_mine(self._store.vm(self._vm), self._party)
         kind = str(failover["kind"])
         acts = {
-            flows.CHOOSE: lambda: self._choose_other(options.point),
+            flows.CHOOSE: lambda: self._choose_other(kind, options),
             flows.SHUT_DOWN: self._shut_down,
             flows.UNMOUNT: lambda: self._unmount(force=options.force),
             flows.DROP: self._drop,
@@ -164,8 +165,8 @@ class Failover:
                 hint=f"hvfuse replication reverse {self._vm}",
             )
 
-    def _choose(self, kind: str, wanted: str) -> str:
-        vm = self._store.vm(self._vm)
+    def _choose(self, kind: str, options: Options) -> str:
+        wanted, vm = options.point, self._store.vm(self._vm)
         self._demand_free()
         standing = vm.failover if state_of(vm) in FAILOVER_OPEN else None
         if state_of(vm) in FAILOVER_DONE:
@@ -175,12 +176,41 @@ class Failover:
         elif standing is not None and wanted == trial.LATEST:
             wanted = str(standing["point"])  # the same command goes on
         self._point = trial.choose(self._store.points(self._vm), wanted, vm=self._vm)
+        if standing is None:
+            self._demand_room()
+        self._demand_guest(kind, options)
         return self._told()
 
-    def _choose_other(self, wanted: str) -> str:
+    def _choose_other(self, kind: str, options: Options) -> str:
         self._demand_open()
-        self._point = trial.choose(self._store.points(self._vm), wanted, vm=self._vm)
+        self._point = trial.choose(self._store.points(self._vm), options.point, vm=self._vm)
+        self._demand_guest(kind, options)
         return self._told()
+
+    def _demand_guest(self, kind: str, options: Options) -> None:
+        """Raises UsageError if what is to boot or to validate is not described: before the source loses the VM. The
+        description may have come with the point; it is kept only if it will do."""
+        if not options.boot and not options.validate:
+            return
+        standing_now = standing(self._store, self._vm, self._party)
+        self._adopt(self._chosen.id)
+        try:
+            disks = [disk.name for disk in self._chosen.disks]
+            self._guest.demand(kind, self._chosen.id, disks, boot_it=options.boot, validate_it=options.validate)
+        except HvfuseError:
+            self._adopt(str(standing_now["point"]) if standing_now is not None else None)
+            raise
+
+    def _demand_room(self) -> None:
+        """Raises BusyError, UsageError, if the disks cannot be mounted, or are where theirs are to be."""
+        home, chosen = self._site.home, self._chosen
+        folder = home.folder(self._vm)
+        for disk in chosen.disks:
+            path = os.path.join(folder, disk.name)
+            if os.path.lexists(path) and not os.path.isdir(os.path.join(folder, STANDING)):
+                raise BusyError(f"{path}: is there already, where the failed-over disk is to be", hint=f"mv {path} …")
+        clear_dead_mount(home.mountpoint(self._vm))
+        check_mountpoint(home.mountpoint(self._vm))
 
     def _told(self) -> str:
         return f"{self._chosen.id}, {len(self._chosen.disks)} disks"
@@ -197,19 +227,13 @@ class Failover:
         require_mountable()
 
     def _take(self, kind: str) -> str:
-        chosen = self._chosen
-        folder = self._site.home.folder(self._vm)
-        for disk in chosen.disks:
-            path = os.path.join(folder, disk.name)
-            if os.path.lexists(path) and not os.path.isdir(os.path.join(folder, STANDING)):
-                raise BusyError(f"{path}: is there already, where the failed-over disk is to be", hint=f"mv {path} …")
         record = self._site.records.read(self._vm)
         vm = failing_over.fail_over(
             self._store,
             self._vm,
             self._party,
             kind=kind,
-            point_id=chosen.id,
+            point_id=self._chosen.id,
             comes_home=record.gave_way_ns is not None,
         )
         return f"epoch {vm.epoch}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from hvfuse.control import boot
@@ -29,6 +29,15 @@ class FailoverGuest:
         self.verdict: dict[str, Any] | None = None
         """What the validation hook said last."""
 
+    def demand(self, mode: str, point: str, disks: Collection[str], *, boot_it: bool, validate_it: bool) -> None:
+        """Before anything is done. Raises UsageError if what is asked for is nowhere described, or asks for disks or
+        networks that will not be there."""
+        plan = self._plan(mode, point, disks)
+        if boot_it:
+            boot.demand_bootable(plan)
+        if validate_it:
+            boot.demand_validatable(plan)
+
     def boot(self, mode: str, point: str) -> str:
         """Start it, unless it runs; returns what there is to say of it. Raises as `boot.boot`."""
         guest = boot.boot(self._plan(mode, point))
@@ -52,9 +61,9 @@ class FailoverGuest:
         state_dir = boot.guest_state_dir(self._home, self._vm, mode=Mode(mode), directory=self._directory)
         return f"the guest: {boot.shut_down(state_dir)}"
 
-    def _plan(self, mode: str, point: str) -> BootPlan:
+    def _plan(self, mode: str, point: str, disks: Collection[str] | None = None) -> BootPlan:
         config = self._config()
         return boot.plan_failed_over(
             self._home, config.policy(self._vm), self._vm, mode=Mode(mode), point=point, directory=self._directory,
-            networks=config.seen_by(self._vm).networks, site=self._site,
+            networks=config.seen_by(self._vm).networks, site=self._site, disks=disks,
         )  # fmt: skip

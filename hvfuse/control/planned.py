@@ -17,12 +17,13 @@ from hvfuse.control import flows
 from hvfuse.control.fence import ANSWER_SECONDS, deciding, read_replica, tell_tracker
 from hvfuse.control.job import JobKind
 from hvfuse.control.protection import LOCK_SECONDS, LOOK_SECONDS, end_shipper, was_interrupted
+from hvfuse.control.records import VmRecord
 from hvfuse.control.site import Site
 from hvfuse.control.sole_server import start_tracker
 from hvfuse.control.supervisor import require_mountable
 from hvfuse.errors import BusyError, HvfuseError, StateError
 from hvfuse.shipper.cycle import CycleReport
-from hvfuse.states import AFTER_FAILOVER, Event, ReplicationState, next_state
+from hvfuse.states import AFTER_FAILOVER, FAILOVER_DONE, FAILOVER_OPEN, Event, ReplicationState, next_state
 from hvfuse.target import failing_over
 from hvfuse.target.failing_over import Claim, Party
 
@@ -130,6 +131,16 @@ def _patiently(site: Site, ship: Callable[[], AbstractContextManager[Shipping]])
         yield shipping
 
 
+def _nothing_to_cancel(vm: str, record: VmRecord) -> StateError:
+    if record.state in FAILOVER_DONE and record.held is None:
+        what, hint = "its failover is committed, from which nothing leads back", f"hvfuse replication reverse {vm}"
+    elif record.state in FAILOVER_OPEN | FAILOVER_DONE:
+        what, hint = f"{record.held or 'another side has it'}", "do it there"
+    else:
+        what, hint = "no failover is prepared", f"hvfuse status {vm}"
+    return StateError(f"{vm} is {record.state}: {what}", hint=hint)
+
+
 def cancel(site: Site, party: Party) -> None:
     """Take a preparation back: the VM is replicated as before. Idempotent. Raises StateError where there is none,
     FencedError if the target has failed over by now."""
@@ -139,8 +150,7 @@ def cancel(site: Site, party: Party) -> None:
         was_interrupted(site, kind) for kind in (JobKind.PLANNED_FAILOVER, JobKind.CANCEL_FAILOVER)
     )
     if record.state is not ReplicationState.PREPARED_FOR_FAILOVER and not is_left:
-        what = "cancel it there" if record.state in AFTER_FAILOVER else "no failover is prepared"
-        raise StateError(f"{site.vm} is {record.state}: {what}", hint=f"hvfuse status {site.vm}")
+        raise _nothing_to_cancel(site.vm, record)
 
     def reopen() -> None:
         with site.location.open() as store:

@@ -219,7 +219,7 @@ def demand_mine(vm: VmRecord, me: Party) -> Mapping[str, Any]:
     if vm.failover is None:
         raise StateError(
             f"the replica of {vm.name} is {state_of(vm)}: it is not failed over",
-            hint=f"hvfuse failover unplanned {vm.name}",
+            hint=f"hvfuse status {vm.name}",
         )
     if vm.failover["home"] != me.home:
         raise StateError(f"{vm.name} is failed over to {where(vm.failover)}", hint="do it there")
