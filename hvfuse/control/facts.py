@@ -133,7 +133,8 @@ class Facts:
         disks nor a say in its replication."""
         record, replica = self.record, self.target.replica if self.target is not None else None
         is_ours = record.state is not ReplicationState.DISABLED or (record.enabled is not None)
-        return replica is not None and not is_ours and not any(is_disk_name(name) for name in self.names or ())
+        has_disks = any(is_disk_name(name) for name in self.names or ())  # those left out stay where a side gave way
+        return replica is not None and not is_ours and (record.gave_way_ns is not None or not has_disks)
 
     @property
     def has_record(self) -> bool:

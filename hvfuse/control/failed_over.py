@@ -25,6 +25,7 @@ from hvfuse.control.site import Site
 from hvfuse.control.sole_server import nobody_serves, start_tracker
 from hvfuse.control.supervisor import STANDING, is_standing, require_mountable
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError
+from hvfuse.formats.image import is_disk_name
 from hvfuse.manifest import RecoveryPoint
 from hvfuse.mountpoint import check_mountpoint, clear_dead_mount
 from hvfuse.states import FAILOVER_DONE, FAILOVER_OPEN, Event, ReplicationState
@@ -202,13 +203,12 @@ class Failover:
             raise
 
     def _demand_room(self) -> None:
-        """Raises BusyError, UsageError, if the disks cannot be mounted, or are where theirs are to be."""
-        home, chosen = self._site.home, self._chosen
-        folder = home.folder(self._vm)
-        for disk in chosen.disks:
-            path = os.path.join(folder, disk.name)
-            if os.path.lexists(path) and not os.path.isdir(os.path.join(folder, STANDING)):
-                raise BusyError(f"{path}: is there already, where the failed-over disk is to be", hint=f"mv {path} …")
+        """Raises BusyError, UsageError, if the disks cannot be mounted, or there are others in their folder: also one
+        that was left out when this side gave way, as whoever finds it takes the disks for plain ones already."""
+        home, folder = self._site.home, self._site.home.folder(self._vm)
+        found = os.listdir(folder) if os.path.isdir(folder) and not is_standing(folder) else []
+        for path in sorted(os.path.join(folder, name) for name in found if is_disk_name(name)):
+            raise BusyError(f"{path}: is there already, where the failed-over disks are to be", hint=f"mv {path} …")
         clear_dead_mount(home.mountpoint(self._vm))
         check_mountpoint(home.mountpoint(self._vm))
 

@@ -22,6 +22,7 @@ from hvfuse.control import flows
 from hvfuse.control.fence import Fence, read_replica
 from hvfuse.control.job import JobKind
 from hvfuse.control.protection import end_shipper, nobody_ships, was_interrupted
+from hvfuse.control.records import VmRecord
 from hvfuse.control.site import Site
 from hvfuse.control.sole_server import nobody_serves
 from hvfuse.errors import NotFoundError, StateError, UsageError
@@ -123,10 +124,12 @@ def _note_giving_way(site: Site, fence: Fence, shared: str, into: str) -> None:
     """Put down what is to be done, before anything is: what is moved is not found in the folder any more."""
     fence.enforce()
     record = site.records.read(site.vm)
+    if record.state not in AFTER_FAILOVER - {ReplicationState.PREPARED_FOR_FAILOVER}:
+        raise _not_from_here(site.vm, record)
     next_state(record.state, Event.GIVE_WAY, what=site.vm)
     replica = read_replica(shared, site.vm)
     if replica is None or record.held is None:
-        raise StateError(f"{site.vm} was not failed over from here", hint=f"hvfuse status {site.vm}")
+        raise _not_from_here(site.vm, record)
     if os.path.realpath(shared) == os.path.realpath(into):
         raise UsageError(
             f"{into}: is the store of the other side: the disks need one of this home's own",
@@ -143,6 +146,15 @@ def _note_giving_way(site: Site, fence: Fence, shared: str, into: str) -> None:
             "disks": disks, "store": into, "shared": shared, "primary": primary, "epoch": replica.epoch,
         },
     )  # fmt: skip
+
+
+def _not_from_here(vm: str, record: VmRecord) -> StateError:
+    """Why there is nothing to reverse."""
+    if record.state is ReplicationState.DISABLED and record.gave_way_ns is not None:
+        hint = f"where the VM is: hvfuse replication reverse {vm}"
+        return StateError(f"{vm}: its disks here have been made the replica already", hint=hint)
+    what = "it was neither failed over from here nor, for good, to here"
+    return StateError(f"{vm} is {record.state}: {what}", hint=f"hvfuse status {vm}")
 
 
 def _disks(site: Site) -> list[str]:

@@ -331,8 +331,12 @@ class Supervisor:
             raise failures[0]
 
     def _may_take(self, vm: str, *, at_start: bool) -> bool:
-        """Whether the folder is one that was taken up before, or our own, or a new one that is complete."""
+        """Whether the folder is one that was taken up before, or our own, or a new one that is complete; not what is
+        left of a VM that another side has now: its disks are to be mounted there when it comes home."""
         record = self._records.read(vm)
+        is_left = record.gave_way_ns is not None and record.state is ReplicationState.DISABLED
+        if is_left and record.enabled is None and not is_standing(self._home.folder(vm)):
+            return False
         known = vm == self._sample or record.state is not ReplicationState.DISABLED or record.enabled is not None
         known = known or is_standing(self._home.folder(vm))
         return known or self._arrivals.is_settled(vm, at_start=at_start)

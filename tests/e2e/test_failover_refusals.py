@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tests.e2e.conftest import Installation, qemu_io
@@ -57,6 +58,8 @@ def test_no_refusal_leads_to_a_failover_that_nobody_wanted(pair: Pair, disk: Pat
         for words in (("commit", "web"), ("change-point", "web", "--point", "latest")):
             said = home.hvfuse("failover", *words, "--yes", code=13)
             assert "hvfuse status web" in said and "unplanned" not in said
+        said = home.hvfuse("replication", "reverse", "web", "--yes", code=13)
+        assert "failed over from here" in said and "hvfuse status web" in said
     assert "no failover is prepared" in source.hvfuse("failover", "cancel", "web", "--yes", code=13)
 
     source.hvfuse("failover", "planned", "web", "--yes")
@@ -68,3 +71,34 @@ def test_no_refusal_leads_to_a_failover_that_nobody_wanted(pair: Pair, disk: Pat
     target.hvfuse("failover", "commit", "web", "--yes", "--wait")
     said = target.hvfuse("failover", "cancel", "web", "--yes", code=13)
     assert "committed, from which nothing leads back" in said and "replication reverse" in said and "there" not in said
+
+
+def test_a_disk_that_is_left_out_does_not_make_a_vm_of_what_gave_way(pair: Pair, disk: Path) -> None:
+    source, target = pair.source, pair.target
+    (source.disks / "web" / "swap.raw").write_bytes(bytes(1 << 20))
+    with open(source.root / "hvfuse.toml", "a") as file:
+        file.write('[vm.web]\nexclude = ["swap.raw"]\n')
+    source.hvfuse("umount", "web")
+    source.hvfuse("mount", "web")
+    source.hvfuse("replicate", "web")
+    source.hvfuse("failover", "planned", "web", "--yes")
+    target.hvfuse("failover", "planned", "web")
+    target.hvfuse("failover", "commit", "web", "--yes", "--wait")
+    source.hvfuse("replication", "reverse", "web", "--yes")
+    assert os.listdir(source.disks / "web") == ["swap.raw"]
+    source.start()
+    assert entry(source)["role"] == "replica"
+    assert "already" in source.hvfuse("replication", "reverse", "web", "--yes", code=13)
+
+    target.hvfuse("replication", "reverse", "web")
+    target.hvfuse("replicate", "web")
+    found = entry(source)
+    assert (found["role"], found["state"]) == ("replica", "Replicating")
+    target.hvfuse("failover", "planned", "web", "--yes")
+    assert not os.path.ismount(source.mnt / "web"), "nothing else is served in its place"
+    assert "swap.raw" in source.hvfuse("failover", "planned", "web", code=6)
+    assert state(source) == "PreparedForFailover"
+    (source.disks / "web" / "swap.raw").rename(source.root / "swap.raw")
+    source.hvfuse("failover", "planned", "web")
+    source.hvfuse("failover", "commit", "web", "--yes", "--wait")
+    assert (source.mnt / "web" / disk.name).exists()
