@@ -247,9 +247,16 @@ def commit(session: Session, vm: str, *, wait: bool, yes: bool, dry_run: bool, a
         if as_json:
             emit_json({"vm": vm, "state": ReplicationState.FAILED_OVER, "next_command": following})
             return None
-        click.echo(f"{vm} is this home's now; its disks are hydrated" + ("" if wait else " in the background"))
+        click.echo(f"{vm} is this home's now; its disks are hydrated" + _hydrated_by(site, wait=wait))
         click.echo(f"to protect it again, first on the side that it came from, then here: {following}")
         return None
+
+
+def _hydrated_by(site: Site, *, wait: bool) -> str:
+    """Who does it."""
+    if wait:
+        return ""
+    return " in the background" if site.is_mounted else f" once it is mounted: hvfuse mount {site.vm}"
 
 
 def wait_hydrated(site: Site, *, quiet: bool) -> None:

@@ -27,7 +27,11 @@ def give_way(session: Session, site: Site, *, into: str | None, yes: bool, dry_r
         reversing.demand_taken_over(site, wiring.party(site.home))
     logged = reversing.loss(site).logged
     what = f"this makes the disks of {vm} here the replica of what it has become on the other side" + (
-        f"; {bytes_text(logged)} that were written here and never arrived there are dropped" if logged else ""
+        "; what was written here and never arrived there is dropped, and nobody can tell how much that is"
+        if logged is None
+        else f"; {bytes_text(logged)} that were written here and never arrived there are dropped"
+        if logged
+        else ""
     )
     consent(what, "Give way?", yes=yes, command=f"hvfuse replication reverse {vm}")
     fence = wiring.fence_of(site.home, session.config_file, vm, site.records)

@@ -72,6 +72,7 @@ class Failover:
         self._guest = guest
         self._adopt = adopt
         self._point: RecoveryPoint | None = None
+        self._wants_latest = False
         self._alone = contextlib.ExitStack()
         """That nobody serves the VM meanwhile."""
 
@@ -177,6 +178,7 @@ class Failover:
         elif standing is not None and wanted == trial.LATEST:
             wanted = str(standing["point"])  # the same command goes on
         self._point = trial.choose(self._store.points(self._vm), wanted, vm=self._vm)
+        self._wants_latest = wanted == trial.LATEST
         if standing is None:
             self._demand_room()
         self._demand_guest(kind, options)
@@ -235,8 +237,12 @@ class Failover:
             kind=kind,
             point_id=self._chosen.id,
             comes_home=record.gave_way_ns is not None,
+            is_newest=kind != PLANNED and self._wants_latest,
         )
-        return f"epoch {vm.epoch}"
+        assert vm.failover is not None
+        if vm.failover["point"] != self._chosen.id:  # one more came just now
+            self._point = self._store.point(self._vm, str(vm.failover["point"]))
+        return f"epoch {vm.epoch}, at recovery point {self._chosen.id}"
 
     def _mount(self) -> str:
         home = self._site.home

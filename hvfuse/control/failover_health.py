@@ -70,7 +70,8 @@ def _fenced(facts: Facts, state: ReplicationState) -> Reason:
         f"{held}: its disks are read-only here. There, `hvfuse failover commit {vm}` keeps what the VM has become, and "
         f"`hvfuse failover cancel {vm}` gives it back"
     )
-    return warning("fenced", text, f"{there} failover cancel {vm}" if there else None)
+    # What is typed next drops, or makes final, what the other side has: here it is only looked at.
+    return warning("fenced", text, f"{there} status {vm}" if there else None)
 
 
 def _there(facts: Facts) -> str | None:

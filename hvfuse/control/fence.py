@@ -226,9 +226,14 @@ class FenceWatch:
     def _run(self) -> None:
         while not self._ended.wait(LOOK_SECONDS):
             try:
-                for fence in self._fences():
-                    if self._ended.is_set():
-                        return
-                    fence.enforce()
-            except (HvfuseError, OSError) as error:  # told by the statuses, too
+                fences = self._fences()
+            except (HvfuseError, OSError) as error:
                 _log.warning("%s", error)
+                continue
+            for fence in fences:
+                if self._ended.is_set():
+                    return
+                try:
+                    fence.enforce()
+                except (HvfuseError, OSError) as error:  # told by the statuses, too; and no other VM's trouble
+                    _log.warning("%s", error)

@@ -75,7 +75,9 @@ def is_protected(record: VmRecord) -> bool:
 def commands(vm: str, state: ReplicationState, *, paused: bool = False) -> tuple[str, ...]:
     """What may be ordered of a VM in that state. `paused`: replication is suspended, and first of all to be resumed."""
     allowed = {Event.RESUME, Event.DISABLE} if paused else _COMMANDS.keys()
-    possible = allowed_commands(state)
+    possible = set(allowed_commands(state))
+    if state is not ReplicationState.PREPARED_FOR_FAILOVER:
+        possible.discard(Event.CANCEL_FAILOVER)  # that is the other side's, once it has failed over
     return tuple(text.format(vm=vm) for event, text in _COMMANDS.items() if event in possible and event in allowed)
 
 
@@ -174,8 +176,9 @@ def _failures(facts: Facts, state: ReplicationState) -> Iterator[Reason]:
         record.error is None
         or facts.names is None
         or (_is_held_at_target(facts) and record.hint == _resume_replica(facts.vm))
+        or (record.held is not None and state in AFTER_FAILOVER)
     ):
-        return  # `_target` says it
+        return  # `_target` says it, or `source_reasons`
     is_stuck = state is ReplicationState.ERROR
     is_critical = _is_late(facts) or is_stuck or state in OF_RESYNC - COPYING
     yield Reason(

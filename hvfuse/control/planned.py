@@ -21,7 +21,7 @@ from hvfuse.control.records import VmRecord
 from hvfuse.control.site import Site
 from hvfuse.control.sole_server import start_tracker
 from hvfuse.control.supervisor import require_mountable
-from hvfuse.errors import BusyError, HvfuseError, StateError
+from hvfuse.errors import BusyError, StateError, UnreachableError
 from hvfuse.shipper.cycle import CycleReport
 from hvfuse.states import AFTER_FAILOVER, FAILOVER_DONE, FAILOVER_OPEN, Event, ReplicationState, next_state
 from hvfuse.target import failing_over
@@ -161,7 +161,7 @@ def cancel(site: Site, party: Party) -> None:
         with deciding(site.home, site.vm):
             if not is_left:
                 site.records.apply(site.vm, Event.CANCEL_FAILOVER, held=None, prepared=None)
-            with contextlib.suppress(HvfuseError):
+            with contextlib.suppress(UnreachableError):  # one that does not run holds nothing
                 tell_tracker(site.home, site.vm, None)
 
     steps = [step.name for step in flows.REOPEN]

@@ -25,7 +25,7 @@ from hvfuse.control.protection import end_shipper, nobody_ships, was_interrupted
 from hvfuse.control.records import VmRecord
 from hvfuse.control.site import Site
 from hvfuse.control.sole_server import nobody_serves
-from hvfuse.errors import NotFoundError, StateError, UsageError
+from hvfuse.errors import HvfuseError, NotFoundError, StateError, UsageError
 from hvfuse.formats.image import is_disk_name
 from hvfuse.shipper.orders import Orders
 from hvfuse.states import AFTER_FAILOVER, Event, ReplicationState, next_state
@@ -36,11 +36,10 @@ from hvfuse.target.store import Store
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """What a side that gives way holds that the other one never got: `logged`: bytes in its logs; `doubtful`: bytes
-    of regions in which more may have been written."""
+    """What a side that gives way holds that the other one never got. `logged`: bytes in its logs; None if nobody can
+    tell."""
 
-    logged: int
-    doubtful: int
+    logged: int | None
 
 
 def demand_taken_over(site: Site, party: Party) -> None:
@@ -177,9 +176,9 @@ def loss(site: Site) -> Loss:
     """What goes with the old source's disks: a lower bound, from its logs."""
     try:
         logs = spool.list_logs(site.home.folder(site.vm))
-        return Loss(logged=sum(log.header.stored_bytes for log in logs), doubtful=0)
-    except (OSError, StateError):
-        return Loss(logged=0, doubtful=0)
+        return Loss(logged=sum(log.header.stored_bytes for log in logs))
+    except (OSError, HvfuseError):
+        return Loss(logged=None)
 
 
 # The side that has the VM --------------------------------------------------------------------------------------

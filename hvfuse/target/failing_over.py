@@ -159,8 +159,18 @@ def withdraw(store: Store, vm_name: str, claim: Claim) -> None:
 # Failover: the target's part -----------------------------------------------------------------------------------
 
 
-def fail_over(store: Store, vm_name: str, me: Party, *, kind: str, point_id: str, comes_home: bool = False) -> VmRecord:
-    """Fail the VM over to the home `me` at a recovery point, which is pinned. Returns the VM's record.
+def fail_over(
+    store: Store,
+    vm_name: str,
+    me: Party,
+    *,
+    kind: str,
+    point_id: str,
+    comes_home: bool = False,
+    is_newest: bool = False,
+) -> VmRecord:
+    """Fail the VM over to the home `me` at a recovery point, which is pinned. Returns the VM's record. `is_newest`: at
+    the newest point by now, whichever that is: one that the source was told of must not be left out.
 
     Idempotent for the same home and point. Raises StateError (not possible now, or another failover stands),
     NotFoundError.
@@ -175,10 +185,11 @@ def fail_over(store: Store, vm_name: str, me: Party, *, kind: str, point_id: str
         after = next_state(state, event, what=f"the replica of {vm_name}")
         if kind == PLANNED:
             _demand_prepared(vm, state, point_id)
-        point = store.load_point(txn, vm, point_id)
+        newest = store.newest_point(txn, vm) if is_newest else None
+        point = newest or store.load_point(txn, vm, point_id)
         epoch = store.raise_epoch(txn, above=vm.epoch)
         failover = {
-            "kind": kind, "point": point_id, "pin": _put_pin(txn, store, vm, point_id, me), "epoch": epoch,
+            "kind": kind, "point": point.id, "pin": _put_pin(txn, store, vm, point.id, me), "epoch": epoch,
             **me.as_json(), "since_ns": store.clock.now_ns(), "point_ns": point.time_ns,
         }  # fmt: skip
         vm = replace(vm, state=after.value, epoch=epoch, prepared=None, failover=failover, returns_to=None)

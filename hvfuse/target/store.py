@@ -165,7 +165,7 @@ class Store:
             record = self.load_vm(txn, vm)
             if point_id is not None:
                 return self.load_point(txn, record, point_id).recovery_point(vm)
-            newest = self._newest_point(txn, record)
+            newest = self.newest_point(txn, record)
             if newest is None:
                 raise NotFoundError(f"{vm} has no recovery point yet", hint=f"hvfuse replicate {vm}")
             return newest.recovery_point(vm)
@@ -195,7 +195,8 @@ class Store:
         """The recovery points, oldest first."""
         return (cycle for cycle in self.scan_cycles(txn, vm) if cycle.is_point)
 
-    def _newest_point(self, txn: Txn, vm: VmRecord) -> PointRecord | None:
+    def newest_point(self, txn: Txn, vm: VmRecord) -> PointRecord | None:
+        """The newest recovery point; None without any."""
         for seq in range(vm.head_seq, vm.base_seq - 1, -1):
             raw = txn.get(schema.point_key(vm.id, seq), db=self.env.db(schema.POINTS))
             if raw is not None:
@@ -223,7 +224,7 @@ class Store:
         """How many recovery points there are, the newest of them, and the replica's state. Raises NotFoundError."""
         with self.env.read() as txn:
             record = self.load_vm(txn, vm)
-            newest = self._newest_point(txn, record)
+            newest = self.newest_point(txn, record)
             point = None if newest is None else newest.recovery_point(vm)
             return len(self.listed(txn, record)), point, record.state
 
