@@ -28,7 +28,7 @@ from .failover_stages import Stages
 
 pytestmark = pytest.mark.mount
 
-SAMPLE = 6
+SAMPLE = 4
 """Cases of a sample, which take some five seconds each, and what they begin from as much again."""
 IN_THE_BACKGROUND = {"Hydrate disks", "Resynchronize", "Initial replication", "Finalize protection"}
 FENCE_SECONDS = 5.0

@@ -27,7 +27,7 @@ from tests.e2e.two_homes import VM, Side
 from tests.e2e.worlds import World
 
 EXAMPLES = int(os.environ.get("HVFUSE_EXAMPLES", "1"))
-STEPS = int(os.environ.get("HVFUSE_STEPS", "18"))
+STEPS = int(os.environ.get("HVFUSE_STEPS", "12"))
 ROUNDS = 12
 """Of what it may take to lead a story to its end."""
 

@@ -37,7 +37,7 @@ from hvfuse.target.store import Store
 from tests.dying import done_until
 from tests.target.model import Source, contents, send
 
-EXAMPLES = int(os.environ.get("HVFUSE_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("HVFUSE_EXAMPLES", "4"))
 SIZE, DISK = 3_000, "a.raw"
 OTHER = {"s": "t", "t": "s"}
 HOMES, STORES = st.sampled_from("st"), st.sampled_from("st")
