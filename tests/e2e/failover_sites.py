@@ -55,23 +55,13 @@ class Side:
     def do(self, *words: str, harm: Mapping[str, Any] | None = None) -> Answer:
         """A command in a child process; its exit code (-9: it was killed) and what it said."""
         out = self.root.parent / "out"
-        child = os.fork()
-        if child == 0:
-            try:
-                fd = os.open(out, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-                for number in (1, 2):
-                    os.dup2(fd, number)
-                sys.stdin.close()
-                sys.stdout = sys.stderr = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
-                os.environ.update(self.environment(harm))
-                harmed.run(["--home", str(self.root), *words])
-            except SystemExit as end:
-                with contextlib.suppress(OSError):
-                    sys.stdout.flush()
-                os._exit(end.code if isinstance(end.code, int) else 1)
-            finally:
-                os._exit(70)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        program = [sys.executable, "-P", harmed.__file__, "--home", str(self.root), *words]
+        with open(out, "wb") as file:
+            environment = {**os.environ, **self.environment(harm)}
+            done = subprocess.run(
+                program, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, timeout=180, check=False
+            )
+        code = done.returncode
         return Answer(code, out.read_text(errors="replace"))
 
     def type(self, line: str) -> Answer:
