@@ -239,7 +239,7 @@ class Trial:
         self.source, self.target = sites.side(case.flow.source), sites.side(case.flow.target)
         self.at = sites.side(case.flow.at)
         words = [
-            sites.notes["point1"] if word == "POINT" and "point1" in sites.notes else word for word in case.flow.words
+            sites.notes["point1"] if word == "POINT" and case.flow.source == "S" else word for word in case.flow.words
         ]
         self.words = ["latest" if word == "POINT" else word for word in words]
 
