@@ -25,7 +25,7 @@ def give_way(session: Session, site: Site, *, into: str | None, yes: bool, dry_r
         return show_plan(JobKind.REVERSE, vm, flows.GIVE_WAY, as_json=as_json)
     if site.records.read(vm).giving_way is None:
         reversing.demand_taken_over(site, wiring.party(site.home))
-    logged = reversing.loss(site).logged
+    logged = reversing.unsent_bytes(site)
     what = f"this makes the disks of {vm} here the replica of what it has become on the other side" + (
         "; what was written here and never arrived there is dropped, and nobody can tell how much that is"
         if logged is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
@@ -21,11 +20,10 @@ from hvfuse.target import standing
 
 if TYPE_CHECKING:
     from hvfuse.target.hydration import Progress
+    from hvfuse.target.store import Store
     from hvfuse.target.view import Point
 
 HYDRATE_STEP, RELEASE_STEP = "hydrate", "let the replica go"
-
-_log = logging.getLogger(__name__)
 
 
 def is_failed_over(home: Home, vm: str) -> bool:
@@ -107,10 +105,7 @@ def serve_failed_over(session: Session, home: Home, vm: str, records: Records) -
 class _Hydrating:
     """What the records and the store are told on the way. Called by one thread at a time."""
 
-    def __init__(self, session: Session, home: Home, vm: str, records: Records, store: object) -> None:
-        from hvfuse.target.store import Store
-
-        assert isinstance(store, Store)
+    def __init__(self, session: Session, home: Home, vm: str, records: Records, store: Store) -> None:
         self._store = store
         self._vm = vm
         self._home = home
@@ -127,8 +122,8 @@ class _Hydrating:
         failover = standing_failover(self._store, self._vm, self._party)
         if failover is None:
             raise StateError(
-                f"{self._vm}: {os.path.join(self._home.folder(self._vm), '.failover')} is of a failover that does not "
-                "stand any more",
+                f"{self._vm}: {standing.overlays(self._home.folder(self._vm))} is of a failover that does "
+                "not stand any more",
                 hint=f"hvfuse failover cancel {self._vm}",
             )
         return PointReader(self._store, self._vm, str(failover["point"]))

@@ -23,7 +23,7 @@ from hvfuse.control.job import JobKind
 from hvfuse.control.protection import was_interrupted
 from hvfuse.control.site import Site
 from hvfuse.control.sole_server import nobody_serves, start_tracker
-from hvfuse.control.supervisor import STANDING, is_standing, require_mountable
+from hvfuse.control.supervisor import is_standing, require_mountable
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, StateError
 from hvfuse.formats.image import is_disk_name
 from hvfuse.manifest import RecoveryPoint
@@ -31,7 +31,7 @@ from hvfuse.mountpoint import check_mountpoint, clear_dead_mount
 from hvfuse.states import FAILOVER_DONE, FAILOVER_OPEN, Event, ReplicationState
 from hvfuse.target import failing_over, schema
 from hvfuse.target.failing_over import PLANNED, Party, state_of
-from hvfuse.target.standing import drop
+from hvfuse.target.standing import drop, overlays
 from hvfuse.target.store import Store
 
 KINDS = {PLANNED: JobKind.PLANNED_FAILOVER, failing_over.UNPLANNED: JobKind.UNPLANNED_FAILOVER}
@@ -170,16 +170,15 @@ class Failover:
     def _choose(self, kind: str, options: Options) -> str:
         wanted, vm = options.point, self._store.vm(self._vm)
         self._demand_free()
-        standing = vm.failover if state_of(vm) in FAILOVER_OPEN else None
-        if state_of(vm) in FAILOVER_DONE:
-            self._demand_open()
+        self._demand_open()
+        stands = vm.failover if state_of(vm) in FAILOVER_OPEN else None
         if kind == PLANNED and vm.prepared is not None:
             wanted = str(vm.prepared["point"])
-        elif standing is not None and wanted == trial.LATEST:
-            wanted = str(standing["point"])  # the same command goes on
+        elif stands is not None and wanted == trial.LATEST:
+            wanted = str(stands["point"])  # the same command goes on
         self._point = trial.choose(self._store.points(self._vm), wanted, vm=self._vm)
         self._wants_latest = wanted == trial.LATEST
-        if standing is None:
+        if stands is None:
             self._demand_room()
         self._demand_guest(kind, options)
         return self._told()
@@ -246,7 +245,7 @@ class Failover:
 
     def _mount(self) -> str:
         home = self._site.home
-        os.makedirs(os.path.join(home.folder(self._vm), STANDING), mode=0o700, exist_ok=True)
+        os.makedirs(overlays(home.folder(self._vm)), mode=0o700, exist_ok=True)
         home.make_vm(self._vm)
         self._adopt(self._chosen.id)
         self._alone.close()

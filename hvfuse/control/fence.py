@@ -125,9 +125,15 @@ class Fence:
     def look(self) -> Verdict:
         """Ask the store, and have the record say what it said. Durable. Where it cannot be asked, the policy says
         whether a process that begins may serve the disks. Raises HvfuseError of the records alone."""
+        return self._decide(lambda verdict: None)
+
+    def _decide(self, then: Callable[[Verdict], None]) -> Verdict:
+        """Look, and act on it, before anybody else decides."""
         try:
             with deciding(self._home, self._vm):
-                return self._look()
+                verdict = self._look()
+                then(verdict)
+                return verdict
         except BusyError as error:
             return self._unasked(self._records.read(self._vm), error)
 
@@ -157,16 +163,11 @@ class Fence:
     def enforce(self) -> Verdict:
         """Look, and have the tracker that runs hold the disks, or let them go; as long as the store cannot be asked,
         it goes on as it does. Raises as `look`."""
-        try:
-            with deciding(self._home, self._vm):
-                verdict = self._look()
-                if verdict.is_asked:
-                    self._tell(verdict)
-                return verdict
-        except BusyError as error:
-            return self._unasked(self._records.read(self._vm), error)
+        return self._decide(self._tell)
 
     def _tell(self, verdict: Verdict) -> None:
+        if not verdict.is_asked:
+            return
         try:
             tell_tracker(self._home, self._vm, verdict.held)
         except HvfuseError as error:

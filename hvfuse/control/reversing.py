@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from hvfuse import spool
@@ -30,16 +29,8 @@ from hvfuse.formats.image import is_disk_name
 from hvfuse.shipper.orders import Orders
 from hvfuse.states import AFTER_FAILOVER, Event, ReplicationState, next_state
 from hvfuse.target import failing_over, handed_over
-from hvfuse.target.failing_over import Party, where
+from hvfuse.target.failing_over import Party
 from hvfuse.target.store import Store
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loss:
-    """What a side that gives way holds that the other one never got. `logged`: bytes in its logs; None if nobody can
-    tell."""
-
-    logged: int | None
 
 
 def demand_taken_over(site: Site, party: Party) -> None:
@@ -53,8 +44,8 @@ def demand_taken_over(site: Site, party: Party) -> None:
         )
 
 
-def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: handed_over.Progress) -> str:
-    """Make this side the target: its disks become the replica in the store `into`. Returns where the VM is.
+def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: handed_over.Progress) -> None:
+    """Make this side the target: its disks become the replica in the store `into`.
 
     Idempotent: goes on where it was killed. Raises StateError (the VM was not failed over, or that is not committed),
     BusyError naming who uses a disk, NotFoundError, NoSpaceError.
@@ -63,11 +54,10 @@ def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: han
     is_done = before.giving_way is None and before.gave_way_ns is not None and was_interrupted(site, JobKind.REVERSE)
     shared = site.store_path if before.giving_way is None else None
 
-    def check() -> str:
+    def check() -> None:
         if shared is not None:
             _note_giving_way(site, fence, shared, into)
         alone.enter_context(nobody_serves(site.home, site.vm, clock=site.clock))
-        return ""
 
     def release() -> None:
         end_shipper(site)
@@ -113,10 +103,8 @@ def give_way(site: Site, party: Party, fence: Fence, *, into: str, progress: han
     ):
         if is_done:
             job.note("an earlier command had done so")
-            return str(before.store)
-        primary = where(_kept(site)["primary"]) if shared is None else ""
-        flows.drive(job, flows.GIVE_WAY, acts)
-    return primary or str(site.records.read(site.vm).store)
+        else:
+            flows.drive(job, flows.GIVE_WAY, acts)
 
 
 def _note_giving_way(site: Site, fence: Fence, shared: str, into: str) -> None:
@@ -172,13 +160,14 @@ def _party(fields: dict[str, str]) -> Party:
     return Party(home=fields["home"], root=fields["root"], host=fields["host"])
 
 
-def loss(site: Site) -> Loss:
-    """What goes with the old source's disks: a lower bound, from its logs."""
+def unsent_bytes(site: Site) -> int | None:
+    """What the old source's logs hold that the other side never got, a lower bound of what goes with its disks; None if
+    nobody can tell."""
     try:
         logs = spool.list_logs(site.home.folder(site.vm))
-        return Loss(logged=sum(log.header.stored_bytes for log in logs))
+        return sum(log.header.stored_bytes for log in logs)
     except (OSError, HvfuseError):
-        return Loss(logged=None)
+        return None
 
 
 # The side that has the VM --------------------------------------------------------------------------------------

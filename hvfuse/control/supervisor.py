@@ -42,8 +42,6 @@ SHIPPER_GRACE = 15.0
 """Seconds that a shipper has to end by itself; it may be killed at any time without loss."""
 ASK_SECONDS = 1.0
 """How often a tracker whose mount is in use is asked again."""
-STANDING = spool.FAILOVER
-"""In a VM's folder: what was written to its failed-over disks."""
 _FORCE = 2
 """Asked so often, a mount is ended whoever uses it."""
 
@@ -61,7 +59,7 @@ def find_vms(home: Home) -> list[str]:
 
 def is_standing(folder: str) -> bool:
     """Whether the folder is that of a VM that was failed over to here, and whose disks are not hydrated yet."""
-    return os.path.isdir(os.path.join(folder, STANDING))
+    return os.path.isdir(os.path.join(folder, spool.FAILOVER))
 
 
 def has_disk(folder: str) -> bool:

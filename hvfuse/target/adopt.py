@@ -17,18 +17,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hvfuse import system
-from hvfuse.consistency import Consistency
 from hvfuse.errors import BusyError, HvfuseError, NotFoundError, UsageError
 from hvfuse.formats.image import DISK_SUFFIXES, is_disk_name, probe_for_tracking
 from hvfuse.formats.image_copy import copy_disk
 from hvfuse.formats.raw import RawImage
-from hvfuse.manifest import CycleKind
 from hvfuse.position import NO_DIGEST, Position
 from hvfuse.target import failing_over, relation, staging, unsynced
 from hvfuse.target.admission import MAX_DISK_SIZE, MAX_DISKS, check_name
 from hvfuse.target.environment import Txn, file_faults
 from hvfuse.target.images import ReplicaImages
-from hvfuse.target.schema import UNKNOWN_DISK, DiskRecord, PointRecord, VmRecord
+from hvfuse.target.schema import UNKNOWN_DISK, DiskRecord, VmRecord
 from hvfuse.target.store import Store
 
 Progress = Callable[[int, int], None]
@@ -209,25 +207,4 @@ def _commit(store: Store, vm_name: str, copies: Sequence[_Copy], position: Posit
     vm = _vacant(store, txn, vm_name)
     if vm is None or store.load_staging(txn, vm) is not None:
         raise BusyError(f"{vm_name}: another process began to copy it meanwhile")
-    disks = _records(copies, first=vm.next_disk)
-    seq = vm.head_seq + 1
-    cycle = PointRecord(
-        seq=seq,
-        kind=CycleKind.COPY,
-        position=position,
-        previous=None,
-        time_ns=store.clock.now_ns(),
-        consistency=Consistency.CRASH,
-        is_point=False,
-        frame_count=0,
-        stored_bytes=0,
-        disks=disks,
-    )
-    store.save_cycle(txn, vm, cycle)
-    store.save_vm(
-        txn,
-        replace(
-            vm, position=position, head_seq=seq, base_seq=seq, floor_seq=seq, disks=disks,
-            next_disk=vm.next_disk + len(disks),
-        ),
-    )  # fmt: skip
+    store.save_vm(txn, staging.stand_at_copy(txn, store, vm, _records(copies, first=vm.next_disk), position))

@@ -28,12 +28,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from hvfuse import system
-from hvfuse.consistency import Consistency
 from hvfuse.errors import BusyError, NotFoundError, StateError, UsageError
 from hvfuse.formats.image import is_disk_name, probe_for_tracking
 from hvfuse.formats.image_copy import copy_disk, first_difference
 from hvfuse.formats.raw import RawImage
-from hvfuse.manifest import CycleKind
 from hvfuse.position import NO_DIGEST, Position
 from hvfuse.states import FAILOVER_DONE
 from hvfuse.target import failing_over, staging, unsynced
@@ -41,7 +39,7 @@ from hvfuse.target.admission import MAX_DISKS, check_name
 from hvfuse.target.environment import Txn, file_faults
 from hvfuse.target.failing_over import Party, state_of, where
 from hvfuse.target.images import ReplicaImages
-from hvfuse.target.schema import UNKNOWN_DISK, DiskRecord, PointRecord, VmRecord
+from hvfuse.target.schema import UNKNOWN_DISK, DiskRecord
 from hvfuse.target.store import Store
 
 COPYING = ".moving"
@@ -250,26 +248,5 @@ def _disk(store: Store, vm_name: str, name: str) -> DiskRecord:
 
 
 def _commit(txn: Txn, store: Store, vm_name: str, disks: Sequence[DiskRecord], position: Position) -> None:
-    vm: VmRecord = store.load_vm(txn, vm_name)
-    seq = vm.head_seq + 1
-    numbered = tuple(replace(disk, number=number) for number, disk in enumerate(disks, vm.next_disk))
-    cycle = PointRecord(
-        seq=seq,
-        kind=CycleKind.COPY,
-        position=position,
-        previous=None,
-        time_ns=store.clock.now_ns(),
-        consistency=Consistency.CRASH,
-        is_point=False,
-        frame_count=0,
-        stored_bytes=0,
-        disks=numbered,
-    )
-    store.save_cycle(txn, vm, cycle)
-    store.save_vm(
-        txn,
-        replace(
-            vm, position=position, head_seq=seq, base_seq=seq, floor_seq=seq, disks=numbered,
-            next_disk=vm.next_disk + len(numbered), moving=None,
-        ),
-    )  # fmt: skip
+    vm = staging.stand_at_copy(txn, store, store.load_vm(txn, vm_name), disks, position)
+    store.save_vm(txn, replace(vm, moving=None))

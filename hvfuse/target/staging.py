@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from hvfuse.consistency import Consistency
 from hvfuse.errors import BusyError, ResyncRequiredError
 from hvfuse.manifest import CycleKind, CycleManifest
-from hvfuse.position import PositionMismatchError
+from hvfuse.position import Position, PositionMismatchError
 from hvfuse.target import cycles, failing_over, relation, schema
 from hvfuse.target.admission import is_same
 from hvfuse.target.environment import Txn
 from hvfuse.target.failing_over import Claim
-from hvfuse.target.schema import STAGE_ID_SIZE, UNKNOWN_DISK, DiskRecord, StagingRecord, VmRecord
+from hvfuse.target.schema import STAGE_ID_SIZE, UNKNOWN_DISK, DiskRecord, PointRecord, StagingRecord, VmRecord
 from hvfuse.target.store import Store
 
 
@@ -132,6 +133,30 @@ def clear(txn: Txn, store: Store, vm: VmRecord) -> VmRecord:
     cycles.drop_frames(txn, store.env, vm, first=0, last=vm.head_seq)
     cycles.drop_records(txn, store.env, vm, before=vm.head_seq + 1)
     return replace(vm, position=None, base_seq=vm.head_seq, floor_seq=vm.head_seq, disks=images)
+
+
+def stand_at_copy(txn: Txn, store: Store, vm: VmRecord, disks: Sequence[DiskRecord], position: Position) -> VmRecord:
+    """The VM once its images, as they are, are its replica: a copy of a generation that no source knows, so that the
+    next one compares. The disks get numbers of their own. Saves the cycle; the VM is to be saved."""
+    numbered = tuple(replace(disk, number=number) for number, disk in enumerate(disks, vm.next_disk))
+    seq = vm.head_seq + 1
+    cycle = PointRecord(
+        seq=seq,
+        kind=CycleKind.COPY,
+        position=position,
+        previous=None,
+        time_ns=store.clock.now_ns(),
+        consistency=Consistency.CRASH,
+        is_point=False,
+        frame_count=0,
+        stored_bytes=0,
+        disks=numbered,
+    )
+    store.save_cycle(txn, vm, cycle)
+    return replace(
+        vm, position=position, head_seq=seq, base_seq=seq, floor_seq=seq, disks=numbered,
+        next_disk=vm.next_disk + len(numbered),
+    )  # fmt: skip
 
 
 def _known_disks(vm: VmRecord, manifest: CycleManifest) -> dict[bytes, int]:
