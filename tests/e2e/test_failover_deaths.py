@@ -238,10 +238,8 @@ class Trial:
         self.case = case
         self.source, self.target = sites.side(case.flow.source), sites.side(case.flow.target)
         self.at = sites.side(case.flow.at)
-        words = [
-            sites.notes["point1"] if word == "POINT" and case.flow.source == "S" else word for word in case.flow.words
-        ]
-        self.words = ["latest" if word == "POINT" else word for word in words]
+        point = sites.notes["point1"] if case.flow.source == "S" else "latest"
+        self.words = [point if word == "POINT" else word for word in case.flow.words]
 
     def do(self) -> None:
         self.begin()
@@ -344,7 +342,7 @@ class Trial:
         wait_for(
             lambda: self.ends(end) is None, lambda: f"{self.ends(end)} {self.source.status()} {self.target.status()}"
         )
-        if end == "change point" and "model1" in self.sites.notes:
+        if end == "change point" and self.flow.source == "S":
             self.sites.model = self.sites.notes["model1"]
         elif end == "change point" or (
             is_cancelled and "source" in self.sites.notes and self.flow.stage.startswith("failed")
