@@ -2,6 +2,7 @@
 #
 #   setup run            what `hvfuse` itself needs
 #   setup dev            what its tests need as well
+#   setup bench          and what it is measured against
 #
 # Afterwards $hvfuse_python is the interpreter of a private virtual environment ($HVFUSE_VENV, else .venv
 # at the top of the repository) that holds exactly the versions pinned in tools/requirements*.txt.
@@ -20,7 +21,7 @@ readonly usable_python='import sys, ensurepip, venv; sys.exit(sys.version_info <
 setup() {
     local kind=$1
     if [[ $(type -t fusermount3) ]] && is_installed requirements.txt; then
-        if [[ $kind == run ]] || { [[ ! $(missing_test_packages) ]] && is_installed requirements-dev.txt; }; then
+        if [[ $kind == run ]] || { [[ ! $(missing_packages "$kind") ]] && is_installed requirements-dev.txt; }; then
             return
         fi
     fi
@@ -34,11 +35,11 @@ is_installed() {
 }
 
 install_everything() {
-    local kind=$1 missing=() python
+    local kind=$1 missing=() more python
     type -t fusermount3 >/dev/null || missing+=(fuse3)
-    if [[ $kind == dev ]]; then
-        read -ra tests <<<"$(missing_test_packages)"
-        missing+=(${tests[@]+"${tests[@]}"})
+    if [[ $kind != run ]]; then
+        read -ra more <<<"$(missing_packages "$kind")"
+        missing+=(${more[@]+"${more[@]}"})
     fi
     if ! is_installed requirements.txt; then
         find_python >/dev/null || missing+=(python3 python3-venv)
@@ -52,7 +53,7 @@ install_everything() {
         "$python" -m venv --clear "$hvfuse_venv" >&2 || refuse "$python could not make $hvfuse_venv"
         install_requirements requirements.txt
     fi
-    if [[ $kind == dev ]] && ! is_installed requirements-dev.txt; then
+    if [[ $kind != run ]] && ! is_installed requirements-dev.txt; then
         install_requirements requirements-dev.txt
     fi
 }
@@ -70,11 +71,15 @@ find_python() {
     return 1
 }
 
-missing_test_packages() {
-    local pair pairs=(
+missing_packages() {
+    local kind=$1 pair pairs=(
         qemu-img:qemu-utils qemu-io:qemu-utils fio:fio mkfs.ext4:e2fsprogs losetup:mount vhdiinfo:libvhdi-utils rsync:rsync
         qemu-system-x86_64:qemu-system-x86 busybox:busybox-static # a guest; its kernel is fetched by its test
     )
+    if [[ $kind == bench ]]; then
+        pairs+=("gcc:gcc libc6-dev" pkg-config:pkg-config) # the storage daemon comes with qemu
+        [[ -e /usr/include/fuse3/fuse_lowlevel.h ]] || printf 'libfuse3-dev '
+    fi
     for pair in "${pairs[@]}"; do
         [[ $(PATH=$PATH:/usr/sbin:/sbin type -t "${pair%:*}") ]] || printf '%s ' "${pair#*:}"
     done

@@ -1,0 +1,75 @@
+"""What a user would run instead: libfuse's own examples, and qemu's export of an image, both written in C."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .scene import Place, Scene, run, unmount
+
+EXAMPLES = Path("usr/share/doc/libfuse3-dev/examples")
+
+
+def passthrough(scene_: Scene, place: Place, example: str, folder: Path) -> Path:
+    """Serve a directory by libfuse's example of that name, which tracks nothing; returns where it is seen.
+
+    `passthrough_ll` serves one directory through libfuse's lower interface, `passthrough_fh` the whole system through
+    its higher one, the one that hvfuse is bound to.
+    """
+    with scene_.built() as built:
+        program = built / example
+        if not program.exists():
+            source = _examples(built) / f"{example}.c"
+            run("gcc", "-O2", "-w", source, *run("pkg-config", "--cflags", "--libs", "fuse3").split(), "-o", program)
+        mountpoint = place.path / f"mnt-{example}"
+        mountpoint.mkdir()
+        place.stack.callback(unmount, mountpoint)
+        options = ["-o", f"source={folder}"] if example == "passthrough_ll" else []
+        place.start(program, "-f", *options, mountpoint, until=lambda: os.path.ismount(mountpoint))
+    return mountpoint if options else mountpoint / folder.relative_to("/")
+
+
+def _examples(built: Path) -> Path:
+    """Slim installations leave documentation out, and the examples with it: then they come from the package."""
+    installed = Path("/") / EXAMPLES
+    if not installed.exists():
+        run("sh", "-c", f"cd {built} && apt-get -q download libfuse3-dev && dpkg-deb -x libfuse3-dev_*.deb .")
+        return built / EXAMPLES
+    return installed
+
+
+def qemu_export(place: Place, name: str, image: Path, *, bitmap: bool) -> Path:
+    """Serve a raw image by qemu's storage daemon; returns the file.
+
+    `bitmap`: with one in memory that notes what was changed, as incremental backups need; it does not outlive qemu.
+    """
+    mountpoint = place.path / f"export-{name}"
+    mountpoint.touch()
+    place.stack.callback(unmount, mountpoint)
+    command = [
+        "qemu-storage-daemon",
+        "--blockdev", f"driver=file,node-name=file,filename={image}",
+        "--blockdev", "driver=raw,node-name=disk,file=file",
+    ]  # fmt: skip
+    if bitmap:
+        socket = place.path / f"export-{name}.sock"
+        command += ["--chardev", f"socket,id=monitor,path={socket},server=on,wait=off", "--monitor", "chardev=monitor"]
+    command += ["--export", f"type=fuse,id=export,node-name=disk,mountpoint={mountpoint},writable=on"]
+    place.start(*command, until=lambda: os.path.ismount(mountpoint))
+    if bitmap:
+        _qmp(socket, "block-dirty-bitmap-add", {"node": "disk", "name": "changed", "granularity": 65536})
+    return mountpoint
+
+
+def _qmp(path: Path, command: str, arguments: dict[str, object]) -> None:
+    import asyncio
+
+    from qemu.qmp import QMPClient
+
+    async def ask() -> None:
+        client = QMPClient("hvfuse-bench")
+        await client.connect(str(path))
+        await client.execute(command, arguments)
+        await client.disconnect()
+
+    asyncio.run(ask())
