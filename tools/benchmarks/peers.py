@@ -8,19 +8,36 @@ from pathlib import Path
 from .scene import Place, Scene, run, unmount
 
 EXAMPLES = Path("usr/share/doc/libfuse3-dev/examples")
+_WITHOUT_DIRECT = """
+#define _GNU_SOURCE
+#include <fcntl.h>
+#define open(path, flags, ...) open(path, (flags) & ~O_DIRECT, ##__VA_ARGS__)
+"""
 
 
 def passthrough(scene_: Scene, place: Place, example: str, folder: Path) -> Path:
     """Serve a directory by libfuse's example of that name, which tracks nothing; returns where it is seen.
 
     `passthrough_ll` serves one directory through libfuse's lower interface, `passthrough_fh` the whole system through
-    its higher one, the one that hvfuse is bound to.
+    its higher one, the one that hvfuse is bound to. They are built so that they open files without O_DIRECT, as qemu and
+    hvfuse do: with it, ext4 refuses what they write (EINVAL), as they do not align it.
     """
     with scene_.built() as built:
         program = built / example
         if not program.exists():
             source = _examples(built) / f"{example}.c"
-            run("gcc", "-O2", "-w", source, *run("pkg-config", "--cflags", "--libs", "fuse3").split(), "-o", program)
+            (built / "direct.h").write_text(_WITHOUT_DIRECT)
+            run(
+                "gcc",
+                "-O2",
+                "-w",
+                "-include",
+                built / "direct.h",
+                source,
+                *run("pkg-config", "--cflags", "--libs", "fuse3").split(),
+                "-o",
+                program,
+            )
         mountpoint = place.path / f"mnt-{example}"
         mountpoint.mkdir()
         place.stack.callback(unmount, mountpoint)
@@ -38,12 +55,12 @@ def _examples(built: Path) -> Path:
     return installed
 
 
-def qemu_export(place: Place, name: str, image: Path, *, bitmap: bool) -> Path:
+def qemu_export(place: Place, image: Path, *, bitmap: bool) -> Path:
     """Serve a raw image by qemu's storage daemon; returns the file.
 
     `bitmap`: with one in memory that notes what was changed, as incremental backups need; it does not outlive qemu.
     """
-    mountpoint = place.path / f"export-{name}"
+    mountpoint = place.path / f"export-{image.stem}"
     mountpoint.touch()
     place.stack.callback(unmount, mountpoint)
     command = [
@@ -52,7 +69,7 @@ def qemu_export(place: Place, name: str, image: Path, *, bitmap: bool) -> Path:
         "--blockdev", "driver=raw,node-name=disk,file=file",
     ]  # fmt: skip
     if bitmap:
-        socket = place.path / f"export-{name}.sock"
+        socket = place.path / f"{mountpoint.name}.sock"
         command += ["--chardev", f"socket,id=monitor,path={socket},server=on,wait=off", "--monitor", "chardev=monitor"]
     command += ["--export", f"type=fuse,id=export,node-name=disk,mountpoint={mountpoint},writable=on"]
     place.start(*command, until=lambda: os.path.ismount(mountpoint))

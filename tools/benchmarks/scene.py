@@ -120,6 +120,7 @@ class Home:
     def track(self, vm: str) -> Path:
         """Serve a VM, with its first copy made: from now on every write is logged. Returns where."""
         mountpoint = self.mount(vm)
+        self.do("replication", "enable", vm)
         self.do("replicate", vm)
         return mountpoint
 
