@@ -7,8 +7,9 @@ What must hold, and why:
 
 - libfuse 3 only. mfusepy prefers libfuse 2 where both are installed, and its structures differ.
 - One thread (`nothreads`). libfuse's thread pool fights over the interpreter's lock and is several times slower.
-- Payload is not copied: libfuse's buffer is lent to `read_into` and `write` as a memoryview, valid only
-  during that call.
+- libfuse mounts, and speaks the protocol of names and attributes; the requests are taken by our own loop, which answers
+  reads and writes of open files by itself (`hvfuse.requests`). Their payload is not copied: the loop's buffer is lent to
+  `read_into` and `write` as a memoryview, valid only during that call.
 - The kernel's writeback cache stays off, and passthrough is never asked for: a write must have been seen
   here before it is acknowledged.
 - `copy_file_range` is left out: the kernel then copies with reads and writes, which are logged as such. So
@@ -26,9 +27,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import logging
 import os
+import threading
 import types
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ from hvfuse import handshake
 from hvfuse.errors import HvfuseError, NoSpaceError, PrerequisiteError
 from hvfuse.filesystem import Filesystem, Node, OpenDirectory, OpenFile
 from hvfuse.mountpoint import check_mountpoint, stopped_by_signals
+from hvfuse.requests import MAX_REQUEST, Requests
 
 _HINT = "apt-get install fuse3"
 
@@ -51,10 +53,45 @@ if mfusepy.fuse_version_major != 3:
 
 _libfuse = mfusepy._libfuse
 
-logger = logging.getLogger(__name__)
 
-MAX_REQUEST = 1 << 20
-"""Bytes in one read or write request; libfuse 3.14 does not survive more."""
+class _Arguments(ctypes.Structure):
+    """libfuse's `fuse_args`."""
+
+    _fields_ = (("argc", ctypes.c_int), ("argv", ctypes.c_void_p), ("allocated", ctypes.c_int))
+
+
+class _Buffer(ctypes.Structure):
+    """libfuse's `fuse_buf`, of memory, as long as the later versions have it."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+        ("mem", ctypes.c_void_p),
+        ("fd", ctypes.c_int),
+        ("pos", ctypes.c_int64),
+        ("mem_size", ctypes.c_size_t),
+    )
+
+
+_libfuse.fuse_new.restype = _libfuse.fuse_get_session.restype = ctypes.c_void_p
+_libfuse.fuse_new.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+_libfuse.fuse_mount.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+_libfuse.fuse_session_process_buf.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+for _function in ("fuse_get_session", "fuse_session_fd", "fuse_session_exited", "fuse_unmount", "fuse_destroy"):
+    getattr(_libfuse, _function).argtypes = [ctypes.c_void_p]
+
+_mounting = threading.local()
+
+
+def _main(*arguments: Any) -> int:
+    """What mfusepy calls as libfuse's main function: that of the binding that this thread makes."""
+    code: int = _mounting.binding.main(*arguments)
+    return code
+
+
+mfusepy.fuse_main_real = _main
+
+logger = logging.getLogger(__name__)
 
 _ENTRY_TIMEOUT = 1.0
 """Seconds for which the kernel trusts a name."""
@@ -82,16 +119,6 @@ def caller_uid() -> int:
     """The user on whose behalf the current operation is done."""
     uid: int = mfusepy.fuse_get_context()[0]
     return uid
-
-
-@functools.cache
-def _bytes_type(size: int) -> Any:
-    return ctypes.c_ubyte * size
-
-
-def _lend(buffer: Any, size: int) -> memoryview:
-    """libfuse's own memory at the pointer `buffer`, as `size` writable bytes."""
-    return memoryview(_bytes_type(size).from_address(ctypes.addressof(buffer.contents))).cast("B")
 
 
 def _hand_out(value: bytes, buffer: Any, size: int) -> int:
@@ -147,9 +174,46 @@ class _Binding(mfusepy.FUSE):  # type: ignore[misc]
         self._files: dict[int, OpenFile] = {}
         self._directories: dict[int, OpenDirectory] = {}
         self._next_handle = 1
+        self._requests: Requests | None = None
+        self.failure: OSError | None = None
         # mfusepy serves the operations that this object has; the methods below never look at it.
         served = types.SimpleNamespace(use_ns=True, **dict.fromkeys(_SERVED, True))
-        super().__init__(served, mountpoint, foreground=True, nothreads=True, **options)
+        _mounting.binding = self
+        super().__init__(served, mountpoint, **options)
+
+    def main(self, argc: int, argv: Any, operations: Any, size: int, data: Any) -> int:
+        """In place of libfuse's own main function, with what mfusepy has for that: the program's name, -o, the options,
+        the mount point. Returns 0, or another number if nothing could be mounted."""
+        arguments = _Arguments(argc - 1, ctypes.cast(argv, ctypes.c_void_p), 0)
+        fuse = _libfuse.fuse_new(ctypes.byref(arguments), operations, size, data)
+        if not fuse:
+            return _NOT_MOUNTED
+        try:
+            if _libfuse.fuse_mount(fuse, argv[argc - 1]) != 0:
+                return _NOT_MOUNTED
+            try:
+                self._serve(_libfuse.fuse_get_session(fuse))
+            except OSError as error:
+                self.failure = error
+            finally:
+                _libfuse.fuse_unmount(fuse)
+        finally:
+            _libfuse.fuse_destroy(fuse)
+        return 0
+
+    def _serve(self, session: int) -> None:
+        def hand_on(length: int) -> bool:
+            buffer = _Buffer(length, 0, address)
+            _libfuse.fuse_session_process_buf(session, ctypes.byref(buffer))
+            return not _libfuse.fuse_session_exited(session)
+
+        self._device = _libfuse.fuse_session_fd(session)
+        self._requests = Requests(self._device, self._files, hand_on=hand_on, errno_of=_errno_of)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._requests.buffer))
+        try:
+            self._requests.serve()
+        finally:
+            self._requests.close()
 
     def _wrapper(self, function: Callable[..., int | None], *args: Any) -> int:
         try:
@@ -171,13 +235,11 @@ class _Binding(mfusepy.FUSE):  # type: ignore[misc]
         conf.entry_timeout = _ENTRY_TIMEOUT
         conf.attr_timeout = 0.0
         conf.negative_timeout = 0.0
-        _libfuse.fuse_get_session.restype = ctypes.c_void_p
-        fuse = ctypes.c_void_p(_libfuse.fuse_get_context().contents.fuse)
-        session = ctypes.c_void_p(_libfuse.fuse_get_session(fuse))
-        self._answer_first(conn, _libfuse.fuse_session_fd(session))
-        self._on_init(lambda: _libfuse.fuse_session_exit(session))
+        self._answer_first(conn)
+        assert self._requests is not None
+        self._on_init(self._requests.leave)
 
-    def _answer_first(self, conn: Any, device: int) -> None:
+    def _answer_first(self, conn: Any) -> None:
         """Answer FUSE_INIT before libfuse does; `hvfuse.handshake` says why."""
         reply = handshake.init_reply(
             flags=conn.want | handshake.BIG_WRITES | handshake.MAX_PAGES | handshake.HANDLE_KILLPRIV_V2,
@@ -186,7 +248,7 @@ class _Binding(mfusepy.FUSE):  # type: ignore[misc]
             max_background=_MAX_BACKGROUND,
         )
         try:
-            os.write(device, reply)
+            os.write(self._device, reply)
         except OSError as error:
             logger.warning("the kernel did not take our own FUSE_INIT reply: %s", error.strerror)
 
@@ -210,11 +272,13 @@ class _Binding(mfusepy.FUSE):  # type: ignore[misc]
         file = self._fs.create(os.fsdecode(path), info.contents.flags, mode, uid=uid, gid=gid)
         self._files[self._handle(info)] = file
 
-    def read(self, _path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
-        return self._files[info.contents.fh].read_into(_lend(buffer, size), offset) if size else 0
+    def read(self, _path: bytes | None, _buffer: Any, size: int, _offset: int, _info: Any) -> int:
+        assert not size, "answered by `Requests`"
+        return 0
 
-    def write(self, _path: bytes | None, buffer: Any, size: int, offset: int, info: Any) -> int:
-        return self._files[info.contents.fh].write(_lend(buffer, size), offset) if size else 0
+    def write(self, _path: bytes | None, _buffer: Any, size: int, _offset: int, _info: Any) -> int:
+        assert not size, "answered by `Requests`"
+        return 0
 
     def fsync(self, _path: bytes | None, datasync: int, info: Any) -> None:
         self._files[info.contents.fh].fsync(bool(datasync))
@@ -362,13 +426,13 @@ def mount(
                 leave()
 
         try:
-            _Binding(filesystem, ready, mountpoint, ro=read_only, **options)
-        except RuntimeError as error:
-            if error.args != (_LOOP_ENDED,):
-                raise HvfuseError(f"{mountpoint}: cannot be mounted (libfuse: {error})") from None
+            binding = _Binding(filesystem, ready, mountpoint, ro=read_only, **options)
+        except RuntimeError:
+            raise HvfuseError(f"{mountpoint}: cannot be mounted; libfuse has said why") from None
+    if binding.failure is not None:
+        raise HvfuseError(f"{mountpoint}: the mount ended: {binding.failure.strerror}")
     if failure:
         raise failure[0]
 
 
-_LOOP_ENDED = 8
-"""fuse_main's code when the loop was ended by a signal or by the device, rather than by an unmount."""
+_NOT_MOUNTED = 1
