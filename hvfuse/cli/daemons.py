@@ -41,6 +41,8 @@ def tracker(session: Session, vm: str) -> None:
         records: Records | None = None
         with suppress(HvfuseError):  # a guest must start, whatever became of the records
             records = stack.enter_context(Records(home.records))
+            if records.read(vm).tracker_error is not None:  # of whoever tried before
+                records.update(vm, tracker_error=None, tracker_hint=None)
             serving.stand_again(session, home, vm, records)
         if records is not None and serving.is_failed_over(home, vm):
             serving.serve_failed_over(session, home, vm, records)

@@ -8,7 +8,6 @@ has the lock knows that none is being started, which nobody can tell from a sock
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 from collections.abc import Iterator
@@ -77,17 +76,7 @@ def start_tracker(home: Home, vm: str, *, clock: Clock) -> int:
 
 def is_served(home: Home, vm: str) -> bool:
     """Whether a process serves the VM, or is about to; or its files are on the move."""
-    try:
-        fd = os.open(home.tracker_lock(vm), os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(fd)
-    return False
+    return system.is_locked(home.tracker_lock(vm))
 
 
 def _end(home: Home, vm: str, *, force: bool) -> None:

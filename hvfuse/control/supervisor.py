@@ -10,7 +10,6 @@ with force.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import threading
@@ -121,16 +120,8 @@ def require_no_supervisor(home: Home) -> None:
 
     Several may ask at once; none passes for a supervisor towards another, nor towards one that starts.
     """
-    try:
-        fd = os.open(home.run_lock, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise _running_here(home) from None
-    finally:
-        os.close(fd)
+    if system.is_locked(home.run_lock):
+        raise _running_here(home)
 
 
 def is_supervised(home: Home) -> bool:
@@ -220,6 +211,12 @@ class Keeper:
         failure = daemon.failure
         if failure is None and not daemon.is_ready:
             return
+        if (
+            isinstance(failure, BusyError)
+            and daemon is self.tracker
+            and system.is_locked(self._home.tracker_lock(self.vm))
+        ):
+            return  # somebody else was quicker: that one is taken over as soon as it answers
         changes = fields(str(failure), failure.hint) if failure is not None else fields(None, None)
         if failure is None:
             changes[f"{daemon.name}_process"] = system.process_identity(daemon.pid)
@@ -236,6 +233,10 @@ class Keeper:
             if failure is None and daemon is self.tracker and self.shipper.is_ready:
                 # It may have asked the tracker in vain, and would try again by the ladder, in a minute at the earliest.
                 threading.Thread(target=self._wake_shipper, name=f"wake:{self.vm}", daemon=True).start()
+
+    @property
+    def _is_served(self) -> bool:
+        return system.is_locked(self._home.tracker_lock(self.vm))
 
     def _wake_shipper(self) -> None:
         with contextlib.suppress(HvfuseError):

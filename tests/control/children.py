@@ -39,6 +39,13 @@ sys.exit(7)
 """
 """Ends as a tracker does whose disk is corrupt."""
 
+LATECOMER = """
+import sys
+print("hvfuse: late: another process serves it", file=sys.stderr)
+sys.exit(6)
+"""
+"""Ends as a tracker does that another one was quicker than."""
+
 PATIENCE = 20.0
 
 

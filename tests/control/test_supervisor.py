@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hvfuse import system
 from hvfuse.control.arrivals import STILL_SECONDS
 from hvfuse.control.config import Config
 from hvfuse.control.daemon import Daemon, serving_pid
@@ -23,7 +24,7 @@ from hvfuse.errors import BusyError
 from hvfuse.formats.image import ImageFormat, probe
 from hvfuse.states import Event, ReplicationState
 from hvfuse.system import Clock
-from tests.control.children import REFUSER, HandClock, server, until
+from tests.control.children import LATECOMER, REFUSER, HandClock, server, until
 
 
 @pytest.fixture
@@ -62,8 +63,8 @@ def make(home: Home, records: Records, clock: HandClock) -> Iterator[Callable[[]
     def daemon(role: str) -> Callable[..., Daemon]:
         def of(home: Home, vm: str, *, clock: Clock) -> Daemon:
             path = os.path.join(home.state_dir(vm), f"{role}.sock")
-            corrupt = role == "tracker" and vm == "corrupt"
-            command = [sys.executable, "-c", REFUSER] if corrupt else server(path, str(story(home)))
+            refuser = {"corrupt": REFUSER, "late": LATECOMER}.get(vm) if role == "tracker" else None
+            command = [sys.executable, "-c", refuser] if refuser else server(path, str(story(home)))
             return Daemon(role, command, socket_path=path, log_path=home.log(vm, role), clock=clock)
 
         return of
@@ -282,6 +283,21 @@ def test_a_vm_that_cannot_start_is_recorded_with_its_cause_and_the_others_go_on(
     assert records.read("fine").tracker_error is None
     assert not supervisor.vms["corrupt"].shipper.is_running
     supervisor.stop(asked=lambda: 1, tell=print)
+
+
+def test_a_tracker_that_came_too_late_is_no_failure_while_another_one_serves(
+    home: Home, records: Records, make: Callable[[], Supervisor]
+) -> None:
+    add_vm(home, "late")
+    home.make_vm("late")
+    supervisor = make()
+    with system.exclusive_lock(home.tracker_lock("late")) as had:
+        assert had
+        until(lambda: supervisor.tick() or supervisor.vms["late"].tracker.failure)
+        supervisor.tick()
+        assert records.read("late").tracker_error is None
+    supervisor.tick()
+    assert records.read("late").tracker_error == "late: another process serves it"
 
 
 def test_a_vm_that_cannot_even_be_begun_does_not_keep_the_others_from_their_turn(
