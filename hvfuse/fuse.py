@@ -7,8 +7,8 @@ What must hold, and why:
 
 - libfuse 3 only. mfusepy prefers libfuse 2 where both are installed, and its structures differ.
 - One thread (`nothreads`). libfuse's thread pool fights over the interpreter's lock and is several times slower.
-- libfuse mounts, and speaks the protocol of names and attributes; the requests are taken by our own loop, which answers
-  reads and writes of open files by itself (`hvfuse.requests`). Their payload is not copied: the loop's buffer is lent to
+- libfuse mounts, and speaks the protocol of names and attributes; our own loop takes the requests, and answers reads
+  and writes of open files by itself (`hvfuse.requests`). Their payload is not copied: the loop's buffer is lent to
   `read_into` and `write` as a memoryview, valid only during that call.
 - The kernel's writeback cache stays off, and passthrough is never asked for: a write must have been seen
   here before it is acknowledged.
