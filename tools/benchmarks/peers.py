@@ -19,8 +19,8 @@ def passthrough(scene_: Scene, place: Place, example: str, folder: Path) -> Path
     """Serve a directory by libfuse's example of that name, which tracks nothing; returns where it is seen.
 
     `passthrough_ll` serves one directory through libfuse's lower interface, `passthrough_fh` the whole system through
-    its higher one, the one that hvfuse is bound to. They are built so that they open files without O_DIRECT, as qemu and
-    hvfuse do: with it, ext4 refuses what they write (EINVAL), as they do not align it.
+    its higher one, the one that hvfuse is bound to. They are built so that they open files without O_DIRECT, as qemu
+    and hvfuse do: with it, ext4 refuses what they write (EINVAL), as they do not align it.
     """
     with scene_.built() as built:
         program = built / example
