@@ -121,11 +121,12 @@ class Failover:
 
     def cancel(self, *, force: bool) -> None:
         """The VM is its source's again, and what was written here is dropped. Raises StateError, BusyError."""
-        if not self._has_given_back():
+        has_given_back = self._has_given_back()
+        if not has_given_back:
             failing_over.demand_mine(self._store.vm(self._vm), self._party)
             self._demand_open()
-        acts = {
-            flows.SHUT_DOWN: self._shut_down,
+        acts: dict[flows.FlowStep, Callable[[], str | None]] = {
+            flows.SHUT_DOWN: self._shut_down if not has_given_back else lambda: None,
             flows.UNMOUNT: lambda: self._unmount(force=force),
             flows.DROP: self._drop,
             flows.GIVE_BACK: self._give_back,
@@ -254,8 +255,6 @@ class Failover:
 
     def _shut_down(self) -> str | None:
         vm = self._store.vm(self._vm)
-        if vm.failover is None and self._has_given_back():
-            return None
         return self._guest.shut_down(str(failing_over.demand_mine(vm, self._party)["kind"]))
 
     def _has_given_back(self) -> bool:
