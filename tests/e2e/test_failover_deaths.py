@@ -321,7 +321,7 @@ class Trial:
         for side in (self.source, self.target):
             if not self.is_run[side.name]:
                 for reason in side.status().get("reasons", ()):
-                    if reason["id"] in ("failover-not-served", "tracker-down"):
+                    if reason["id"] in ("failover-not-served", "tracker-down", "shipper-down"):
                         assert reason["next_command"], reason
                         side.type(reason["next_command"])
 
