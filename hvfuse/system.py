@@ -10,6 +10,7 @@ Clocks live here too, for the same reason.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -30,6 +31,8 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 _FICLONE = 0x40049409
+SMALL = 64 << 10
+"""Bytes; see `keep_pages_small`."""
 
 _injector: Injector | None = None
 
@@ -63,6 +66,17 @@ def pwrite(label: str, fd: int, data: Buffer, offset: int) -> None:
         if more == 0:
             raise OSError(errno.EIO, f"no progress at {label}")
         written += more
+
+
+def keep_pages_small(fd: int) -> None:
+    """Have what is read of a file be kept in the page cache by single pages, for the sake of small writes.
+
+    Since Linux 6.16 ext4 keeps what is read ahead, or written at once, in pages of up to 2 MiB, and each write of 4 KiB
+    to such a page looks at all of its blocks: ten times the work. So whoever writes such a file writes at most SMALL
+    bytes at once. The kernel does not read ahead then; whoever reads in order through a mount has FUSE read ahead.
+    """
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def pread(fd: int, length: int, offset: int) -> bytes:
