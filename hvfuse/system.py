@@ -73,10 +73,17 @@ def keep_pages_small(fd: int) -> None:
 
     Since Linux 6.16 ext4 keeps what is read ahead, or written at once, in pages of up to 2 MiB, and each write of 4 KiB
     to such a page looks at all of its blocks: ten times the work. So whoever writes such a file writes at most SMALL
-    bytes at once. The kernel does not read ahead then; whoever reads in order through a mount has FUSE read ahead.
+    bytes at once. The kernel does not read ahead then; whoever reads in order through a mount has FUSE read ahead, and
+    who reads in order here says so (`read_ahead`).
     """
     with contextlib.suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+
+
+def read_ahead(fd: int, offset: int, length: int) -> None:
+    """Have a range read into the page cache, in small pages, while something else is done."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
 
 def pread(fd: int, length: int, offset: int) -> bytes:

@@ -63,6 +63,7 @@ class Group:
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view`; returns the bytes read, fewer where the image was just cut. Raises HvfuseError."""
         try:
+            system.read_ahead(self.fd, offset + len(view), len(view))
             return system.pread_into(self.fd, view, offset)
         except OSError as error:
             raise refusal(error, self.path) from error
@@ -84,6 +85,7 @@ class Group:
     def read(self, low: int, high: int) -> bytes:
         """The bytes of a range; fewer where the image was just cut. Raises HvfuseError."""
         try:
+            system.read_ahead(self.fd, high, high - low)
             return system.pread(self.fd, high - low, low)
         except OSError as error:
             raise refusal(error, self.path) from error
@@ -96,6 +98,7 @@ def groups(disk: SourceDisk, folder: str, *, index: int, end: int) -> Generator[
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise refusal(error, path) from error
+    system.keep_pages_small(fd)  # the guest goes on writing to them
     try:
         for number, start in enumerate(range(0, end, GROUP)):
             first = index * NUMBERS_PER_DISK + number * (SLOTS + 1)

@@ -11,7 +11,8 @@ them is left as its user would start it:
     hvfuse          a tracked disk in the same mount: its first copy is made, each write is logged
 
 O_DIRECT is between the program and FUSE; whatever serves the file reads and writes the image through the page cache.
-Neither makes a write durable; the subject `fsync` does.
+Neither makes a write durable; the subject `fsync` does. The images are read into the page cache once, from end to end,
+through whatever serves them.
 
 Before it is measured, hvfuse has gone through enough cycles to write over logs that it recycles, as it does in all its
 life but the first minute. Between rounds its cycle is shipped, and everything synced. fio's data cannot be compressed.
@@ -72,6 +73,8 @@ class Contenders:
                 self.files[name] = qemu_export(place, self.files[name], bitmap="bitmap" in name)
         mountpoint = self._home.track(_VM)
         self.files.update({OURS: mountpoint / "disk.raw", UNTRACKED: mountpoint / "plain.raw"})
+        for path in self.files.values():
+            fio(path, self._size, Load("", ("--rw=read", "--bs=1M"), size=self._size, seconds=20), quick=False)
 
     def warm(self) -> None:
         """Have logs to recycle, as large as a round makes them."""

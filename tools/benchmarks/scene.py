@@ -147,10 +147,13 @@ def settle() -> None:
 
 
 def fill(path: Path, size: int, *, compressible: bool = False) -> None:
-    """A file of data; `compressible`: to a half."""
+    """A file of data, none of which is in the page cache; `compressible`: to a half."""
     with open(path, "wb") as file:
         for _ in range(0, size, MIB):
             file.write(data(MIB, compressible=compressible))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def data(size: int, *, compressible: bool = False) -> bytes:
