@@ -279,7 +279,8 @@ class TrackedDisk(DiskLogs):
             raise read_only()
 
     def sync(self, *, datasync: bool) -> None:
-        """Make all answered writes durable: log and index first, then the image.
+        """Make all answered writes durable: log, index and image, at the same time. It matters to nobody which of them
+        is first, as the kernel writes them back in any order even before.
 
         A failed sync is final: the kernel may have dropped the pages and report success the next
         time. Raises OSError only for the image's sake.
@@ -291,19 +292,22 @@ class TrackedDisk(DiskLogs):
                     log.describe()
                 except OSError as error:
                     self._vm.degrade(f"the log of {self.name} could not be written: {error.strerror}")
-        if log is not None:
-            try:
-                log.sync()
-            except OSError as error:
-                with self._gate:
-                    self._vm.degrade(f"the log of {self.name} could not be synced: {error.strerror}")
-        try:
+
+        def sync_image() -> None:
             self.sync_image("disk:sync", datasync=datasync)
-        except OSError as error:
+
+        if log is not None:
+            log_refused, image_refused = system.at_once(log.sync, sync_image)
+        else:
+            log_refused, image_refused = None, system.refusal_of(sync_image)
+        if log_refused is not None:
+            with self._gate:
+                self._vm.degrade(f"the log of {self.name} could not be synced: {log_refused.strerror}")
+        if image_refused is not None:
             with self._gate:
                 if not self.has_left:
-                    self._vm.degrade(f"{self.name} could not be synced: {error.strerror}")
-            raise
+                    self._vm.degrade(f"{self.name} could not be synced: {image_refused.strerror}")
+            raise image_refused
         with self._gate:
             if log is not None and log is self.log:
                 self._mark_flush(log)

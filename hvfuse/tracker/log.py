@@ -200,8 +200,9 @@ class ReplicationLog:
         """Make the log and its index durable; nothing to do once sealed. Raises OSError: final."""
         with self._durable:
             if not self._sealed:
-                system.fdatasync("log:sync", self._fd)
-                self.index.sync()
+                refused = system.at_once(lambda: system.fdatasync("log:sync", self._fd), self.index.sync)
+                for error in filter(None, refused):
+                    raise error
 
     def seal(
         self,

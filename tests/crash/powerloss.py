@@ -114,6 +114,8 @@ class PowerLoss:
             wrapped = functools.partial(getattr(self, f"_{name}"), original)
             self._replaced.append((system, name, original))
             setattr(system, name, functools.wraps(original)(wrapped))
+        self._replaced.append((system, "at_once", system.at_once))
+        system.at_once = lambda first, second: (system.refusal_of(first), system.refusal_of(second))
         self._replaced.append((mmap, "mmap", mmap.mmap))
         mmap.mmap = _SeenMap  # type: ignore[misc,assignment]
 

@@ -26,6 +26,7 @@ SUBJECTS = {
     "view": "a recovery point as a disk",
     "scale": "large disks, many VMs",
     "marks": "what the region map costs",
+    "cost": "where the time of a 4k write goes",
 }
 """Each is a module in here, with `measure(scene)` that returns its rows."""
 
