@@ -181,7 +181,7 @@ class Daemon:
         except ProcessLookupError:  # it answered, and ended before we could hold on to it
             return
         self._pid = pid
-        self._ready = False
+        self._ready = self.has_ended_well = False
         self._started_at = self._clock.monotonic()
 
     def _failure(self, code: int | None) -> HvfuseError:

@@ -26,11 +26,8 @@ def hydration(home: Home, vm: str) -> Hydration | None:
     try:
         told = wire.request(home.tracker_socket(vm), "status", timeout=ANSWER_SECONDS)
     except UnreachableError:
-        if is_standing(home.folder(vm)):
-            raise UnreachableError(
-                f"{vm} is not mounted: its disks are not hydrated any further", hint=f"hvfuse mount {vm}"
-            ) from None
-        raise
+        what = "hydrated any further" if is_standing(home.folder(vm)) else "tracked"
+        raise UnreachableError(f"{vm} is not mounted: its disks are not {what}", hint=f"hvfuse mount {vm}") from None
     if not told.get("standing"):
         return None
     left = told["hydration"]

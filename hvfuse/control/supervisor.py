@@ -185,7 +185,7 @@ class Keeper:
             self._record = self._records.read(self.vm)
             self._is_protected = self._record.state not in NOT_SHIPPED
         self.tracker.check()
-        if not self.tracker.is_running and not self._is_to_be_mounted:
+        if not self.tracker.is_running and not self._is_to_be_mounted and not self.tracker.adopt():
             return
         self.tracker.tick()
         if not self._is_protected:
@@ -197,14 +197,14 @@ class Keeper:
 
     @property
     def _is_to_be_mounted(self) -> bool:
-        """Whether the VM is to be mounted, if it is not. One that is shipped, or held read-only, is not left to whoever
-        unmounts it; one whose disks are on the move, or have gone, is left alone."""
+        """Whether the VM is to be mounted, if it is not. One that is shipped, held read-only, or failed over to here is
+        not left to whoever unmounts it; one whose disks are on the move, or have gone, is left alone."""
         if self._record is not None and self._record.giving_way is not None:
             return False
         if self._record is not None and self._record.state is not ReplicationState.DISABLED:
             return True
         folder = self._home.folder(self.vm)
-        return not self.tracker.has_ended_well and (has_disk(folder) or is_standing(folder))
+        return is_standing(folder) or (has_disk(folder) and not self.tracker.has_ended_well)
 
     def _tell(self, daemon: Daemon, fields: Callable[[str | None, str | None], dict[str, Any]]) -> None:
         """Record why a process failed, or that it serves, when that is news."""
