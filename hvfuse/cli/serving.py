@@ -34,11 +34,11 @@ def is_failed_over(home: Home, vm: str) -> bool:
 def stand_again(session: Session, home: Home, vm: str, records: Records) -> None:
     """Where the VM is failed over to here, and a flow died before its overlays were begun, begin them: what is served
     is the recovery point. Raises HvfuseError, OSError."""
-    from hvfuse.control.failed_over import standing as standing_failover
-
     folder = home.folder(vm)
     if os.path.isdir(folder) and (is_failed_over(home, vm) or any(map(is_disk_name, os.listdir(folder)))):
         return
+    from hvfuse.control.failed_over import standing as standing_failover
+
     place = location.locate(home, session.config.policy(vm), records.read(vm), vm)
     with suppress(NotFoundError), place.open(read_only=True) as store:
         failover = standing_failover(store, vm, wiring.party(home))

@@ -68,7 +68,9 @@ class IndexMap:
         return unpack_head(self._view[:HEAD_SIZE])
 
     def begin(self, head: IndexHead) -> None:
-        """Forget the entries and belong to the log that `head` names."""
+        """Forget the entries and belong to the log that `head` names. What they took in memory is the page cache's."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
         self.store_head(head)
         self._seed = entry_seed(head.unique_id)
         self._end = self._synced = HEAD_SIZE

@@ -229,7 +229,7 @@ class ReplicationLog:
             entries = self.index.entries()
             header = self._companion_header(entries, sealed_ns, end_size, disk_count, previous_digest, space, flags)
             path = os.path.join(self.folder, spool.companion_name(self.disk, self.head.serial))
-            system.replace_file("seal:companion", path, header.pack() + entries.tobytes())
+            system.replace_file("seal:companion", path, b"".join((header.pack(), entries.view(np.uint8).data)))
             self._sealed = True
             os.close(self._fd)
         return header
@@ -265,7 +265,7 @@ class ReplicationLog:
             address_space=space,
             flags=flags,
             stored_bytes=self.stored,
-            entries_digest=xxhash.xxh3_128_digest(entries.tobytes()),
+            entries_digest=xxhash.xxh3_128_digest(entries.view(np.uint8).data),
         )
 
     def _header(self, *, eol: int) -> hrl.LogHeader:

@@ -62,6 +62,18 @@ def replayed(folder: str, disk: str, base: bytes, *, after: int = 0) -> bytes:
         return file.read()
 
 
+def resident(folder: str) -> int:
+    """Bytes of memory that this process has of index maps."""
+    found, inside = 0, False
+    with open("/proc/self/smaps", encoding="ascii") as file:
+        for line in file:
+            if "-" in line.split()[0]:
+                inside = f"{folder}/os.raw.hvt" in line
+            elif inside and line.startswith("Rss:"):
+                found += int(line.split()[1]) * 1024
+    return found
+
+
 def contents(folder: str, disk: str) -> bytes:
     with open(os.path.join(folder, disk), "rb") as file:
         return file.read()
@@ -103,6 +115,23 @@ def test_a_recycled_log_shows_none_of_its_stale_bytes(tmp_path: Path) -> None:
         file.truncate(MIB)
     independent_hrl.replay(log.log_path, image)
     assert contents(folder, "copy")[:100_000] == contents(folder, "a.raw")[:100_000]
+    vm.detach()
+
+
+def test_the_memory_of_a_sealed_logs_index_is_given_back(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, os=MIB)
+    vm = attached(folder)
+    for number in range(20_000):
+        vm.disks["os.raw"].write(b"x" * 8, 8 * number)
+    assert resident(folder) > 128 << 10  # what was stored since the map was last made larger
+    vm.rotate()
+    assert resident(folder) < 64 << 10
+    for number in range(100):
+        vm.disks["os.raw"].write(b"y" * 8, 8 * number)
+    vm.rotate()
+    (first, second), base = spool.list_logs(folder), bytes(MIB)
+    assert (len(first.entries()), len(second.entries())) == (20_000, 100)
+    assert replayed(folder, "os.raw", base) == contents(folder, "os.raw")
     vm.detach()
 
 
