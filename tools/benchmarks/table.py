@@ -15,6 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+COLUMNS = ("subject (peer)", "peer", "hvfuse", "unit", "ratio", "target", "", "spread: peer / hvfuse")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -86,8 +88,8 @@ def as_json(rows: Sequence[Row]) -> str:
 def show(title: str, rows: Sequence[Row], console: Console) -> None:
     """One table."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    table.add_column("subject (peer)", no_wrap=False)
-    for name in ("peer", "hvfuse", "unit", "ratio", "target", "", "spread: peer / hvfuse"):
+    table.add_column(COLUMNS[0], no_wrap=False)
+    for name in COLUMNS[1:]:
         table.add_column(name, justify="left" if name in ("unit", "") or name.startswith("spread") else "right")
     for row in rows:
         table.add_row(*cells(row))
@@ -96,7 +98,7 @@ def show(title: str, rows: Sequence[Row], console: Console) -> None:
 
 def cells(row: Row) -> tuple[str, ...]:
     """A row in words."""
-    target = "" if row.target is None else f"≥ {row.target:g}"
+    target = "" if row.target is None else f"≥ {row.target:.3g}"
     verdict = {None: "", True: "met", False: "missed"}[row.is_met]
     return row.subject, number(row.peer), number(row.hvfuse), row.unit, f"{row.ratio:.2f}", target, verdict, row.spread
 
