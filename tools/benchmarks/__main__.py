@@ -13,8 +13,9 @@ import time
 
 from rich.console import Console
 
+from . import document
 from .scene import Scene
-from .table import Row, as_json, show
+from .table import as_json, show
 
 SUBJECTS = {
     "write": "writes through the mount, tracked",
@@ -41,22 +42,29 @@ def main() -> None:
     parser.add_argument(
         "--folder", help="where files on the disk are made (default: the directory for temporary files)"
     )
+    parser.add_argument("--write", action="store_true", help="all subjects, and then docs/benchmarks.md")
     arguments = parser.parse_args()
+    if arguments.write and (arguments.subjects or arguments.quick or arguments.json):
+        parser.error("--write is of all subjects, in full, as tables")
     for subject in arguments.subjects:
         if subject not in SUBJECTS:
             parser.error(f"{subject}: not a subject; there are {', '.join(SUBJECTS)}")
     scene = Scene(quick=arguments.quick, folder=arguments.folder)
     console = Console(stderr=arguments.json, width=None if sys.stdout.isatty() else 160, highlight=False)
-    rows: list[Row] = []
+    sections: list[document.Section] = []
     with scene.built():
         for subject in arguments.subjects or SUBJECTS:
             started = time.monotonic()
-            found = importlib.import_module(f".{subject}", __package__).measure(scene)
-            rows += found
+            module = importlib.import_module(f".{subject}", __package__)
+            rows = module.measure(scene)
+            seconds = time.monotonic() - started
+            sections.append(document.Section(subject, SUBJECTS[subject], module.__doc__, seconds, rows))
             if not arguments.json:
-                show(f"{subject}: {SUBJECTS[subject]} ({time.monotonic() - started:.0f} s)", found, console)
+                show(f"{subject}: {SUBJECTS[subject]} ({seconds:.0f} s)", rows, console)
+    if arguments.write:
+        document.write(sections, folder=arguments.folder)
     if arguments.json:
-        print(as_json(rows))
+        print(as_json([row for section in sections for row in section.rows]))
 
 
 if __name__ == "__main__":
