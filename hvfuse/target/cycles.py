@@ -43,16 +43,25 @@ def store_frame(
     placement = entered.placement(frame, disk=disk, stored_length=len(raw))
     txn.put(key, raw, db=env.db(schema.FRAMES))
     txn.put(key, placement.pack(), db=env.db(schema.PLACEMENTS))
-    for database, index_key, value in index_items(vm, seq=seq, disk=disk, number=number, entered=entered):
-        txn.put(index_key, value, db=env.db(database))
+    with txn.cursor(db=env.db(schema.INDEX)) as cursor:
+        cursor.putmulti(region_items(vm, seq=seq, disk=disk, number=number, entered=entered))
+    if entered.wide is not None:
+        index_key = schema.wide_key(vm.id, disk, seq, number)
+        txn.put(index_key, schema.pack_entries(entered.wide), db=env.db(schema.WIDE))
+
+
+def region_items(vm: VmRecord, *, seq: int, disk: int, number: int, entered: Entered) -> Iterator[tuple[bytes, bytes]]:
+    """Key and value of everything that the index has of a frame in single regions; keys ascend."""
+    keys = schema.index_keys(vm.id, disk, entered.regions, seq, number)
+    return zip(keys, schema.pack_each(entered.entries, entered.bounds), strict=True)
 
 
 def index_items(
     vm: VmRecord, *, seq: int, disk: int, number: int, entered: Entered
 ) -> Iterator[tuple[bytes, bytes, bytes]]:
     """Database, key and value of everything that the index has of a frame."""
-    for region, entries in entered.regions.items():
-        yield schema.INDEX, schema.index_key(vm.id, disk, region, seq, number), schema.pack_entries(entries)
+    for key, value in region_items(vm, seq=seq, disk=disk, number=number, entered=entered):
+        yield schema.INDEX, key, value
     if entered.wide is not None:
         yield schema.WIDE, schema.wide_key(vm.id, disk, seq, number), schema.pack_entries(entered.wide)
 

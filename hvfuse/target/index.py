@@ -20,9 +20,13 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """How a frame is entered: entries by region, and those for `wide`, None if there are none."""
+    """How a frame is entered: `entries`, in ascending order, of which region `regions[i]` has those from `bounds[i]` to
+    `bounds[i + 1]`; and those for `wide`, None if there are none. A frame of small writes to a large disk may have as
+    many regions as entries."""
 
-    regions: dict[int, Entries]
+    regions: Numbers
+    bounds: Numbers
+    entries: Entries
     wide: Entries | None
     data_end: int
 
@@ -30,7 +34,7 @@ class Entered:
         """The placement of the frame on the disk with that number."""
         return Placement(
             disk=disk,
-            regions=tuple(self.regions),
+            regions=tuple(self.regions.tolist()),
             wide=self.wide is not None,
             stored_length=stored_length,
             data_end=self.data_end,
@@ -51,22 +55,19 @@ def enter(frame: Frame) -> Entered:
     is_wide = span > WIDE_SPAN
     data = table["kind"] == Fill.DATA
     return Entered(
-        _by_region(entries[~is_wide], first[~is_wide], span[~is_wide]),
+        *_by_region(entries[~is_wide], first[~is_wide], span[~is_wide]),
         entries[is_wide] if is_wide.any() else None,
         int(ends[data].max()) if data.any() else 0,
     )
 
 
-def _by_region(entries: Entries, first: Numbers, span: Numbers) -> dict[int, Entries]:
-    """Entries by region; entry i belongs to the `span[i]` regions from `first[i]` on."""
-    if not len(entries):
-        return {}
+def _by_region(entries: Entries, first: Numbers, span: Numbers) -> tuple[Numbers, Numbers, Entries]:
+    """The first three fields of `Entered`; entry i belongs to the `span[i]` regions from `first[i]` on."""
     which = np.repeat(np.arange(len(entries)), span)
     within = np.arange(len(which)) - np.repeat(np.cumsum(span) - span, span)
     regions = first[which] + within  # ascends, because extents do and are disjoint
     starts = np.flatnonzero(np.diff(regions, prepend=-1))
-    pieces = np.split(which, starts[1:])
-    return {int(regions[at]): entries[piece] for at, piece in zip(starts, pieces, strict=True)}
+    return regions[starts], np.append(starts, len(which)), entries[which]
 
 
 @dataclass(frozen=True, slots=True)

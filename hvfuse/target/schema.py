@@ -42,6 +42,7 @@ What must hold, in every snapshot:
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
@@ -86,6 +87,7 @@ _VM_SEQ = struct.Struct(">IQ")
 _VM_SEQ_NUMBER = struct.Struct(">IQI")
 _VM_NUMBER = struct.Struct(">II")
 _INDEX_KEY = struct.Struct(">IIIQI")
+_INDEX_KEYS = np.dtype([("vm", ">u4"), ("disk", ">u4"), ("region", ">u4"), ("seq", ">u8"), ("number", ">u4")])
 _WIDE_KEY = struct.Struct(">IIQI")
 _LISTING = struct.Struct(">QQ")
 _PLACEMENT = struct.Struct("<IIQQ16s")
@@ -144,6 +146,14 @@ def seq_and_number(key: bytes) -> tuple[int, int]:
 def index_key(vm: int, disk: int, region: int, seq: int, number: int = 0) -> bytes:
     """Key in `index`."""
     return _INDEX_KEY.pack(vm, disk, region, seq, number)
+
+
+def index_keys(vm: int, disk: int, regions: NDArray[np.int64], seq: int, number: int) -> list[bytes]:
+    """Keys in `index`, one for each of `regions`, shape (n,)."""
+    keys = np.empty(len(regions), _INDEX_KEYS)
+    keys["vm"], keys["disk"], keys["region"], keys["seq"], keys["number"] = vm, disk, regions, seq, number
+    raw, size = keys.tobytes(), _INDEX_KEYS.itemsize
+    return [raw[at : at + size] for at in range(0, len(raw), size)]
 
 
 def unpack_index_key(key: bytes) -> tuple[int, int, int, int, int]:
@@ -274,6 +284,12 @@ def unpack_definition(raw: Buffer, what: str) -> bytes:
 def pack_entries(entries: Entries) -> bytes:
     """A value of `index` or `wide`."""
     return _sealed(entries.tobytes())
+
+
+def pack_each(entries: Entries, bounds: NDArray[np.int64]) -> list[bytes]:
+    """Values of `index`: of the entries from `bounds[i]` to `bounds[i + 1]` each."""
+    raw, edges = entries.tobytes(), (bounds * ENTRY_DTYPE.itemsize).tolist()
+    return [_sealed(raw[low:high]) for low, high in itertools.pairwise(edges)]
 
 
 def unpack_entries(raw: Buffer, what: str) -> memoryview:

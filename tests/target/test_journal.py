@@ -223,18 +223,27 @@ def test_frames_are_entered_in_every_region_they_touch_and_resolve_to_what_was_w
 
     frame = decode(raw)
     entered = enter(frame)
-    assert {region: entries["offset"].tolist() for region, entries in entered.regions.items()} == {
-        0: [0, 90], 1: [90],
-    }  # fmt: skip
+    assert entered.regions.tolist() == [0, 1]
+    assert [part["offset"].tolist() for part in np.split(entered.entries, entered.bounds[1:-1])] == [[0, 90], [90]]
     assert entered.wide["offset"].tolist() == [150]
     assert entered.data_end == 120
-    ones = Layer(entered.regions[1], np.array([4]), np.array([0]))
+    ones = Layer(entered.entries[2:], np.array([4]), np.array([0]))
     wide = Layer(entered.wide, np.array([3]), np.array([0]))
     found = resolve(ones, wide, start=100, end=200)
     assert list(zip(found.starts.tolist(), found.ends.tolist(), found.kinds.tolist(), strict=True)) == [
         (100, 120, Fill.DATA), (150, 200, Fill.ZERO),
     ]  # fmt: skip
     assert found.positions[0] == 5 + 10
+
+
+def test_keys_and_values_that_are_packed_together_are_those_packed_one_by_one():
+    regions = np.array([0, 7, 2**32 - 1])
+    entries = np.arange(5 * 6, dtype="<u4").view(schema.ENTRY_DTYPE)
+    alone = [schema.index_key(3, 2**31, int(region), 2**63, 9) for region in regions]
+    assert schema.index_keys(3, 2**31, regions, 2**63, 9) == alone == sorted(alone)
+    parts = [entries[:1], entries[1:4], entries[4:]]
+    assert schema.pack_each(entries, np.array([0, 1, 4, 5])) == [schema.pack_entries(part) for part in parts]
+    assert schema.pack_each(entries[:0], np.array([0])) == schema.index_keys(3, 1, regions[:0], 1, 9) == []
 
 
 def test_the_newer_of_a_wide_and_a_narrow_extent_wins():
