@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 import time
 
@@ -49,6 +50,7 @@ def main() -> None:
     for subject in arguments.subjects:
         if subject not in SUBJECTS:
             parser.error(f"{subject}: not a subject; there are {', '.join(SUBJECTS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
     scene = Scene(quick=arguments.quick, folder=arguments.folder)
     console = Console(stderr=arguments.json, width=None if sys.stdout.isatty() else 160, highlight=False)
     sections: list[document.Section] = []

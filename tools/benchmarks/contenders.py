@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .peers import passthrough, qemu_export
-from .scene import GIB, MIB, Home, Place, Scene, fill, run, settle
+from .scene import MIB, Home, Place, Scene, fill, run, settle
 
 PEERS = ("passthrough_ll", "passthrough_fh", "qemu", "qemu, bitmap")
 BARE, UNTRACKED, OURS = "bare", "untracked", "hvfuse"
@@ -41,7 +41,7 @@ class Load:
 
     name: str
     options: tuple[str, ...]
-    size: int = 256 * MIB
+    size: int = 32 * MIB
     seconds: float = 1.0
     unit: str = "IOPS"
 
@@ -56,7 +56,7 @@ class Contenders:
     def __init__(self, scene: Scene, place: Place, names: Sequence[str]) -> None:
         self.scene = scene
         self._home = Home(place, config='\n[vm.vm]\nexclude = ["plain.raw"]\n')
-        self._size = scene.bytes(512 * MIB)
+        self._size = scene.bytes(128 * MIB)
         folder = self._home.folder(_VM)
         images = place.path / "images"
         images.mkdir()
@@ -79,7 +79,7 @@ class Contenders:
     def warm(self) -> None:
         """Have logs to recycle, as large as a round makes them."""
         for _ in range(3):
-            size = self.scene.bytes(GIB)
+            size = self.scene.bytes(512 * MIB)
             self.measure(OURS, Load("", ("--rw=write", "--bs=1M"), size=size, seconds=20))
             self.ship()
 
