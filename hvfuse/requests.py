@@ -37,8 +37,8 @@ MAX_REQUEST = 1 << 20
 """Bytes in one read or write request; libfuse 3.14 does not survive more."""
 
 _TRIES = 64
-"""How often the device is asked again before we sleep: a request that comes within these 50 to 100 microseconds need not
-wake anybody up, which takes as long. Only where the last sleep was short, so nobody who is idle keeps a processor busy."""
+"""How often the device is asked again before we sleep: a request that comes within these 50 to 100 microseconds need
+not wake anybody up, which takes as long. Only where the last sleep was short: an idle mount keeps no processor busy."""
 _SOON_NS = 100_000
 """What a short sleep is."""
 _HEAD = 80
