@@ -79,7 +79,7 @@ class Contenders:
     def warm(self) -> None:
         """Have logs to recycle, as large as a round makes them."""
         for _ in range(3):
-            size = self.scene.bytes(512 * MIB)
+            size = self.scene.bytes(256 * MIB)
             self.measure(OURS, Load("", ("--rw=write", "--bs=1M"), size=size, seconds=20))
             self.ship()
 

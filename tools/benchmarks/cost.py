@@ -91,7 +91,7 @@ def _within(scene: Scene, memory: bool) -> list[Row]:
             vm.detach()
     whole = statistics.median(found.pop("TrackedDisk.write"))
     parts = {name: statistics.median(times) for name, times in found.items()}
-    parts["all else"] = whole - sum(parts.values())
+    parts["all else"] = max(whole - sum(parts.values()), 0.01)
     return [
         Row(f"{where}, in process: {name} (write)", whole, us, "us", whole / us, None) for name, us in parts.items()
     ]

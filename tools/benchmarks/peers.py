@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
-from .scene import Place, Scene, run, unmount
+from .scene import Place, Scene, remove, run, unmount
 
 EXAMPLES = Path("usr/share/doc/libfuse3-dev/examples")
 _WITHOUT_DIRECT = """
@@ -69,7 +70,9 @@ def qemu_export(place: Place, image: Path, *, bitmap: bool) -> Path:
         "--blockdev", "driver=raw,node-name=disk,file=file",
     ]  # fmt: skip
     if bitmap:
-        socket = place.path / f"{mountpoint.name}.sock"
+        folder = Path(tempfile.mkdtemp(prefix="hvfuse-bench-"))  # the place's own path may be too long for a socket's
+        place.stack.callback(remove, folder)
+        socket = folder / "qmp"
         command += ["--chardev", f"socket,id=monitor,path={socket},server=on,wait=off", "--monitor", "chardev=monitor"]
     command += ["--export", f"type=fuse,id=export,node-name=disk,mountpoint={mountpoint},writable=on"]
     place.start(*command, until=lambda: os.path.ismount(mountpoint))
