@@ -79,28 +79,35 @@ class DiskPlan:
         """
         pieces = self.pieces[slice(int(self.bounds[frame]), int(self.bounds[frame + 1]))]
         data = bytearray(int(pieces.data_lengths().sum()))
+        view = memoryview(data)
         picks = self._picks(pieces)
-        rows = picks.tolist()  # plain integers: what follows is the one loop over single payloads
+        rows = list(zip(*(picks[field].tolist() for field in PICK_DTYPE.names or ()), strict=True))
         for first, last, begin, end in _runs(picks):
-            log = rows[first][0]
-            raw = self._read(log, files[log], begin, end)
+            log, _, size, xxh3, _, length, place = rows[first]
+            if length == end - begin:  # one payload, all of it: no need to copy it
+                payload = view[place : place + length]
+                self._check(log, begin, xxh3, payload[: self._read(log, files[log], begin, payload)], size)
+                continue
+            raw = memoryview(bytearray(end - begin))
+            raw = raw[: self._read(log, files[log], begin, raw)]
             checked = -1
             for _, location, size, xxh3, skip, length, place in rows[first:last]:
                 at = location - begin
                 if location != checked:
-                    self._verify(raw[at : at + size], size, xxh3, log, location)
+                    self._check(log, location, xxh3, raw[at : at + size], size)
                     checked = location
-                data[place : place + length] = raw[at + skip : at + skip + length]
+                view[place : place + length] = raw[at + skip : at + skip + length]
         return compose(pieces, data)
 
-    def _read(self, log: int, file: int, begin: int, end: int) -> memoryview:
+    def _read(self, log: int, file: int, begin: int, buffer: memoryview) -> int:
+        """Returns the bytes read, fewer only at the log's end."""
         try:
-            return memoryview(system.pread(file, end - begin, begin))
+            return system.pread_into(file, buffer, begin)
         except OSError as error:
             path = self.logs[log].log_path
             raise DamagedLogError(f"{path}: cannot be read at {begin}: {error.strerror}") from error
 
-    def _verify(self, payload: memoryview, size: int, xxh3: int, log: int, location: int) -> None:
+    def _check(self, log: int, location: int, xxh3: int, payload: memoryview, size: int) -> None:
         if len(payload) != size or xxhash.xxh3_64_intdigest(payload) != xxh3:
             path = self.logs[log].log_path
             raise DamagedLogError(f"{path}: payload at {location} does not match its checksum")

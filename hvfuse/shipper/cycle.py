@@ -25,6 +25,9 @@ from hvfuse.shipper.replica import Replica
 from hvfuse.spool import SealedCycle
 from hvfuse.system import Clock
 
+AHEAD = 24
+"""Frames of at most 2 MiB, mostly 1 MiB before compression, that are made ahead of the replica."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CycleReport:
@@ -198,7 +201,7 @@ def ship(
     doing(f"waits for the target to take cycle {told.cycle}")
     held = replica.begin(told)
     tally = _Tally()
-    with FramePool(generation=told.generation, cycle=told.cycle, level=level) as pool:
+    with FramePool(generation=told.generation, cycle=told.cycle, level=level, ahead=AHEAD) as pool:
         for logs in logs_by_disk(cycles):
             planned = plan(logs)
             for made in _missing(planned, first=tally.planned, held=held, pool=pool):

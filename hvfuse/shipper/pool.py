@@ -14,7 +14,7 @@ from hvfuse.shipper.content import Content
 
 WORKERS = 2
 AHEAD = 2 * WORKERS
-"""Frames under way at once: bounds the memory however slow the replica is."""
+"""Frames under way at once, unless more are asked for: bounds the memory however slow the replica is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,14 @@ class Made:
 
 
 class FramePool:
-    """Builds and compresses the frames of one cycle. `level`: zstd level; 0 does not compress."""
+    """Builds and compresses the frames of one cycle. `level`: zstd level; 0 does not compress. `ahead`: frames under
+    way at once; enough of them keep the workers busy while the replica makes some durable."""
 
-    def __init__(self, *, generation: bytes, cycle: int, level: int) -> None:
+    def __init__(self, *, generation: bytes, cycle: int, level: int, ahead: int = AHEAD) -> None:
         self._generation = generation
         self._cycle = cycle
         self._level = level
+        self._ahead = ahead
         self._executor = ThreadPoolExecutor(WORKERS, "hvfuse-frames")
         self._own = threading.local()
 
@@ -65,7 +67,7 @@ class FramePool:
         try:
             for job in jobs:
                 ahead.append(self._executor.submit(self._work, job))
-                if len(ahead) == AHEAD:
+                if len(ahead) == self._ahead:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()

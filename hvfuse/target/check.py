@@ -174,7 +174,7 @@ class _VmCheck:
             self._found(f"{where} is another disk's or cycle's")
             return
         entered = enter(frame)
-        if entered.placement(frame, disk=placement.disk, stored_length=len(raw)) != placement:
+        if entered.placement(frame.header, disk=placement.disk, stored_length=len(raw)) != placement:
             self._found(f"{where} is placed wrongly")
         items = cycles.index_items(self._vm, seq=seq, disk=placement.disk, number=number, entered=entered)
         if any(self._txn.get(item, db=self._env.db(database)) != value for database, item, value in items):

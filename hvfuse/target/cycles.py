@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from hvfuse.frames import Frame
+from hvfuse.frames import FrameHeader
 from hvfuse.target import schema
 from hvfuse.target.environment import Environment, Txn
 from hvfuse.target.index import Entered, scan
@@ -35,12 +35,12 @@ def data_ends(txn: Txn, env: Environment, vm: VmRecord, *, seq: int) -> dict[int
 
 
 def store_frame(
-    txn: Txn, env: Environment, vm: VmRecord, *, seq: int, disk: int, frame: Frame, raw: bytes, entered: Entered
+    txn: Txn, env: Environment, vm: VmRecord, *, seq: int, disk: int, header: FrameHeader, raw: bytes, entered: Entered
 ) -> None:
     """Put a frame, its placement and its index entries. `raw`: the frame as it came."""
-    number = frame.header.number
+    number = header.number
     key = schema.frame_key(vm.id, seq, number)
-    placement = entered.placement(frame, disk=disk, stored_length=len(raw))
+    placement = entered.placement(header, disk=disk, stored_length=len(raw))
     txn.put(key, raw, db=env.db(schema.FRAMES))
     txn.put(key, placement.pack(), db=env.db(schema.PLACEMENTS))
     with txn.cursor(db=env.db(schema.INDEX)) as cursor:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvfuse.extent import newest_wins
-from hvfuse.frames import Fill, Frame
+from hvfuse.frames import Fill, Frame, FrameHeader
 from hvfuse.target import schema
 from hvfuse.target.environment import Environment, Txn
 from hvfuse.target.schema import ENTRY_DTYPE, REGION, WIDE_SPAN, Entries, Placement
@@ -30,15 +30,15 @@ class Entered:
     wide: Entries | None
     data_end: int
 
-    def placement(self, frame: Frame, *, disk: int, stored_length: int) -> Placement:
-        """The placement of the frame on the disk with that number."""
+    def placement(self, header: FrameHeader, *, disk: int, stored_length: int) -> Placement:
+        """The placement of the frame with that header, on the disk with that number."""
         return Placement(
             disk=disk,
             regions=tuple(self.regions.tolist()),
             wide=self.wide is not None,
             stored_length=stored_length,
             data_end=self.data_end,
-            digest=frame.header.digest,
+            digest=header.digest,
         )
 
 

@@ -15,12 +15,13 @@ for a disk that the replica does not know yet. While it is open, digests tell wh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from hvfuse.errors import CorruptError, HvfuseError
 from hvfuse.extent import Extent
 from hvfuse.formats.digests import DigestKey, Digests
-from hvfuse.frames import Frame, unpack_header
+from hvfuse.frames import FrameHeader, unpack_header
 from hvfuse.manifest import CycleKind, CycleManifest, RecoveryPoint
 from hvfuse.position import Position, PositionMismatchError
 from hvfuse.states import AFTER_FAILOVER
@@ -41,9 +42,12 @@ SMALL_FRAME = 512
 """Bytes; a staged frame of a copy that is no larger, such as the closing one of a group without data, need not
 have a transaction of its own."""
 SMALL_FRAMES = 256
-SMALL_PERIOD = 0.25
-"""How many of them wait at most, and the seconds since the last transaction within which one waits: what a
-death repeats is what was done that quickly."""
+"""How many of them wait at most."""
+WAITING_BYTES = 16 << 20
+"""Bytes of a cycle's frames that wait at most, the one that ends the waiting not counted."""
+WAITING_PERIOD = 0.25
+"""Seconds since the last transaction within which a frame waits: what a death repeats is what was done that
+quickly."""
 
 
 class IncompleteCycleError(HvfuseError):
@@ -62,9 +66,9 @@ class Housekeeping:
 
 @dataclass(frozen=True, slots=True)
 class _Admitted:
-    """A frame that was verified, and as it came."""
+    """A frame that was verified, as it came, and where it goes."""
 
-    frame: Frame
+    header: FrameHeader
     disk: DiskRecord
     raw: bytes
     entered: Entered
@@ -90,14 +94,14 @@ class LocalReplica:
         self._open: StagingRecord | None = None
         self._direct: DirectCopy | None = None
         self._blocks: HeldBlocks | None = None
-        # Small frames that wait for the next transaction, and when (monotonic, seconds) there was one.
-        self._waiting: list[_Admitted] = []
+        # Frames that wait for the next transaction, by number, and when (monotonic, seconds) there was one.
+        self._waiting: dict[int, _Admitted] = {}
         self._written_at = 0.0
 
     def close(self) -> None:
         """Let files go. What waits to be staged counts as never put."""
         self._open = None
-        self._waiting = []
+        self._waiting = {}
         if self._direct is not None:
             self._direct.close()
             self._direct = None
@@ -136,6 +140,9 @@ class LocalReplica:
         CorruptError (an impossible manifest).
         """
         self._check_manifest(manifest)
+        if self._open is not None and is_same(self._open, manifest):
+            with suppress(HvfuseError):  # they are to be put again, then
+                self._stage()
         self.close()
         opened, held = self._store.write(
             "store:begin", lambda txn: staging.begin(txn, self._store, self._vm, manifest, self._claim())
@@ -147,6 +154,7 @@ class LocalReplica:
             self.close()
             raise
         self._open = opened
+        self._written_at = self._store.clock.monotonic()
         return held
 
     def _prepare(self, opened: StagingRecord, held: frozenset[int]) -> frozenset[int]:
@@ -197,7 +205,8 @@ class LocalReplica:
         return self._blocks
 
     def put(self, frame: bytes) -> None:
-        """Stage one encoded frame of the open cycle. Verified before it is kept.
+        """Stage one encoded frame of the open cycle. Verified before it is kept; durable with one of those that follow,
+        at the latest when the cycle is committed.
 
         Raises CorruptError, UnsupportedError; nothing of a refused frame is kept.
         """
@@ -208,42 +217,55 @@ class LocalReplica:
         if self._direct is not None:
             self._direct.put(admitted, disk)
             return
-        frames = [*self._waiting, _Admitted(admitted, disk, frame, enter(admitted))]
-        if self._may_wait(frame):
-            self._waiting = frames
-        else:
-            self._stage(frames)
+        number = admitted.header.number
+        if not self._is_known(admitted.header):
+            self._waiting[number] = _Admitted(admitted.header, disk, frame, enter(admitted))
+        if not self._may_wait(frame):
+            self._stage()
+
+    def _is_known(self, header: FrameHeader) -> bool:
+        """Whether the frame came before, be it staged or waiting. Raises CorruptError for one with other contents, and
+        whatever keeps frames of the cycle from being staged."""
+        assert self._open is not None
+        with self._env.read() as txn:
+            vm = staging.load_open(txn, self._store, self._vm, self._open, self._claim())
+            staged = self._staged_digest(txn, vm, header.number)
+        waiting = self._waiting.get(header.number)
+        digest = staged if waiting is None else waiting.header.digest
+        if self._open.kind is CycleKind.DELTA and digest not in (None, header.digest):
+            raise CorruptError(f"{self._vm}: frame {header.number} came before with other contents")
+        return digest is not None
+
+    def _staged_digest(self, txn: Txn, vm: VmRecord, number: int) -> bytes | None:
+        assert self._open is not None
+        key = schema.frame_key(vm.id, self._open.seq, number)
+        raw = txn.get(key, db=self._env.db(schema.PLACEMENTS))
+        return None if raw is None else Placement.unpack(raw).digest
 
     def _may_wait(self, frame: bytes) -> bool:
-        """Whether a frame may share a transaction with those to come."""
+        """Whether the frames that wait, with the one that came last, may share a transaction with those to come."""
         assert self._open is not None
-        return (
-            self._open.kind is CycleKind.COPY
-            and len(frame) <= SMALL_FRAME
-            and len(self._waiting) < SMALL_FRAMES
-            and self._store.clock.monotonic() - self._written_at < SMALL_PERIOD
-        )
+        if self._store.clock.monotonic() - self._written_at >= WAITING_PERIOD:
+            return False
+        if self._open.kind is CycleKind.COPY:
+            return len(frame) <= SMALL_FRAME and len(self._waiting) <= SMALL_FRAMES
+        return sum(len(each.raw) for each in self._waiting.values()) < WAITING_BYTES
 
-    def _stage(self, frames: Sequence[_Admitted]) -> None:
-        """Put those that waited, and perhaps one more, in one transaction."""
-        self._store.write("store:put", lambda txn: self._stage_frames(txn, frames))
-        self._waiting = []
-        self._written_at = self._store.clock.monotonic()
+    def _stage(self) -> None:
+        """Put those that wait, in one transaction."""
+        if self._waiting:
+            self._store.write("store:put", self._stage_waiting)
+            self._waiting = {}
+            self._written_at = self._store.clock.monotonic()
 
-    def _stage_frames(self, txn: Txn, frames: Sequence[_Admitted]) -> None:
+    def _stage_waiting(self, txn: Txn) -> None:
         vm = staging.load_open(txn, self._store, self._vm, self._open, self._claim())
         assert self._open is not None
-        for each in frames:
-            number = each.frame.header.number
-            key = schema.frame_key(vm.id, self._open.seq, number)
-            known = txn.get(key, db=self._env.db(schema.PLACEMENTS))
-            if known is None:
-                cycles.store_frame(
-                    txn, self._env, vm, seq=self._open.seq, disk=each.disk.number, frame=each.frame, raw=each.raw,
-                    entered=each.entered,
-                )  # fmt: skip
-            elif self._open.kind is CycleKind.DELTA and Placement.unpack(known).digest != each.frame.header.digest:
-                raise CorruptError(f"{self._vm}: frame {number} came before with other contents")
+        for each in self._waiting.values():
+            cycles.store_frame(
+                txn, self._env, vm, seq=self._open.seq, disk=each.disk.number, header=each.header, raw=each.raw,
+                entered=each.entered,
+            )  # fmt: skip
 
     def _check_repeated(self, frame: bytes) -> None:
         """Without an open cycle, a frame is nothing new only if it is of the cycle just committed."""
@@ -258,11 +280,10 @@ class LocalReplica:
         CorruptError (data beyond a disk's end).
         """
         self._check_manifest(manifest)
-        if self._open is not None and is_same(self._open, manifest):
-            if self._waiting:
-                self._stage(self._waiting)
-            if self._direct is not None:
-                self._direct.finish(manifest)
+        if self._open is None or not is_same(self._open, manifest):
+            self._waiting = {}
+        elif self._direct is not None:
+            self._direct.finish(manifest)
         cycle = self._store.write("store:commit", lambda txn: self._commit(txn, manifest, frame_count))
         if self._direct is not None:
             self._direct.forget()
@@ -270,6 +291,8 @@ class LocalReplica:
         return cycle.recovery_point(self._vm) if manifest.kind is CycleKind.DELTA else None
 
     def _commit(self, txn: Txn, manifest: CycleManifest, frame_count: int) -> PointRecord:
+        if self._waiting:
+            self._stage_waiting(txn)
         vm = self._store.load_vm(txn, self._vm)
         relation.demand_open(vm)
         failing_over.demand_claim(vm, self._claim())

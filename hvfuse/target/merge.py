@@ -31,6 +31,9 @@ from hvfuse.target.store import Store
 STEP_BYTES = 64 << 20
 """Bytes of frames that one step takes at most, if it is more than one cycle: about what `FrameReader`
 keeps decoded, so that frames spread over many regions are not decoded again for each."""
+STEP_CYCLES = 64
+"""Cycles that one step takes at most. The frames of a cycle follow each other on the disk, so there are one or two of
+each cycle that are wanted for a region and for the next: `FrameReader` has to keep these of all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,8 @@ def _announce(store: Store, vm_name: str, upto_seq: int, txn: Txn) -> _Step | No
     target, size = vm.base_seq, 0
     for cycle in store.scan_cycles(txn, vm, first=vm.base_seq + 1, last=limit):
         size += cycle.stored_bytes
-        if target >= max(vm.floor_seq, vm.base_seq + 1) and size > STEP_BYTES:
+        is_much = size > STEP_BYTES or cycle.seq > vm.base_seq + STEP_CYCLES
+        if target >= max(vm.floor_seq, vm.base_seq + 1) and is_much:
             break
         target = cycle.seq
     store.save_vm(txn, replace(vm, floor_seq=max(vm.floor_seq, target)))

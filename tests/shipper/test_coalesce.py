@@ -237,11 +237,11 @@ def test_a_truncated_log_is_found_and_named(tmp_path):
 
 
 def test_a_log_that_the_disk_cannot_read_any_more_is_named(tmp_path, monkeypatch):
-    def fail(fd: int, length: int, offset: int) -> bytes:
+    def fail(fd: int, buffer: memoryview, offset: int) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     logs = logs_of(sealed(tmp_path, write(0, b"a")))
-    monkeypatch.setattr(coalesce.system, "pread", fail)
+    monkeypatch.setattr(coalesce.system, "pread_into", fail)
     with pytest.raises(DamagedLogError, match=r"\.hrl: cannot be read at 8192: Input/output error"):
         made_frames(logs)
 
@@ -284,8 +284,8 @@ def test_memory_stays_bounded_when_little_survives_of_each_of_many_long_writes(t
         size=24 * MIB,
     )
     spans = []
-    pread = coalesce.system.pread
-    monkeypatch.setattr(coalesce.system, "pread", lambda fd, n, at: spans.append(n) or pread(fd, n, at))
+    read = coalesce.system.pread_into
+    monkeypatch.setattr(coalesce.system, "pread_into", lambda fd, to, at: spans.append(len(to)) or read(fd, to, at))
     found = made_frames(logs_of(source))
     assert max(spans) <= coalesce.READ_SPAN + MIB
     assert applied(found, bytes(24 * MIB), 24 * MIB) == bytes(source.disks[0].image)

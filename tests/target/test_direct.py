@@ -28,25 +28,10 @@ from hvfuse.target.check import check
 from hvfuse.target.local import SMALL_FRAMES, LocalReplica
 from hvfuse.target.store import Store
 from hvfuse.target.unsynced import ENTRY_SIZE, HEAD_SIZE, UnsyncedFrames, WrittenFrame
+from tests.target.clock import Hand
 from tests.target.model import Source, check_points, send
 
 SIZES = {"a.raw": 150_000, "b.raw": 9_000}
-
-
-class Hand:
-    """A clock whose hand is moved."""
-
-    def __init__(self) -> None:
-        self.seconds = 1000.0
-
-    def now_ns(self) -> int:
-        return int(self.seconds * 10**9)
-
-    def monotonic(self) -> float:
-        return self.seconds
-
-    def sleep(self, seconds: float) -> None:
-        self.seconds += seconds
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ from hvfuse.manifest import CycleKind, DiskManifest
 from hvfuse.position import PositionMismatchError
 from hvfuse.target.check import check
 from hvfuse.target.journal import PointReader
-from hvfuse.target.local import IncompleteCycleError, LocalReplica
+from hvfuse.target.local import WAITING_PERIOD, IncompleteCycleError, LocalReplica
 from hvfuse.target.merge import merge
 from hvfuse.target.retention import RetentionPolicy
 from hvfuse.target.store import Store, holder_is_alive
+from tests.target.clock import Hand
 from tests.target.model import SECOND, Source, check_points, contents, send
 
 LATEST_ONLY = RetentionPolicy(keep_all_seconds=0, hourly=0)
@@ -242,7 +243,10 @@ def test_saying_everything_twice_changes_nothing(store, replica, source):
     replica.begin(manifest)
     for frame in [*frames, *frames]:
         replica.put(frame)
+    assert replica.begin(manifest) == frozenset(range(len(frames)))  # those that waited, too
     staged = everything(store)
+    for frame in frames:
+        replica.put(frame)
     assert replica.begin(manifest) == frozenset(range(len(frames)))
     assert everything(store) == staged
     point = replica.commit(manifest, len(frames))
@@ -385,6 +389,29 @@ def test_merging_goes_no_further_than_the_oldest_listed_point(store, replica, so
     assert merge(store, "web01", 1000) == 0
 
 
+def test_many_small_cycles_that_expire_at_once_are_not_decoded_again_for_every_region(monkeypatch, store, replica):
+    from hvfuse.target import index, journal, kept, schema
+    from hvfuse.target import merge as merge_module
+
+    for module in (index, journal, merge_module, schema):
+        monkeypatch.setattr(module, "REGION", 4096)
+    monkeypatch.setattr(merge_module, "STEP_CYCLES", 4)
+    monkeypatch.setattr(kept, "FRAME_CACHE", 8 * 2000)  # bytes: a few steps' frames, and not all cycles'
+    decode, decoded = kept.decode, []
+    monkeypatch.setattr(kept, "decode", lambda raw: decoded.append(raw) or decode(raw))
+    source = Source("web01", {"os.raw": 80_000}, seed=2)
+    source.copy_to(replica)
+    for number in range(20):
+        for region in range(15):
+            source.write("os.raw", region * 4096 + number * 100, source.random.randbytes(100))
+        manifest, _ = source.begin_cycle()
+        frames = source.frames(source.coalesced(), per_frame=100)
+        source.end_cycle(manifest, send(replica, manifest, frames))
+    replica.housekeep(LATEST_ONLY, source.now_ns)
+    assert len(decoded) == 20
+    check_points(store, source)
+
+
 def test_only_one_process_merges_at_a_time(store, replica, source):
     from hvfuse.target.images import ReplicaImages
 
@@ -500,6 +527,44 @@ def test_a_frame_with_other_contents_under_a_number_that_is_held_is_refused(repl
     replica.put(encoded(source, [(0, 10, Fill.DATA)]))
     with pytest.raises(CorruptError, match="other contents"):
         replica.put(encoded(source, [(0, 11, Fill.DATA)]))
+
+
+def test_what_is_refused_is_refused_at_once_although_frames_wait_for_each_other(store, replica, source):
+    source.copy_to(replica)
+    manifest, _ = source.begin_cycle()
+    replica.begin(manifest)
+    replica.put(encoded(source, [(0, 10, Fill.DATA)]))
+    assert not [key for database, key, _ in everything(store) if database == b"frames"]
+    with pytest.raises(CorruptError, match="other contents"):
+        replica.put(encoded(source, [(0, 11, Fill.DATA)]))
+    replica.commit(manifest, 1)
+    assert contents(store, "web01", store.point("web01").id)["os.raw"][:11] == bytes(10) + source.disks["os.raw"][10:11]
+
+
+def test_a_cycles_frames_are_durable_by_the_time_and_by_the_bytes(tmp_path, monkeypatch, source):
+    clock = Hand()
+    monkeypatch.setattr("hvfuse.target.local.WAITING_BYTES", 20_000)
+    source.write("os.raw", 0, source.random.randbytes(50_000))
+
+    def is_durable() -> bool:
+        with Store(str(tmp_path / "store"), create=False) as another:
+            return LocalReplica(another, "web01").begin(manifest) == frozenset(range(put))
+
+    with Store(str(tmp_path / "store"), clock=clock) as store:
+        replica = LocalReplica(store, "web01")
+        source.copy_to(replica)
+        manifest, _ = source.begin_cycle()
+        frames = source.frames(
+            {"os.raw": [(at, 6000, source.random.randbytes(6000)) for at in range(0, 48_000, 6000)]}, per_frame=1
+        )
+        replica.begin(manifest)
+        found = []
+        for put, frame in enumerate(frames, 1):
+            clock.sleep(WAITING_PERIOD if put == 2 else 0)
+            replica.put(frame)
+            found.append(is_durable())
+        assert found == [False, True, False, False, False, True, False, False]
+        assert replica.commit(manifest, len(frames)) is not None
 
 
 def test_a_frame_without_an_open_cycle_is_refused(replica, source):

@@ -14,10 +14,11 @@ from hvfuse.manifest import CycleKind
 from hvfuse.target import index, schema
 from hvfuse.target.check import check
 from hvfuse.target.journal import PointReader
-from hvfuse.target.local import LocalReplica
+from hvfuse.target.local import WAITING_PERIOD, LocalReplica
 from hvfuse.target.merge import merge
 from hvfuse.target.retention import RetentionPolicy
 from hvfuse.target.store import Store
+from tests.target.clock import Hand
 from tests.target.model import Source, check_points, send
 
 SIZE = 40_000
@@ -39,7 +40,8 @@ class StoreAgainstBytearrays(RuleBasedStateMachine):
         self.regions = index.REGION
         self.source = Source("vm", {"a.raw": SIZE, "b.raw": 100}, seed=seed)
         self.pinned: dict[int, str] = {}
-        self.store = Store(self.folder, map_size=1 << 20)
+        self.clock = Hand()
+        self.store = Store(self.folder, map_size=1 << 20, clock=self.clock)
         self.replica = LocalReplica(self.store, "vm")
         self.source.write("a.raw", 5000, self.source.random.randbytes(20_000))
         self.source.copy_to(self.replica)
@@ -66,15 +68,19 @@ class StoreAgainstBytearrays(RuleBasedStateMachine):
     def cycle(self):
         self.source.ship_to(self.replica)
 
-    @rule(sent=st.integers(0, 3))
-    def an_interrupted_cycle_is_taken_up_again(self, sent):
+    @rule(late=st.lists(st.booleans(), max_size=3))
+    def an_interrupted_cycle_is_taken_up_again(self, late):
+        """A frame that comes a while after the last transaction is durable at once, with those that waited for it."""
         manifest, frames = self.source.begin_cycle()
         self.replica.begin(manifest)
-        for frame in frames[:sent]:
+        durable = 0
+        for number, (frame, is_late) in enumerate(zip(frames, late, strict=False), 1):
+            if is_late:
+                self.clock.sleep(WAITING_PERIOD)
+                durable = number
             self.replica.put(frame)
         self.reopen()
-        self.replica = LocalReplica(self.store, "vm")
-        assert self.replica.begin(manifest) == frozenset(range(min(sent, len(frames))))
+        assert self.replica.begin(manifest) == frozenset(range(durable))
         self.source.end_cycle(manifest, send(self.replica, manifest, frames))
 
     @rule(sent=st.integers(0, 3))
@@ -137,7 +143,7 @@ class StoreAgainstBytearrays(RuleBasedStateMachine):
     def reopen(self):
         self.replica.close()
         self.store.close()
-        self.store = Store(self.folder, create=False)
+        self.store = Store(self.folder, create=False, clock=self.clock)
         self.replica = LocalReplica(self.store, "vm")
 
     @precondition(lambda self: self.store.points("vm"))
@@ -183,6 +189,7 @@ def test_every_point_equals_the_model_whatever_happens(monkeypatch):
     for module in (index, journal, merge_module, schema):
         monkeypatch.setattr(module, "REGION", REGION)
     monkeypatch.setattr(merge_module, "STEP_BYTES", 20_000)
+    monkeypatch.setattr(merge_module, "STEP_CYCLES", 3)
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(
