@@ -37,6 +37,7 @@ the limits before anything is allocated, and against each other before anything 
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -85,6 +86,9 @@ class Fill(IntEnum):
 
     DATA = 1
     ZERO = 2
+
+
+_DATA, _ZERO = Fill.DATA.value, Fill.ZERO.value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,14 +146,18 @@ class FrameWriter:
 
     def encode(self, *, disk_id: bytes, number: int, table: Table, data: Sequence[Buffer]) -> bytes:
         """One frame. `data`: the bytes of the DATA extents of `table`, in its order."""
-        plain = b"".join((table.tobytes(), *data))
-        if len(plain) > MAX_PLAIN:
-            raise ValueError(f"a frame of {len(plain)} bytes; at most {MAX_PLAIN} are allowed")
-        body, codec = plain, Codec.STORED
+        body: list[Buffer] = [table.tobytes(), *data]
+        plain_length = stored_length = sum(map(len, body))
+        if plain_length > MAX_PLAIN:
+            raise ValueError(f"a frame of {plain_length} bytes; at most {MAX_PLAIN} are allowed")
+        digest = xxhash.xxh3_128()
+        for part in body:
+            digest.update(part)
+        codec = Codec.STORED
         if self._compressor is not None:
-            packed = self._compressor.compress(plain)
-            if len(packed) < len(plain):
-                body, codec = packed, Codec.ZSTD
+            packed = self._compressor.compress(b"".join(body))
+            if len(packed) < plain_length:
+                body, codec, stored_length = [packed], Codec.ZSTD, len(packed)
         header = FrameHeader(
             codec=codec,
             disk_id=disk_id,
@@ -157,11 +165,11 @@ class FrameWriter:
             cycle=self._cycle,
             number=number,
             extent_count=len(table),
-            plain_length=len(plain),
-            stored_length=len(body),
-            digest=xxhash.xxh3_128_digest(plain),
+            plain_length=plain_length,
+            stored_length=stored_length,
+            digest=digest.digest(),
         )
-        return header.pack() + body
+        return b"".join((header.pack(), *body))
 
 
 def unpack_header(data: Buffer) -> FrameHeader:
@@ -210,8 +218,7 @@ def _decompress(body: memoryview, plain_length: int) -> memoryview:
         declared = zstandard.get_frame_parameters(body).content_size
         if declared != plain_length or declared == 0:
             raise CorruptError(f"frame body declares {declared} bytes, its header {plain_length}")
-        unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_PLAIN)
-        plain = unpacker.decompress(body, read_across_frames=False, allow_extra_data=False)
+        plain = _unpacker().decompress(body, read_across_frames=False, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CorruptError(f"frame body does not decompress: {error}") from None
     if len(plain) != plain_length:
@@ -219,17 +226,27 @@ def _decompress(body: memoryview, plain_length: int) -> memoryview:
     return memoryview(plain)
 
 
+def _unpacker() -> zstandard.ZstdDecompressor:
+    """One for each thread: to make one takes longer than to unpack a small frame, and two threads cannot share it."""
+    found: zstandard.ZstdDecompressor | None = getattr(_own, "unpacker", None)
+    if found is None:
+        found = _own.unpacker = zstandard.ZstdDecompressor(max_window_size=MAX_PLAIN)
+    return found
+
+
+_own = threading.local()
+
+
 def _check_table(table: Table, *, data_length: int) -> None:
     """Extents lie in order, apart, within bounds, and account for every byte of data."""
     offset, length, kind = table["offset"], table["length"], table["kind"]
-    if not np.isin(kind, (Fill.DATA, Fill.ZERO)).all():
+    is_data = kind == _DATA
+    if not (is_data | (kind == _ZERO)).all():
         raise CorruptError("frame holds an extent of unknown kind")
-    if (length == 0).any() or (offset > MAX_OFFSET).any() or (length > MAX_OFFSET).any():
-        raise CorruptError("frame holds an extent out of bounds")
-    end = offset + length
-    if (end > MAX_OFFSET).any():
+    end = offset + length  # where that is too much for 64 bits, one of the two is out of bounds itself
+    if not length.all() or np.maximum(np.maximum(offset, length), end).max(initial=0) > MAX_OFFSET:
         raise CorruptError("frame holds an extent out of bounds")
     if (offset[1:] < end[:-1]).any():
         raise CorruptError("frame holds extents that overlap or are out of order")
-    if int(length[kind == Fill.DATA].sum()) != data_length:
+    if int(length[is_data].sum()) != data_length:
         raise CorruptError("frame's extents do not account for its data")

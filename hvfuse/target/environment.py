@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeAlias, TypeVar
+from typing import NoReturn, TypeAlias, TypeVar
 
 import lmdb
 
@@ -57,13 +57,15 @@ class Environment:
 
     def __init__(self, path: str, *, create: bool, map_size: int, read_only: bool = False) -> None:
         self.path = path
+        self._file = os.path.join(path, "data.mdb")
         self._map_size = map_size
         self._read_only = read_only
         self._identity: tuple[int, int] | None = None  # of the file that was opened
         self.users = 0
         # Guards _active and _resizing: no transaction begins while the map is resized, and a resize
-        # waits for the running ones.
-        self._gate = threading.Condition()
+        # waits for the running ones. Held while the map is resized, and by whoever peeks.
+        self._gate_lock = threading.RLock()
+        self._gate = threading.Condition(self._gate_lock)
         self._active = 0
         self._resizing = False
         self._lmdb = self._open(create=create)
@@ -168,15 +170,23 @@ class Environment:
     def _look_for_later(self) -> None:
         self._db = self._handles()
 
-    @contextmanager
-    def read(self) -> Iterator[Txn]:
-        """A snapshot."""
-        with self._faults(), self._inside():
-            txn = self._begin_read()
-            try:
-                yield txn
-            finally:
-                txn.abort()
+    def read(self) -> Snapshot:
+        """A snapshot, to be used in a `with`."""
+        return Snapshot(self)
+
+    def peek(self, name: bytes, key: bytes) -> bytes | None:
+        """What a database has of a key just now: `read` for those who ask at each of their own reads. Whether the file
+        still lies at its path is not asked."""
+        try:
+            with self._gate_lock:
+                txn = self._lmdb.begin()
+                try:
+                    return txn.get(key, db=self._db[name])
+                finally:
+                    txn.abort()
+        except lmdb.Error:
+            with self.read() as txn:
+                return txn.get(key, db=self._db[name])
 
     def _begin_read(self) -> Txn:
         while True:
@@ -255,52 +265,91 @@ class Environment:
     def _found(self) -> tuple[int, int] | None:
         """Which file lies where the environment's is to lie; None for none."""
         try:
-            found = os.stat(os.path.join(self.path, "data.mdb"))
+            found = os.stat(self._file)
         except OSError:
             return None
         return found.st_dev, found.st_ino
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
-        """Within a transaction. Raises UnreachableError where the file is not what lies at its path any more: what is
-        committed to it then, nobody would find again."""
-        if self._found() != self._identity:
-            raise UnreachableError(
-                f"{self.path}: the store is not there any more: it was moved, deleted, unmounted or replaced",
-                hint="put it back; or, to go on with what lies there now, end `hvfuse run` and start it again",
-            )
+        """Within a transaction."""
+        self._demand_there()
         self._enter()
         try:
             yield
         finally:
             self._leave()
 
+    def _demand_there(self) -> None:
+        """Raises UnreachableError where the file is not what lies at its path any more: what is committed to it then,
+        nobody would find again."""
+        if self._found() != self._identity:
+            raise UnreachableError(
+                f"{self.path}: the store is not there any more: it was moved, deleted, unmounted or replaced",
+                hint="put it back; or, to go on with what lies there now, end `hvfuse run` and start it again",
+            )
+
     def _enter(self) -> None:
-        with self._gate:
-            self._gate.wait_for(lambda: not self._resizing)
+        with self._gate_lock:
+            if self._resizing:
+                self._gate.wait_for(lambda: not self._resizing)
             self._active += 1
 
     def _leave(self) -> None:
-        with self._gate:
+        with self._gate_lock:
             self._active -= 1
-            self._gate.notify_all()
+            if self._resizing:
+                self._gate.notify_all()
 
     @contextmanager
     def _faults(self) -> Iterator[None]:
         """LMDB's errors as hvfuse's, naming the environment."""
         try:
             yield
-        except (lmdb.MapFullError, lmdb.MapResizedError):
-            raise
         except lmdb.Error as error:
-            if error.code in (errno.ENOSPC, errno.EDQUOT) or (error.code == errno.EIO and self._is_full()):
-                raise NoSpaceError(f"{self.path}: no space left", hint=room_hint(self.path)) from error
-            raise _FAULTS.get(type(error), HvfuseError)(f"{self.path}: {error}") from error
+            self._fail(error)
+
+    def _fail(self, error: lmdb.Error) -> NoReturn:
+        if isinstance(error, lmdb.MapFullError | lmdb.MapResizedError):
+            raise error
+        if error.code in (errno.ENOSPC, errno.EDQUOT) or (error.code == errno.EIO and self._is_full()):
+            raise NoSpaceError(f"{self.path}: no space left", hint=room_hint(self.path)) from error
+        raise _FAULTS.get(type(error), HvfuseError)(f"{self.path}: {error}") from error
 
     def _is_full(self) -> bool:
         """Whether a transaction may have met the disk's end: LMDB tells a write cut short as EIO."""
         room = os.statvfs(self.path)
         return room.f_bavail * room.f_frsize < _TIGHT
+
+
+class Snapshot:
+    """A read transaction of an environment, as a context. A generator would take longer than many a look-up."""
+
+    __slots__ = ("_env", "_txn")
+
+    def __init__(self, env: Environment) -> None:
+        self._env = env
+
+    def __enter__(self) -> Txn:
+        env = self._env
+        env._demand_there()
+        env._enter()
+        try:
+            self._txn = env._begin_read()
+        except BaseException as error:
+            env._leave()
+            if isinstance(error, lmdb.Error):
+                env._fail(error)
+            raise
+        return self._txn
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self._txn.abort()
+        finally:
+            self._env._leave()
+        if isinstance(error, lmdb.Error):
+            self._env._fail(error)
 
 
 _TIGHT = 2 * MAX_PLAIN

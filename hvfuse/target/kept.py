@@ -12,7 +12,7 @@ from hvfuse.target import schema
 from hvfuse.target.store import Store
 
 FRAME_CACHE = 64 << 20
-"""Bytes that decoded frames of one reader may take."""
+"""Bytes that decoded frames of one reader may take, mostly."""
 
 _Key = TypeVar("_Key", bound=Hashable)
 _Value = TypeVar("_Value")
@@ -52,13 +52,13 @@ class FrameGoneError(Exception):
 
 
 class FrameReader:
-    """Decoded frames of one VM, those used last kept. Errors name `what`, such as the point."""
+    """Decoded frames of one VM, those used last kept, in `limit` bytes. Errors name `what`, such as the point."""
 
-    def __init__(self, store: Store, vm_id: int, what: str) -> None:
+    def __init__(self, store: Store, vm_id: int, what: str, *, limit: int = FRAME_CACHE) -> None:
         self._store = store
         self._vm_id = vm_id
         self._what = what
-        self._kept: ByteLru[tuple[int, int], Frame] = ByteLru(FRAME_CACHE, lambda frame: frame.header.plain_length)
+        self._kept: ByteLru[tuple[int, int], Frame] = ByteLru(limit, lambda frame: frame.header.plain_length)
 
     def data(self, seq: int, number: int, position: int, length: int) -> memoryview:
         """`length` bytes at `position` in a frame's data. Raises FrameGoneError, CorruptError."""
@@ -73,8 +73,7 @@ class FrameReader:
 
     def _load(self, seq: int, number: int) -> Frame:
         key = schema.frame_key(self._vm_id, seq, number)
-        with self._store.env.read() as txn:
-            raw = txn.get(key, db=self._store.env.db(schema.FRAMES))
+        raw = self._store.env.peek(schema.FRAMES, key)
         if raw is None:
             raise FrameGoneError
         try:

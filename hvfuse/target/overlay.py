@@ -93,6 +93,14 @@ class BlockMap:
             yield first, first + count, held
             first += count
 
+    def has_any(self, first: int, end: int) -> bool:
+        """Whether one of the blocks first <= n < end is in the set."""
+        page, bit = divmod(first, _PAGE_BITS)
+        if bit + end - first <= _PAGE_BITS:
+            bits = self._pages.get(page)
+            return bits is not None and bool(bits >> bit & (1 << end - first) - 1)
+        return any(held for _, _, held in self.runs(first, end))
+
     def __contains__(self, block: int) -> bool:
         page, bit = divmod(block, _PAGE_BITS)
         return bool(self._pages.get(page, 0) >> bit & 1)
@@ -202,9 +210,14 @@ class Overlay:
         """Whether the block around `offset` is in the overlay."""
         return offset // BLOCK in self._blocks
 
-    def pread(self, offset: int, length: int) -> bytes:
-        """Bytes within blocks that the overlay has; `offset` and `length` lie within the disk."""
-        return system.pread(self._data, length, offset)
+    def holds_any(self, start: int, end: int) -> bool:
+        """Whether a block that the bytes start <= b < end touch is in the overlay."""
+        return self._blocks.has_any(start // BLOCK, -(-end // BLOCK))
+
+    def pread_into(self, offset: int, out: memoryview) -> int:
+        """Fill `out` with bytes within blocks that the overlay has, which lie within the disk; returns the bytes
+        read, all of them."""
+        return system.pread_into(self._data, out, offset)
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Write, taking all blocks that are touched into the overlay. Extends the disk.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import xxhash
@@ -28,6 +29,9 @@ class Lower(Protocol):
     def pread(self, offset: int, length: int) -> bytes:
         """Bytes of a range; fewer only at the end."""
 
+    def pread_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes from `offset` on, which lie within the disk."""
+
     def extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """(offset, end) of the ranges within [start, end) that may hold anything but zeroes, ascending."""
 
@@ -39,6 +43,8 @@ class Point(Protocol):
     def disks(self) -> tuple[DiskManifest, ...]: ...
 
     def pread(self, disk_name: str, offset: int, length: int) -> bytes: ...
+
+    def pread_into(self, disk_name: str, offset: int, out: memoryview) -> None: ...
 
     def extents(self, disk_name: str, start: int, end: int) -> Iterator[tuple[int, int]]: ...
 
@@ -52,6 +58,7 @@ class PointDisk:
         self._point = point
         self._name = disk.name
         self.size = disk.size
+        self.pread_into = partial(point.pread_into, disk.name)
 
     def pread(self, offset: int, length: int) -> bytes:
         return self._point.pread(self._name, offset, length)
@@ -95,13 +102,20 @@ class ViewDisk:
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill `buffer`; returns the bytes read, fewer only at the end of the disk."""
         self._reads += 1
-        end = min(offset + len(buffer), self.size)
+        overlay = self._overlay
+        end = offset + len(buffer)
+        if overlay is None:
+            is_below = end <= self._lower.size
+        else:
+            is_below = end <= overlay.visible and not overlay.holds_any(offset, end)
+        if is_below:  # as most are
+            self._lower.pread_into(offset, buffer)
+            return len(buffer)
+        end = min(end, self.size)
         for start, stop, held in self._pieces(offset, end):
             into = buffer[start - offset : stop - offset]
-            source = self._overlay.pread if held and self._overlay is not None else self._below
-            data = source(start, stop - start)
-            into[: len(data)] = data
-            into[len(data) :] = bytes(len(into) - len(data))
+            done = overlay.pread_into(start, into) if held and overlay is not None else self._below_into(start, into)
+            into[done:] = bytes(len(into) - done)
         return max(0, end - offset)
 
     def _pieces(self, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
@@ -114,10 +128,12 @@ class ViewDisk:
         """Bytes of the lower disk that can still be seen."""
         return self._lower.size if self._overlay is None else self._overlay.visible
 
-    def _below(self, offset: int, length: int) -> bytes:
-        """Of the lower disk; fewer bytes where it has ended, which read as zeroes."""
-        length = min(length, self._visible - offset)
-        return self._lower.pread(offset, length) if length > 0 else b""
+    def _below_into(self, offset: int, out: memoryview) -> int:
+        """Of the lower disk; returns the bytes read, fewer where it has ended: the rest reads as zeroes."""
+        length = max(0, min(len(out), self._visible - offset))
+        if length:
+            self._lower.pread_into(offset, out[:length])
+        return length
 
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Write all of `data`; durable after `flush`."""

@@ -27,6 +27,9 @@ class FilesPoint:
     def pread(self, disk_name: str, offset: int, length: int) -> bytes:
         return system.pread(self._fds[disk_name], length, offset)
 
+    def pread_into(self, disk_name: str, offset: int, out: memoryview) -> None:
+        assert system.pread_into(self._fds[disk_name], out, offset) == len(out)
+
     def extents(self, disk_name: str, start: int, end: int) -> Iterator[tuple[int, int]]:
         return system.data_extents(self._fds[disk_name], start, end)
 

@@ -270,7 +270,7 @@ def test_a_mounted_device_and_the_file_below_it_are_refused(tmp_path, resync, de
         subprocess.run(["umount", str(tmp_path / "mnt")], check=True)
 
 
-def test_the_launcher_and_the_measurement_work(tmp_path):
+def test_the_launcher_works(tmp_path):
     one, other = tmp_path / "one.raw", tmp_path / "other.raw"
     one.write_bytes(os.urandom(BLOCK))
     launcher = os.path.join(TOOLS, "resync")
@@ -283,8 +283,11 @@ def test_the_launcher_and_the_measurement_work(tmp_path):
     for arguments in (["--help"], ["-n", one, other]):  # equal, but who asked was not told
         with open("/dev/full", "w") as full:
             assert subprocess.run([launcher, *arguments], stdout=full, stderr=subprocess.DEVNULL).returncode == 20
-    if shutil.which("rsync") is None:
-        pytest.skip("needs rsync")
+
+
+@pytest.mark.mount
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="needs rsync")
+def test_the_measurement_works(tmp_path):
     told = subprocess.run(
         [os.path.join(TOOLS, "bench"), "resync", "--quick", "--json", "--folder", tmp_path],
         capture_output=True,
@@ -292,5 +295,5 @@ def test_the_launcher_and_the_measurement_work(tmp_path):
     )
     assert told.returncode == 0, told.stderr
     rows = json.loads(told.stdout)["rows"]
-    assert all(row.keys() == {"subject", "peer", "hvfuse", "unit", "ratio", "target"} for row in rows)
-    assert len(rows) == 8
+    assert all(row.keys() == {"subject", "peer", "hvfuse", "unit", "ratio", "target", "spread"} for row in rows)
+    assert len(rows) == 10

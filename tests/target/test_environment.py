@@ -281,8 +281,23 @@ def test_a_reader_follows_when_another_process_grows_the_map(tmp_path):
     with Store(path, create=False, read_only=True, map_size=1 << 20) as store:
         assert store.epoch() == 0
         run_python(grow, path)
+        assert len(store.env.peek(schema.META, b"big")) == 3 << 20
         with store.env.read() as txn:
             assert len(txn.get(b"big", db=store.env.db(schema.META))) == 3 << 20
+
+
+def test_a_peek_finds_what_is_committed_and_nothing_of_what_is_not(tmp_path):
+    with Store(str(tmp_path / "store"), map_size=TINY) as store:
+        seen = []
+
+        def write(txn, value):
+            txn.put(b"key", value, db=store.env.db(schema.META))
+            seen.append(store.env.peek(schema.META, b"key"))
+
+        for value in (b"1", bytes(1 << 20)):  # for the second, the map has to grow
+            store.write("test", lambda txn, value=value: write(txn, value))
+            assert store.env.peek(schema.META, b"key") == value
+        assert seen == [None, b"1"]
 
 
 def test_a_writer_joins_a_reader_of_its_process(tmp_path):

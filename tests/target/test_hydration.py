@@ -165,6 +165,9 @@ class Sparse:
                 out[low - offset : high - offset] = piece[low - at : high - at]
         return bytes(out)
 
+    def pread_into(self, name: str, offset: int, out: memoryview) -> None:
+        out[:] = self.pread(name, offset, len(out))
+
     def extents(self, _name: str, start: int, end: int) -> Iterator[tuple[int, int]]:
         for at, piece in sorted(self.data.items()):
             low, high = max(at, start), min(at + len(piece), end)

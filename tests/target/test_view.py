@@ -35,6 +35,10 @@ class Bytes:
         self.reads.append((offset, length))
         return self.data[offset : offset + length]
 
+    def pread_into(self, offset: int, out: memoryview) -> None:
+        assert offset + len(out) <= self.size
+        out[:] = self.pread(offset, len(out)).ljust(len(out), b"\0")
+
     def extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         for at in range(start - start % 512, min(end, self.size), 512):
             if any(self.data[at : at + 512]):
@@ -53,6 +57,9 @@ class BytesPoint:
 
     def pread(self, disk_name: str, offset: int, length: int) -> bytes:
         return self._lowers[disk_name].pread(offset, length)
+
+    def pread_into(self, disk_name: str, offset: int, out: memoryview) -> None:
+        self._lowers[disk_name].pread_into(offset, out)
 
     def extents(self, disk_name: str, start: int, end: int) -> Iterator[tuple[int, int]]:
         return self._lowers[disk_name].extents(start, end)

@@ -1,32 +1,54 @@
 """What the region map costs a guest's writes: the same writes with and without marking, in turns, medians.
 
-Each round writes 4 KiB at random places of a cold 1 GiB disk through the tracker's write path (no mount),
-once with the map as it is and once with marking left out, and counts the syncs that marking took.
+Each round writes 4 KiB at random places of a cold 1 GiB disk, which lies sparse on the disk, through the tracker's
+write path (no mount): once with the map as it is, and once with marking left out, which is the peer. The rate counts
+from the first write to the last; nothing is synced but what marking syncs, and those syncs are counted.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
-import statistics
-import tempfile
 import time
 import uuid
+from functools import partial
+from pathlib import Path
 
 from hvfuse import system
 from hvfuse.tracker.regions import RegionMap
 from hvfuse.tracker.vm import TrackedVm
 
-DISK = 1 << 30
+from .scene import GIB, Scene
+from .table import Row, in_turns, rates
+
 WRITES = 20_000
 ROUNDS = 5
 
 
-def measure(folder: str, *, marking: bool) -> tuple[float, int]:
+def measure(scene: Scene) -> list[Row]:
+    """One row."""
+    writes = WRITES // 10 if scene.quick else WRITES
+    syncs = 0
+
+    def rate(*, marking: bool) -> float:
+        nonlocal syncs
+        with scene.place() as place:
+            found, counted = written(place.path, writes, marking=marking)
+        syncs = max(syncs, counted)
+        return found
+
+    found = in_turns(
+        scene.rounds(ROUNDS), {"unmarked": partial(rate, marking=False), "marked": partial(rate, marking=True)}
+    )
+    subject = f"{writes:,} random 4k writes to a cold disk, {syncs} syncs of the map"
+    return [rates(subject, {"unmarked": found["unmarked"]}, found["marked"], "writes/s")]
+
+
+def written(folder: Path, writes: int, *, marking: bool) -> tuple[float, int]:
     """(writes per second, syncs of the map) of one round."""
-    vm = TrackedVm("vm", folder, hard_limit=1000, soft_limit=1000)
+    with open(folder / "disk.raw", "wb") as file:
+        file.truncate(GIB)
+    vm = TrackedVm("vm", str(folder), hard_limit=1000, soft_limit=1000)
     vm.attach()
     vm.begin(uuid.uuid4().bytes)
     disk = vm.disks["disk.raw"]
@@ -43,44 +65,10 @@ def measure(folder: str, *, marking: bool) -> tuple[float, int]:
         RegionMap.cover = lambda self, *range_: None  # type: ignore[method-assign]
     system.install(count)
     started = time.perf_counter()
-    for _ in range(WRITES):
-        disk.write(data, dice.randrange(DISK // 4096) * 4096)
+    for _ in range(writes):
+        disk.write(data, dice.randrange(GIB // 4096) * 4096)
     seconds = time.perf_counter() - started
     system.install(None)
     RegionMap.cover = cover  # type: ignore[method-assign]
     vm.detach()
-    return WRITES / seconds, syncs
-
-
-def main() -> None:
-    """Print one row."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("subject", choices=["marks"])
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    rates: dict[bool, list[float]] = {True: [], False: []}
-    syncs = 0
-    for _ in range(ROUNDS):
-        for marking in (False, True):
-            with tempfile.TemporaryDirectory(prefix="hvfuse-bench-") as folder:
-                with open(os.path.join(folder, "disk.raw"), "wb") as file:
-                    file.truncate(DISK)
-                rate, syncs = measure(folder, marking=marking)
-            rates[marking].append(rate)
-    peer, ours = statistics.median(rates[False]), statistics.median(rates[True])
-    row = {
-        "subject": f"{WRITES} random 4k writes to a cold disk: unmarked / marked, {syncs} syncs of the map",
-        "peer": round(peer),
-        "hvfuse": round(ours),
-        "unit": "writes/s",
-        "ratio": round(ours / peer, 3),
-        "target": None,
-    }
-    if arguments.json:
-        print(json.dumps({"rows": [row]}))
-    else:
-        print(f"{row['subject']}\n  {row['peer']} / {row['hvfuse']} {row['unit']}, ratio {row['ratio']}")
-
-
-if __name__ == "__main__":
-    main()
+    return writes / seconds, syncs

@@ -111,10 +111,11 @@ class Home:
     def mount(self, vm: str) -> Path:
         """Serve a VM until the end; returns where."""
         self.do("mount", vm)
-        self.place.stack.callback(self._unmount, vm)
+        self.place.stack.callback(self.unmount, vm)
         return self.mountpoint(vm)
 
-    def _unmount(self, vm: str) -> None:
+    def unmount(self, vm: str) -> None:
+        """End a VM's mount, if it stands."""
         subprocess.run(self.command("umount", vm, "--force"), env=ENVIRONMENT, capture_output=True, check=False)
 
     def track(self, vm: str) -> Path:
