@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import sys
 import tempfile
+import time
+import zlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
-from .scene import Place, Scene, remove, run, unmount
+from qemu.qmp import QMPClient
+
+from .scene import Place, Scene, run, unmount
 
 EXAMPLES = Path("usr/share/doc/libfuse3-dev/examples")
 _WITHOUT_DIRECT = """
@@ -70,26 +78,59 @@ def qemu_export(place: Place, image: Path, *, bitmap: bool) -> Path:
         "--blockdev", "driver=raw,node-name=disk,file=file",
     ]  # fmt: skip
     if bitmap:
-        folder = Path(tempfile.mkdtemp(prefix="hvfuse-bench-"))  # the place's own path may be too long for a socket's
-        place.stack.callback(remove, folder)
-        socket = folder / "qmp"
+        socket = _monitor(mountpoint)
+        place.stack.callback(socket.unlink, missing_ok=True)
         command += ["--chardev", f"socket,id=monitor,path={socket},server=on,wait=off", "--monitor", "chardev=monitor"]
     command += ["--export", f"type=fuse,id=export,node-name=disk,mountpoint={mountpoint},writable=on"]
     place.start(*command, until=lambda: os.path.ismount(mountpoint))
     if bitmap:
-        _qmp(socket, "block-dirty-bitmap-add", {"node": "disk", "name": "changed", "granularity": 65536})
+        asyncio.run(_ask(socket, "block-dirty-bitmap-add", {"node": "disk", "name": "changed", "granularity": 65536}))
     return mountpoint
 
 
-def _qmp(path: Path, command: str, arguments: dict[str, object]) -> None:
-    import asyncio
+def qemu_backup(mountpoint: Path, target: Path, *, options: str = "", compress: bool = False) -> float:
+    """Seconds that an incremental backup of what the bitmap of `qemu_export` has takes, to a new qcow2 file, until
+    that is closed, and flushed by that. The bitmap is empty afterwards. `options`: of the file, for qemu-img."""
+    run(
+        "qemu-img", "create", "-q", "-f", "qcow2", *(("-o", options) if options else ()), target, str(_size(mountpoint))
+    )
+    started = time.perf_counter()
+    asyncio.run(_backup(_monitor(mountpoint), target, compress=compress))
+    return time.perf_counter() - started
 
-    from qemu.qmp import QMPClient
 
-    async def ask() -> None:
-        client = QMPClient("hvfuse-bench")
-        await client.connect(str(path))
-        await client.execute(command, arguments)
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _monitor(mountpoint: Path) -> Path:
+    """Its socket, in a place whose path is short enough for one."""
+    return Path(tempfile.gettempdir()) / f"hvfuse-bench-{zlib.crc32(bytes(mountpoint)):08x}.qmp"
+
+
+async def _backup(monitor: Path, target: Path, *, compress: bool) -> None:
+    file = {"driver": "file", "filename": str(target)}
+    async with _qmp(monitor) as client:
+        await client.execute("blockdev-add", {"driver": "qcow2", "node-name": "target", "file": file})
+        job = {"job-id": "backup", "device": "disk", "target": "target", "sync": "incremental", "bitmap": "changed"}
+        with client.listener("BLOCK_JOB_COMPLETED") as ended:
+            await client.execute("blockdev-backup", {**job, "compress": compress})
+            outcome = await ended.get()
+        if "error" in outcome["data"]:
+            sys.exit(f"qemu's backup failed: {outcome['data']['error']}")
+        await client.execute("blockdev-del", {"node-name": "target"})
+
+
+@contextlib.asynccontextmanager
+async def _qmp(path: Path) -> AsyncIterator[QMPClient]:
+    client = QMPClient("hvfuse-bench")
+    await client.connect(str(path))
+    try:
+        yield client
+    finally:
         await client.disconnect()
 
-    asyncio.run(ask())
+
+async def _ask(path: Path, command: str, arguments: dict[str, object]) -> None:
+    async with _qmp(path) as client:
+        await client.execute(command, arguments)

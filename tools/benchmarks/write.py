@@ -14,9 +14,7 @@ _DIRECT = ("--rw=randwrite", "--direct=1", "--ioengine=libaio")
 LOADS = {
     Load("4k random write, O_DIRECT, depth 1", (*_DIRECT, "--bs=4k", "--iodepth=1")): 1.2,
     Load("4k random write, O_DIRECT, depth 16", (*_DIRECT, "--bs=4k", "--iodepth=16")): 1.1,
-    Load(
-        "64k random write, O_DIRECT, depth 4", (*_DIRECT, "--bs=64k", "--iodepth=4"), size=64 * MIB, unit="MB/s"
-    ): 1.2,
+    Load("64k random write, O_DIRECT, depth 4", (*_DIRECT, "--bs=64k", "--iodepth=4"), size=64 * MIB, unit="MB/s"): 1.2,
     Load("1M sequential write", ("--rw=write", "--bs=1M"), size=128 * MIB, unit="MB/s"): 1.0,
     Load("4k random write, buffered", ("--rw=randwrite", "--bs=4k")): 0.9,
 }
