@@ -42,7 +42,7 @@ class Load:
     name: str
     options: tuple[str, ...]
     size: int = 32 * MIB
-    seconds: float = 1.0
+    seconds: float = 0.5
     unit: str = "IOPS"
 
     @property
@@ -74,13 +74,13 @@ class Contenders:
         mountpoint = self._home.track(_VM)
         self.files.update({OURS: mountpoint / "disk.raw", UNTRACKED: mountpoint / "plain.raw"})
         for path in self.files.values():
-            fio(path, self._size, Load("", ("--rw=read", "--bs=1M"), size=self._size, seconds=20), quick=False)
+            fio(path, self._size, [Load("", ("--rw=read", "--bs=1M"), size=self._size, seconds=20)], quick=False)
 
     def warm(self) -> None:
         """Have logs to recycle, as large as a round makes them."""
         for _ in range(3):
             size = self.scene.bytes(256 * MIB)
-            self.measure(OURS, Load("", ("--rw=write", "--bs=1M"), size=size, seconds=20))
+            self.measure(OURS, [Load("", ("--rw=write", "--bs=1M"), size=size, seconds=20)])
             self.ship()
 
     def ship(self) -> None:
@@ -88,22 +88,26 @@ class Contenders:
         self._home.do("replicate", _VM)
         settle()
 
-    def measure(self, name: str, load: Load) -> float:
-        """Of one contender, in the load's unit."""
-        kind = "read" if load.is_read else "write"
-        found = fio(self.files[name], self._size, load, quick=self.scene.quick)[kind]
-        return float(found["iops"]) if load.unit == "IOPS" else float(found["bw_bytes"]) / 1e6
+    def measure(self, name: str, loads: Sequence[Load]) -> list[float]:
+        """Of one contender, in each load's unit."""
+        measured = []
+        for load, found in zip(loads, fio(self.files[name], self._size, loads, quick=self.scene.quick), strict=True):
+            kind = found["read" if load.is_read else "write"]
+            measured.append(float(kind["iops"]) if load.unit == "IOPS" else float(kind["bw_bytes"]) / 1e6)
+        return measured
 
 
-def fio(path: Path, size: int, load: Load, *, quick: bool) -> dict[str, dict[str, float]]:
-    """fio's own figures of one load on one file that is there."""
-    said = run(
-        "fio", "--name=load", f"--filename={path}", f"--size={size}", "--allow_file_create=0", "--overwrite=1",
-        "--fallocate=none", "--thread", "--randrepeat=0", "--norandommap", "--time_based=0", "--loops=100",
-        f"--io_size={load.size // 32 if quick else load.size}", f"--runtime={round(load.seconds * 1000)}ms",
-        "--output-format=json", *load.options,
-    )  # fmt: skip
-    return dict(json.loads(said[said.index("{") :])["jobs"][0])
+def fio(path: Path, size: int, loads: Sequence[Load], *, quick: bool) -> list[dict[str, dict[str, float]]]:
+    """fio's own figures of loads, one after the other, on one file that is there."""
+    words = [
+        "fio", f"--filename={path}", f"--size={size}", "--allow_file_create=0", "--overwrite=1", "--fallocate=none",
+        "--thread", "--randrepeat=0", "--norandommap", "--loops=100", "--output-format=json",
+    ]  # fmt: skip
+    for load in loads:
+        words += ["--name=load", "--stonewall", f"--io_size={load.size // 32 if quick else load.size}"]
+        words += [f"--runtime={round(load.seconds * 1000)}ms", *load.options]
+    said = run(*words)
+    return list(json.loads(said[said.index("{") :])["jobs"])
 
 
 @contextmanager
@@ -116,13 +120,12 @@ def contenders(scene: Scene, names: Sequence[str] = EVERYBODY, *, memory: bool =
 def rounds(
     among: Contenders, names: Sequence[str], loads: Sequence[Load], number: int
 ) -> dict[Load, dict[str, list[float]]]:
-    """What each of `names` makes of each load, in turns: one contender after the other at the same load, every other
-    round backwards."""
+    """What each of `names` makes of each load, in turns: one contender after the other, every other round backwards."""
     found: dict[Load, dict[str, list[float]]] = {load: {name: [] for name in names} for load in loads}
     for turn in range(number):
-        for load in loads:
-            for name in names[:: -1 if turn % 2 else 1]:
-                found[load][name].append(among.measure(name, load))
+        for name in names[:: -1 if turn % 2 else 1]:
+            for load, measured in zip(loads, among.measure(name, loads), strict=True):
+                found[load][name].append(measured)
             settle()
         if not loads[0].is_read:
             among.ship()
