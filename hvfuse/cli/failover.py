@@ -78,11 +78,11 @@ def test(
         directory = os.path.abspath(directory or _free_directory(home, vm))
         more = (*(("--boot",) if boot else ()), *(("--validate",) if validate else ()))
         words = ("failover", "test", vm, "--point", point, "--mount", directory, *more)
-        points = store.points(vm)
+        store.vm(vm)  # raises NotFoundError
         steps = (_CHOOSE, _MOUNT, *((_BOOT,) if boot else ()), *((_VALIDATE,) if validate else ()))
         with records.jobs.run(JobKind.TEST_FAILOVER, vm, steps=steps, command=words) as job:
             job.step(_CHOOSE)
-            chosen = trial.choose(points, point, vm=vm)
+            chosen = trial.find_point(store, vm, point)
             job.note(f"{chosen.id}, {time_text(chosen.time_ns)}")
             job.step(_MOUNT)
             pin = trial.begin(home, store, chosen, directory, clock=SystemClock())

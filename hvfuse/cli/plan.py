@@ -264,7 +264,7 @@ def _ready(session: Session, records: Records, wanted: Plan, vm: str) -> dict[st
     fields: dict[str, Any] = {"vm": vm, "wanted": point, "point": None, "time": None, "error": None}
     try:
         with _site(session, records, vm).location.open(read_only=True) as store:
-            chosen = trial.choose(store.points(vm), point, vm=vm)
+            chosen = trial.find_point(store, vm, point)
     except HvfuseError as error:
         return {**fields, "error": str(error)}
     return {**fields, "point": chosen.id, "time": time_text(chosen.time_ns)}

@@ -177,7 +177,7 @@ class Failover:
             wanted = str(vm.prepared["point"])
         elif stands is not None and wanted == trial.LATEST:
             wanted = str(stands["point"])  # the same command goes on
-        self._point = trial.choose(self._store.points(self._vm), wanted, vm=self._vm)
+        self._point = trial.find_point(self._store, self._vm, wanted)
         self._wants_latest = wanted == trial.LATEST
         if stands is None:
             self._demand_room()
@@ -186,7 +186,7 @@ class Failover:
 
     def _choose_other(self, kind: str, options: Options) -> str:
         self._demand_open()
-        self._point = trial.choose(self._store.points(self._vm), options.point, vm=self._vm)
+        self._point = trial.find_point(self._store, self._vm, options.point)
         self._demand_guest(kind, options)
         return self._told()
 

@@ -124,14 +124,15 @@ def copy(
 ) -> CopyReport:
     """Copy disks, in the order of their names, whose generation has begun; or go on with that.
 
-    `over` None: whole disks. Raises HvfuseError when an image cannot be read, and whatever the replica
-    raises; called again with the same `over` it goes on where it was. `before_commit` is told what the run took
-    when all is there, and only the commit is left.
+    `over` None: whole disks. `level`: of frames that the replica keeps; others are not compressed. Raises HvfuseError
+    when an image cannot be read, and whatever the replica raises; called again with the same `over` it goes on where
+    it was. `before_commit` is told what the run took when all is there, and only the commit is left.
     """
     started = clock.monotonic()
     manifest = _manifest(disks, vm=vm, generation=generation, over=over, now_ns=clock.now_ns())
     outlet = Outlet(replica, replica.begin(manifest))
     with contextlib.ExitStack() as stack:
+        level = level if replica.keeps_frames() else 0
         pool = stack.enter_context(FramePool(generation=generation, cycle=0, level=level))
         run: _Whole | Differences = _Whole(disks, outlet, pool, progress)
         if over is not None:

@@ -85,6 +85,10 @@ class SeedReplica:
             self._writer.close()
             self._writer = None
 
+    def keeps_frames(self) -> bool:
+        """See `Replica`."""
+        return True
+
     def position(self) -> Position | None:
         """See `Replica`: none."""
         return None

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
+from hvfuse import system
 from hvfuse.frames import FrameWriter
 from hvfuse.shipper.content import Content
 
@@ -48,6 +49,7 @@ class FramePool:
         self._ahead = ahead
         self._executor = ThreadPoolExecutor(WORKERS, "hvfuse-frames")
         self._own = threading.local()
+        system.keep_freed_memory()
 
     def __enter__(self) -> FramePool:
         return self

@@ -41,6 +41,10 @@ class Replica(Protocol):
     the shipper should come back later.
     """
 
+    def keeps_frames(self) -> bool:
+        """Whether what is put for the open cycle is kept, or travels, as it comes. If not, it is unpacked at once, and
+        compressing it is in vain."""
+
     def position(self) -> Position | None:
         """Where the replica stands; None before its first copy was committed."""
 

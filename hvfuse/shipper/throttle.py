@@ -113,6 +113,10 @@ class ThrottledReplica:
         self._between = between
         self._bucket = Bucket(clock.monotonic())
 
+    def keeps_frames(self) -> bool:
+        """See `Replica`. Where bytes are counted, fewer of them go sooner."""
+        return bool(self._policy.now.throttle.limits) or self._replica.keeps_frames()
+
     def put(self, frame: bytes) -> None:
         while (wait := self._delay(len(frame))) > 0:
             self._between()

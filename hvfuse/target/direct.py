@@ -22,6 +22,9 @@ from hvfuse.target.unsynced import UnsyncedFrames, WrittenFrame
 
 BATCH = 128 << 20
 """Bytes put into images before they are synced and noted as held: what a loss of power repeats."""
+AHEAD = 8 << 20
+"""Bytes put into images before the medium begins with them, so that it is busy all the time. Of less than that, a file
+system would make pieces of the images."""
 PENDING_OVERHEAD = 64 << 10
 """Bytes that any frame stands for, however small: bounds the number in a batch."""
 
@@ -45,6 +48,7 @@ class DirectCopy:
         # Frames in the images, but not yet durably, and the bytes that they stand for.
         self._pending: set[int] = set()
         self._pending_bytes = 0
+        self._unwritten = 0  # bytes put into images since the medium was last told to begin with them
         self._failed = False
 
     def close(self) -> None:
@@ -125,6 +129,10 @@ class DirectCopy:
                 written = WrittenFrame.of(frame, disk.number, self._images.descriptor(disk.name))
             if written is not None:
                 self._unsynced.append(written)
+            self._unwritten += len(frame.data)
+            if self._unwritten >= AHEAD:
+                self._images.begin_writing(disk.name)
+                self._unwritten = 0
         self._pending.add(number)
         self._pending_bytes += frame.header.plain_length + PENDING_OVERHEAD
         if self._pending_bytes >= BATCH:

@@ -79,6 +79,10 @@ class ReplicaImages:
         with self._faults(name):
             system.pwrite("store:image", self._file(name), data, offset)
 
+    def begin_writing(self, name: str) -> None:
+        """Have the medium begin to take what was written to an image, before the `sync` that waits for it."""
+        system.begin_writing(self._file(name))
+
     def zero(self, name: str, offset: int, length: int) -> None:
         """Make a range read as zeroes, as a hole if possible; beyond the file's end it does already."""
         with self._faults(name):

@@ -109,6 +109,10 @@ class LocalReplica:
             self._blocks.close()
             self._blocks = None
 
+    def keeps_frames(self) -> bool:
+        """See `Replica`: a first copy goes into the images."""
+        return self._direct is None
+
     def position(self) -> Position | None:
         """Where the replica stands; None before its first copy was committed."""
         with self._env.read() as txn:

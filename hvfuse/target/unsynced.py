@@ -68,6 +68,7 @@ MAX_HULL = MAX_PLAIN
 _HEAD = struct.Struct("<4sH2x16s16sQ8s")
 _ENTRY = struct.Struct("<IIIIQQ")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_ZEROES = memoryview(bytes(1 << 18))
 _CHECKSUM = struct.Struct("<Q")
 HEAD_SIZE = _HEAD.size + _CHECKSUM.size
 ENTRY_SIZE = _ENTRY.size + _CHECKSUM.size
@@ -95,8 +96,8 @@ class WrittenFrame:
         length = int(table["offset"][-1] + table["length"][-1]) - offset
         if length > MAX_HULL:
             return None
-        if len(table) == 1:
-            checksum = xxhash.xxh3_64_intdigest(frame.data)
+        if _is_gapless(frame):
+            checksum = _checksum(frame)
         else:
             checksum = xxhash.xxh3_64_intdigest(_composed(frame, _hull(image, offset, length)))
         return cls(number=frame.header.number, disk=disk, offset=offset, length=length, checksum=checksum)
@@ -107,6 +108,24 @@ class WrittenFrame:
         # What a failed write left in memory is not on the medium, but it could be read.
         os.posix_fadvise(image, low, high - low, os.POSIX_FADV_DONTNEED)
         return xxhash.xxh3_64_intdigest(_hull(image, self.offset, self.length)) == self.checksum
+
+
+def _is_gapless(frame: Frame) -> bool:
+    """Whether the frame says all of its hull, as those of a copy of whole disks do."""
+    table = frame.table
+    return bool((table["offset"][1:] == table["offset"][:-1] + table["length"][:-1]).all())
+
+
+def _checksum(frame: Frame) -> int:
+    """Of the hull of a frame that says all of it: what is in the image need not be read."""
+    digest = xxhash.xxh3_64()
+    for (_, length, kind), at in zip(frame.table.tolist(), frame.positions().tolist(), strict=True):
+        if kind == Fill.DATA:
+            digest.update(frame.data[at : at + length])
+        else:
+            for done in range(0, length, len(_ZEROES)):
+                digest.update(_ZEROES[: length - done])
+    return digest.intdigest()
 
 
 def _hull(image: int, offset: int, length: int) -> bytearray:

@@ -9,9 +9,12 @@ from datetime import UTC, datetime
 import pytest
 
 from hvfuse.consistency import Consistency
-from hvfuse.control.trial import choose, parse_id
+from hvfuse.control.trial import choose, find_point, parse_id
 from hvfuse.errors import NotFoundError, UsageError
 from hvfuse.manifest import RecoveryPoint
+from hvfuse.target.local import LocalReplica
+from hvfuse.target.store import Store
+from tests.target.model import Source
 
 
 def point(cycle: int, moment: str, ms: int = 0) -> RecoveryPoint:
@@ -22,6 +25,24 @@ def point(cycle: int, moment: str, ms: int = 0) -> RecoveryPoint:
 
 
 POINTS = [point(1, "2026-03-01T10:00:00Z"), point(2, "2026-03-01T10:00:30Z", 700), point(3, "2026-03-01T11:00:00Z")]
+
+
+def test_the_newest_point_and_one_with_an_id_are_found_without_the_others(tmp_path, monkeypatch) -> None:
+    source = Source("vm", {"a.raw": 10_000})
+    with Store(str(tmp_path / "store")) as store:
+        with pytest.raises(NotFoundError, match="no VM"):
+            find_point(store, "vm", "latest")
+        replica = LocalReplica(store, "vm")
+        source.copy_to(replica)
+        with pytest.raises(NotFoundError, match="no recovery point yet"):
+            find_point(store, "vm", "latest")
+        ids = [source.ship_to(replica) for _ in range(3)]
+        assert find_point(store, "vm", "2100-01-01").id == ids[-1]
+        with pytest.raises(NotFoundError, match="no recovery point nonsense"):
+            find_point(store, "vm", "nonsense")
+        monkeypatch.setattr(Store, "points", None)
+        assert find_point(store, "vm", "latest").id == ids[-1]
+        assert [find_point(store, "vm", each).id for each in ids] == ids
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,9 @@ class MemoryReplica:
             raise self.fail_with
         return self.stands
 
+    def keeps_frames(self) -> bool:
+        return True
+
     def begin(self, manifest: CycleManifest) -> frozenset[int]:
         if manifest.previous != self.stands and (manifest.kind is CycleKind.DELTA or manifest.previous is not None):
             raise PositionMismatchError(f"the replica stands at {self.stands}", theirs=self.stands)

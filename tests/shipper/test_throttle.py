@@ -14,6 +14,7 @@ from hvfuse.shipper.policy import CurrentPolicy, ShippingPolicy
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.throttle import BURST_SECONDS, LOOK_SECONDS, Bucket, Limit, Throttle, ThrottledReplica
 from hvfuse.shipper.window import Window
+from tests.shipper.logs import MemoryReplica
 
 BERLIN = ZoneInfo("Europe/Berlin")
 WEEKDAYS = frozenset(range(5))
@@ -234,10 +235,20 @@ def test_a_wall_clock_that_jumps_changes_the_rate_and_nothing_else() -> None:
         assert clock.seconds - before == pytest.approx(1.0, abs=0.02)
 
 
+def test_frames_that_are_counted_are_worth_compressing() -> None:
+    clock = Clock()
+    inner = MemoryReplica()
+    inner.keeps_frames = lambda: False  # type: ignore[method-assign]
+    for throttle in (Throttle((Limit(1e6),)), Throttle()):
+        policy = CurrentPolicy(ShippingPolicy(throttle=throttle))
+        replica = ThrottledReplica(inner, policy=policy, clock=clock, between=lambda: None)
+        assert replica.keeps_frames() is bool(throttle.limits)
+
+
 VERBS = sorted(name for name in vars(Replica) if not name.startswith("_"))
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "put"])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("put", "keeps_frames")])
 def test_what_is_asked_of_the_replica_is_passed_on_at_once(verb: str) -> None:
     clock = Clock()
     replica = throttled(clock, rate=1e5)

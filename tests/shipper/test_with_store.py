@@ -113,6 +113,18 @@ def host(tmp_path) -> StoredHost:
     return StoredHost(tmp_path)
 
 
+def test_what_goes_straight_into_images_is_not_compressed_and_what_is_kept_is(host):
+    for name in ("a.raw", "b.raw"):
+        host.vm.disks[name].write(b"text" * (64 << 10), 0)
+    host.shipper().cycle_now()
+    (copied,) = host.records.copies
+    assert copied.is_whole and copied.bytes_sent > 2 * (256 << 10)
+    host.vm.disks["a.raw"].write(b"more" * (64 << 10), 0)
+    report = host.shipper().cycle_now()
+    assert report.bytes_coalesced == 256 << 10 and report.bytes_sent < 10_000
+    assert host.at(report.point) == host.images()
+
+
 def test_every_point_reads_as_the_disks_were_before_and_after_merging(host):
     dice = random.Random(1)
     shipper = host.shipper()

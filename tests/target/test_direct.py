@@ -20,7 +20,7 @@ import xxhash
 
 from hvfuse import system
 from hvfuse.errors import BusyError, HvfuseError, NoSpaceError
-from hvfuse.frames import EXTENT_DTYPE, Fill, FrameWriter
+from hvfuse.frames import EXTENT_DTYPE, Fill, FrameWriter, decode
 from hvfuse.manifest import CycleKind, CycleManifest
 from hvfuse.position import PositionMismatchError
 from hvfuse.target import direct, schema, unsynced
@@ -545,6 +545,27 @@ def test_frames_of_holes_and_gaps_are_found_again_whatever_lies_around_them(stor
     part(LocalReplica(store, "vm"), manifest, frames, 4)
     assert LocalReplica(store, "vm").begin(manifest) == {0, 1, 2, 3}
     finish(store, source, manifest, frames)
+
+
+@pytest.mark.parametrize("zeroes", [1, 4096, 3 << 20])
+def test_what_a_frame_without_gaps_left_is_known_without_reading_it(tmp_path, zeroes):
+    source = Source("vm", {"a.raw": 8 << 20}, seed=zeroes)
+    source.begin_copy()
+    pieces = [(0, 10, b"1" * 10), (10, zeroes, None), (10 + zeroes, 5000, source.random.randbytes(5000))]
+    pieces.append((pieces[-1][0] + 5000, zeroes, None))
+    (raw,) = source.frames({"a.raw": pieces}, per_frame=4)
+    frame = decode(raw)
+    with open(tmp_path / "image", "w+b") as image:
+        for offset, length, data in pieces[:3]:
+            image.seek(offset)
+            image.write(data or bytes(length))
+        image.flush()
+        os.fsync(image.fileno())
+        written = WrittenFrame.of(frame, 3, -1)
+        assert written is not None and (written.offset, written.length) == (0, 5010 + 2 * zeroes)
+        assert written.is_in(image.fileno())
+        image.truncate(5009 + zeroes)
+        assert not written.is_in(image.fileno())
 
 
 def test_a_frame_whose_extents_lie_far_apart_counts_once_it_is_durable(store):
