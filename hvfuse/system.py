@@ -72,16 +72,36 @@ def pwrite(label: str, fd: int, data: Buffer, offset: int) -> None:
         written += more
 
 
-def keep_pages_small(fd: int) -> None:
-    """Have what is read of a file be kept in the page cache by single pages, for the sake of small writes.
+def pwrite_small(label: str, fd: int, data: Buffer, offset: int) -> None:
+    """Write all of `data` at `offset`, at most SMALL bytes at once; see `keep_pages_small`. Raises OSError; part of the
+    data may then be on the file."""
+    length = len(data)
+    if length <= SMALL:
+        pwrite(label, fd, data, offset)
+        return
+    data = memoryview(data)
+    done = 0
+    while done < length:
+        after = min(length, done + SMALL - (offset + done) % SMALL)
+        pwrite(label, fd, data[done:after], offset + done)
+        done = after
+
+
+def keep_pages_small(fd: int, *, afresh: bool = False) -> None:
+    """Have what is read of a guest's disk, or of a log, be kept in the page cache by single pages, for the sake of
+    small writes. To be said by all who open one: a page that was read ahead harms what is read after it.
 
     Since Linux 6.16 ext4 keeps what is read ahead, or written at once, in pages of up to 2 MiB, and each write of 4 KiB
     to such a page looks at all of its blocks: ten times the work. So whoever writes such a file writes at most SMALL
     bytes at once. The kernel does not read ahead then; whoever reads in order through a mount has FUSE read ahead, and
     who reads in order here says so (`read_ahead`).
+
+    `afresh`: what was read before, into large pages maybe, is read again when it is needed.
     """
     with contextlib.suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        if afresh:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_ahead(fd: int, offset: int, length: int) -> None:

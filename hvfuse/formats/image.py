@@ -218,6 +218,7 @@ def _opened(path: str, flags: int) -> Iterator[int]:
     """A descriptor of a regular file or block device; never waits for a FIFO's other end."""
     with named(path):
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        system.keep_pages_small(fd)
         try:
             mode = os.fstat(fd).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):

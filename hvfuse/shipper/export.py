@@ -342,6 +342,7 @@ def estimate(disks: Sequence[SourceDisk], folder: str, *, level: int) -> int:
         path = os.path.join(folder, disk.name)
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            system.keep_pages_small(fd)
             try:
                 needed += _estimate(fd, disk.size, compressor)
             finally:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from hvfuse import system
 from hvfuse.errors import ResyncRequiredError, UnreachableError
 from hvfuse.extent import Extent, round_up
 from hvfuse.formats.digests import BLOCK, DigestKey, Digests
@@ -77,6 +78,7 @@ class Sides:
                 fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except OSError as error:
                 raise refusal(error, path) from error
+            system.keep_pages_small(fd)
             self._images.callback(os.close, fd)
             group = Group(fd, path, disk, 0, 0, round_up(disk.size, BLOCK))
             other = HeldDisk(self.inspection, disk_id)

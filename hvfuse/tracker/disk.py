@@ -80,7 +80,7 @@ class TrackedDisk(DiskLogs):
 
     def __init__(self, folder: str, info: ImageInfo, vm: Tracking, *, state: TrackingState | None) -> None:
         fd = os.open(info.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        system.keep_pages_small(fd)
+        system.keep_pages_small(fd, afresh=True)
         super().__init__(folder, os.path.basename(info.path), fd, address_space(info.format), state=state)
         self.format = info.format
         self.capacity = max(info.virtual_size or 0, info.file_size)
@@ -113,25 +113,14 @@ class TrackedDisk(DiskLogs):
             else:
                 self._mark_unlogged(offset, len(data))
             try:
-                self._write_image(data, offset)
+                system.pwrite_small("disk:write", self.fd, data, offset)
             except OSError as error:
                 if not self._made_room(error, offset, len(data)):
                     raise
-                self._write_image(data, offset)
+                system.pwrite_small("disk:write", self.fd, data, offset)
         if log is not None and log.size > MAX_LOG_SIZE:
             self._vm.rotate_for(self, None)
         return len(data)
-
-    def _write_image(self, data: Buffer, offset: int) -> None:
-        if len(data) <= system.SMALL:
-            system.pwrite("disk:write", self.fd, data, offset)
-            return
-        data = memoryview(data)
-        done = 0
-        while done < len(data):
-            after = min(len(data), done + system.SMALL - (offset + done) % system.SMALL)
-            system.pwrite("disk:write", self.fd, data[done:after], offset + done)
-            done = after
 
     def trim(self, offset: int, length: int) -> None:
         """Deallocate a range, which then reads as zeroes; what lies past the end is ignored."""

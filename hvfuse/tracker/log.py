@@ -55,6 +55,7 @@ class ReplicationLog:
         self.index = index
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._fd = os.open(self.path, flags, 0o600)
+        system.keep_pages_small(self._fd)
         self._stale_end = os.fstat(self._fd).st_size
         self._end = FIRST_DATA
         self._next_seq = head.first_seq
@@ -148,7 +149,7 @@ class ReplicationLog:
         """Log that `data` goes to `offset`. Raises OSError; the entry is then not in the log."""
         location = self._end
         length = len(data)
-        system.pwrite("log:append", self._fd, data, location)
+        system.pwrite_small("log:append", self._fd, data, location)
         byte_sum = ~stringzilla.bytesum(data) & 0xFFFFFFFF
         self._append(offset, location, xxhash.xxh3_64_intdigest(data), length, byte_sum, Kind.WRITE)
         self.stored += length

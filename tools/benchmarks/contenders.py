@@ -21,7 +21,7 @@ life but the first minute. Between rounds its cycle is shipped, and everything s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ class Load:
 
     name: str
     options: tuple[str, ...]
-    size: int = 32 * MIB
+    size: int = 128 * MIB
     seconds: float = 0.5
     unit: str = "IOPS"
 
@@ -76,10 +76,10 @@ class Contenders:
         for path in self.files.values():
             fio(path, self._size, [Load("", ("--rw=read", "--bs=1M"), size=self._size, seconds=20)], quick=False)
 
-    def warm(self) -> None:
-        """Have logs to recycle, as large as a round makes them."""
+    def warm(self, loads: Iterable[Load]) -> None:
+        """Have logs to recycle, as large as `loads` make them."""
+        size = sum(load.size for load in loads)
         for _ in range(3):
-            size = self.scene.bytes(256 * MIB)
             self.measure(OURS, [Load("", ("--rw=write", "--bs=1M"), size=size, seconds=20)])
             self.ship()
 
@@ -101,7 +101,7 @@ def fio(path: Path, size: int, loads: Sequence[Load], *, quick: bool) -> list[di
     """fio's own figures of loads, one after the other, on one file that is there."""
     words = [
         "fio", f"--filename={path}", f"--size={size}", "--allow_file_create=0", "--overwrite=1", "--fallocate=none",
-        "--thread", "--randrepeat=0", "--norandommap", "--loops=100", "--output-format=json",
+        "--thread", "--randrepeat=0", "--norandommap", "--output-format=json",
     ]  # fmt: skip
     for load in loads:
         words += ["--name=load", "--stonewall", f"--io_size={load.size // 32 if quick else load.size}"]

@@ -46,7 +46,7 @@ def _through(scene: Scene, memory: bool) -> list[Row]:
     where = "tmpfs" if memory else "disk"
     found: dict[str, list[float]] = {"nothing": [], UNTRACKED: [], OURS: []}
     with contenders(scene, (UNTRACKED, OURS), memory=memory) as among, scene.place(memory=memory) as place:
-        among.warm()
+        among.warm([_WRITE])
         empty = _nothing(place)
         for _ in range(scene.rounds(5)):
             for name, micros in found.items():

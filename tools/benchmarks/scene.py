@@ -79,9 +79,10 @@ class Place:
 
 
 class Home:
-    """An installation below a place. Configured so that nothing is done unasked, unless `config` says otherwise."""
+    """An installation below a place. Configured so that nothing is done unasked, and small disks may have large logs,
+    unless `config` says otherwise."""
 
-    CONFIG = '[replication]\nprotect = "manual"\nhard_limit = 1000\nsoft_limit = 1000\n{}'
+    CONFIG = '[replication]\nprotect = "manual"\nhard_limit = 5000\nsoft_limit = 1000\n{}'
 
     def __init__(self, place: Place, name: str = "home", config: str = "") -> None:
         self.place = place
