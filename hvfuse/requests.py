@@ -6,7 +6,8 @@ its tables of names and a callback from C, which costs as much again. Every othe
 
 Whoever is asked often stays awake for a moment after each answer (`_TRIES`).
 
-One buffer takes all requests, placed so that a write's payload begins on a page.
+One buffer takes all requests, placed so that a write's payload begins on a page; what is read is answered from another,
+placed alike.
 
 Layout of what is read and answered here (host byte order):
 
@@ -31,6 +32,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping
 
+from hvfuse.extent import Buffer
 from hvfuse.filesystem import OpenFile
 
 MAX_REQUEST = 1 << 20
@@ -68,7 +70,7 @@ class Requests:
         self._hand_on = hand_on
         self._errno_of = errno_of
         self.buffer = memoryview(mmap.mmap(-1, mmap.PAGESIZE + MAX_REQUEST))[mmap.PAGESIZE - _HEAD :]
-        self._out = memoryview(mmap.mmap(-1, MAX_REQUEST))
+        self._out = memoryview(mmap.mmap(-1, mmap.PAGESIZE + MAX_REQUEST))[mmap.PAGESIZE - _ANSWER.size :]
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._left = False
 
@@ -82,8 +84,8 @@ class Requests:
 
         Raises OSError for anything else that the device says.
         """
-        device, request, files = self._device, self.buffer, self._files
-        payload = request[_HEAD:]
+        device, request, out, files = self._device, self.buffer, self._out, self._files
+        payload, data, head = request[_HEAD:], out[_ANSWER.size :], _ANSWER.size
         os.set_blocking(device, False)
         waiting = select.poll()
         waiting.register(device, select.POLLIN)
@@ -109,30 +111,29 @@ class Requests:
             left = tries
             operation, number, handle, offset, size = _REQUEST.unpack_from(request)
             if operation == _WRITE and size:
+                answer: Buffer
                 try:
-                    done = files[handle].write(payload[:size], offset)
-                    answer = _WRITTEN.pack(_WRITTEN.size, 0, number, done)
+                    answer = _WRITTEN.pack(_WRITTEN.size, 0, number, files[handle].write(payload[:size], offset))
                 except Exception as error:
                     answer = self._refusal("write", number, error)
-                self._answer((answer,))
+                self._answer(answer)
             elif operation == _READ and size:
-                data = self._out[:size]
                 try:
-                    done = files[handle].read_into(data, offset)
-                    answers = _ANSWER.pack(_ANSWER.size + done, 0, number), data[:done]
+                    end = head + files[handle].read_into(data[:size], offset)
+                    _ANSWER.pack_into(out, 0, end, 0, number)
+                    answer = out[:end]
                 except Exception as error:
-                    self._answer((self._refusal("read", number, error),))
-                else:
-                    self._answer(answers)
+                    answer = self._refusal("read", number, error)
+                self._answer(answer)
             elif not self._hand_on(length):
                 return
 
     def _refusal(self, name: str, number: int, error: Exception) -> bytes:
         return _ANSWER.pack(_ANSWER.size, -self._errno_of(name, error), number)
 
-    def _answer(self, parts: tuple[bytes | memoryview, ...]) -> None:
+    def _answer(self, answer: Buffer) -> None:
         try:
-            os.writev(self._device, parts)
+            os.write(self._device, answer)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV):  # nobody waits for it any more
                 raise

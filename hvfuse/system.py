@@ -37,6 +37,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MS_SYNC = 4
 SMALL = 64 << 10
 """Bytes; see `keep_pages_small`."""
+LARGE_SHIFT = 21
+"""The largest pages of the page cache have 2 MiB."""
 
 _injector: Injector | None = None
 
@@ -77,7 +79,8 @@ def pwrite_small(label: str, fd: int, data: Buffer, offset: int) -> None:
     data may then be on the file."""
     length = len(data)
     if length <= SMALL:
-        pwrite(label, fd, data, offset)
+        if _injector is not None or os.pwrite(fd, data, offset) != length:
+            pwrite(label, fd, data, offset)
         return
     data = memoryview(data)
     done = 0
@@ -87,7 +90,7 @@ def pwrite_small(label: str, fd: int, data: Buffer, offset: int) -> None:
         done = after
 
 
-def keep_pages_small(fd: int, *, afresh: bool = False) -> None:
+def keep_pages_small(fd: int) -> None:
     """Have what is read of a guest's disk, or of a log, be kept in the page cache by single pages, for the sake of
     small writes. To be said by all who open one: a page that was read ahead harms what is read after it.
 
@@ -95,13 +98,16 @@ def keep_pages_small(fd: int, *, afresh: bool = False) -> None:
     to such a page looks at all of its blocks: ten times the work. So whoever writes such a file writes at most SMALL
     bytes at once. The kernel does not read ahead then; whoever reads in order through a mount has FUSE read ahead, and
     who reads in order here says so (`read_ahead`).
-
-    `afresh`: what was read before, into large pages maybe, is read again when it is needed.
     """
     with contextlib.suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-        if afresh:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def drop_large_page(fd: int, number: int) -> None:
+    """Have the kernel forget what it keeps of the bytes from `number << LARGE_SHIFT` on in a large page, or in many
+    small ones; what is not on the medium yet stays. See `keep_pages_small`."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, number << LARGE_SHIFT, 1 << LARGE_SHIFT, os.POSIX_FADV_DONTNEED)
 
 
 def read_ahead(fd: int, offset: int, length: int) -> None:

@@ -13,6 +13,8 @@ SOFT_LIMIT = 0.25
 cheaper to compare in another pass what they tell. That pass has the hard limit: it must have a chance to fit."""
 LEAST_LIMIT = 8 << 20
 """Bytes that the logs may always take, however small the disks."""
+_LEAST_STEP, _MOST_STEP = 1 << 20, 16 << 20
+"""Bytes by which a log grows before the limits are looked at again: a part of what is left, within these."""
 
 
 class Budget:
@@ -27,18 +29,22 @@ class Budget:
         self._hard_limit = hard_limit
         self._soft_limit = min(soft_limit, hard_limit)
 
-    def excess(self, disks: list[Tracked]) -> str | None:
-        """Why the logs must not grow any more; None while they may. Caller holds the gate."""
+    def look(self, disks: list[Tracked]) -> tuple[str | None, int]:
+        """Why the logs must not grow any more, None while they may; and how many bytes each of them may take before
+        this is asked again. Caller holds the gate."""
         copying = resync.is_resyncing(disks)
         limit = self._soft_limit if copying and resync.scope(disks) is Scope.FULL else self._hard_limit
-        if self.used(disks) <= _bytes(limit, disks):
-            return None
+        left = int(_bytes(limit, disks)) - self.used(disks)
+        step = min(max(left // (2 * len(disks)), _LEAST_STEP), _MOST_STEP)
+        if left >= 0:
+            return None, step
         if not copying:
-            return f"the logs that the target has not taken have reached {limit:.0%} of the disks' size"
-        return (
+            return f"the logs that the target has not taken have reached {limit:.0%} of the disks' size", step
+        reason = (
             f"the logs reached {limit:.0%} of the disks' size before the copy was complete: what is written from "
             "now on is marked, and compared in another pass"
         )
+        return reason, step
 
     def used(self, disks: list[Tracked]) -> int:
         """Bytes that the logs hold. A log that is given up at this moment counts or not."""

@@ -44,8 +44,6 @@ from hvfuse.tracker.regions import MAX_REGIONS, RegionMap, region_size
 from hvfuse.tracker.state import TrackingState
 
 _PIECE = 1 << 20
-_BUDGET_STEP = 1 << 20
-"""Bytes of payload after which the logs' budget is looked at again."""
 _MOST_LOGGED = 16 << 20
 """Bytes of the image that are read back and logged after a failed write; more is marked instead."""
 _LOGICAL_FORMATS = (ImageFormat.RAW, ImageFormat.VHD_FIXED)
@@ -68,8 +66,9 @@ class Tracking(Protocol):
     def degrade(self, reason: str, *, full: bool = False) -> None:
         """End logging, durably; `full`: the region maps cannot be relied on. Caller holds the gate."""
 
-    def over_budget(self) -> str | None:
-        """Why the logs must not grow any more; None while they may. Caller holds the gate."""
+    def check_budget(self) -> int:
+        """End logging if the logs must not grow any more. Returns how many bytes each of them may take before this is
+        asked again. Caller holds the gate."""
 
     def rotate_for(self, disk: TrackedDisk, new_size: int | None) -> None:
         """Rotate all logs, resizing `disk` within the barrier. Caller does not hold the gate."""
@@ -80,7 +79,7 @@ class TrackedDisk(DiskLogs):
 
     def __init__(self, folder: str, info: ImageInfo, vm: Tracking, *, state: TrackingState | None) -> None:
         fd = os.open(info.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        system.keep_pages_small(fd, afresh=True)
+        system.keep_pages_small(fd)
         super().__init__(folder, os.path.basename(info.path), fd, address_space(info.format), state=state)
         self.format = info.format
         self.capacity = max(info.virtual_size or 0, info.file_size)
@@ -91,36 +90,49 @@ class TrackedDisk(DiskLogs):
         """Whether writes mark their regions dirty instead of being logged."""
         self._vm = vm
         self._gate = vm.gate
+        self._split = bytearray((self.capacity >> system.LARGE_SHIFT) + 1)
+        """For each large page's room, whether it was written to since the disk is attached: it has small ones then."""
         if self.regions is not None:
             self.regions.used = min(-(-info.file_size // self.regions.size) + 1, MAX_REGIONS)
 
     def write(self, data: Buffer, offset: int) -> int:
         """Log and write all of `data`; a write past the end extends the image. Raises OSError only
         for the image's sake, or because the VM is held."""
+        length, is_full = len(data), False
         with self._gate:
             if self._vm.held is not None:
                 raise read_only()
             log = self.log
             if log is not None:
                 try:
-                    self._cover(offset, len(data), HOT)
+                    self._cover(offset, length, HOT)
                     log.append_write(data, offset)
                 except OSError as error:
                     self._vm.degrade(f"the log of {self.name} could not be written: {error.strerror}")
-                    self._mark_unlogged(offset, len(data))
+                    self._mark_unlogged(offset, length)
                 if log.stored >= log.budget_check:
-                    self._check_budget(log)
+                    log.budget_check = log.stored + self._vm.check_budget()
+                    is_full = log.size > MAX_LOG_SIZE
             else:
-                self._mark_unlogged(offset, len(data))
+                self._mark_unlogged(offset, length)
+            large = offset >> system.LARGE_SHIFT
+            if large >= len(self._split) or not self._split[large]:
+                self._split_page(large)
             try:
                 system.pwrite_small("disk:write", self.fd, data, offset)
             except OSError as error:
-                if not self._made_room(error, offset, len(data)):
+                if not self._made_room(error, offset, length):
                     raise
                 system.pwrite_small("disk:write", self.fd, data, offset)
-        if log is not None and log.size > MAX_LOG_SIZE:
+        if is_full:
             self._vm.rotate_for(self, None)
-        return len(data)
+        return length
+
+    def _split_page(self, large: int) -> None:
+        """What others have read may be in a large page: before it is written to for the first time, let go of it."""
+        self._split.extend(bytes(max(0, large + 1 - len(self._split))))
+        self._split[large] = 1
+        system.drop_large_page(self.fd, large)
 
     def trim(self, offset: int, length: int) -> None:
         """Deallocate a range, which then reads as zeroes; what lies past the end is ignored."""
@@ -224,13 +236,6 @@ class TrackedDisk(DiskLogs):
             return error.errno in (errno.ENOSPC, errno.EDQUOT)
         self._log_what_stands(offset, length)
         return False
-
-    def _check_budget(self, log: ReplicationLog) -> None:
-        """Caller holds the gate."""
-        reason = self._vm.over_budget()
-        if reason is not None:
-            self._vm.degrade(reason)
-        log.budget_check = log.stored + _BUDGET_STEP
 
     def _clear_image(self, kind: Kind, offset: int, length: int) -> None:
         if kind is Kind.ZERO:

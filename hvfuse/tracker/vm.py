@@ -452,6 +452,9 @@ class TrackedVm:
         with self._rotation:
             with self.gate:
                 self._budget.set_limits(hard_limit=hard_limit, soft_limit=soft_limit)
+                for disk, _ in self.tracked():
+                    if disk.log is not None:
+                        disk.log.budget_check = 0
             self._members.exclude = exclude
             self._members.settle()
 
@@ -489,9 +492,13 @@ class TrackedVm:
         disk.leave()
         self._left = [each for each in self._left if each.open_handles] + [disk]
 
-    def over_budget(self) -> str | None:
-        """Why the logs must not grow any more; None while they may. Caller holds the gate."""
-        return self._budget.excess(self.tracked())
+    def check_budget(self) -> int:
+        """End logging if the logs must not grow any more. Returns how many bytes each of them may take before this is
+        asked again. Caller holds the gate."""
+        reason, step = self._budget.look(self.tracked())
+        if reason is not None:
+            self.degrade(reason)
+        return step
 
     def _count_sealed(self) -> None:
         """Look at what waits in the spool. A log that cannot be read is the shipper's to complain of."""

@@ -27,7 +27,7 @@ from hvfuse.extent import Extent
 from hvfuse.formats import tracking
 from hvfuse.formats.companion import Entries, Kind
 from hvfuse.formats.tracking import DIRTY, Scope
-from hvfuse.tracker import budget, disk, membership, resync
+from hvfuse.tracker import budget, membership, resync
 from hvfuse.tracker.vm import TrackedVm
 from tests.crash.host import Death, Reaper, Side
 from tests.crash.powerloss import PowerLoss
@@ -127,7 +127,8 @@ class Site:
         self._patched.setattr(system, "boot_id", lambda: self._boot)
         self._patched.setattr(budget, "LEAST_LIMIT", 4 * BLOCK)
         self._patched.setattr(membership, "STILL_SECONDS", 0.0)
-        self._patched.setattr(disk, "_BUDGET_STEP", BLOCK)
+        self._patched.setattr(budget, "_LEAST_STEP", BLOCK)
+        self._patched.setattr(budget, "_MOST_STEP", BLOCK)
         system.install(self.reaper)
         self._watch()
         self.attach()

@@ -41,8 +41,8 @@ class Load:
 
     name: str
     options: tuple[str, ...]
-    size: int = 128 * MIB
-    seconds: float = 0.5
+    size: int = 64 * MIB
+    seconds: float = 0.4
     unit: str = "IOPS"
 
     @property
@@ -77,10 +77,9 @@ class Contenders:
             fio(path, self._size, [Load("", ("--rw=read", "--bs=1M"), size=self._size, seconds=20)], quick=False)
 
     def warm(self, loads: Iterable[Load]) -> None:
-        """Have logs to recycle, as large as `loads` make them."""
-        size = sum(load.size for load in loads)
+        """Have logs to recycle, such as `loads` make them."""
         for _ in range(3):
-            self.measure(OURS, [Load("", ("--rw=write", "--bs=1M"), size=size, seconds=20)])
+            self.measure(OURS, list(loads))
             self.ship()
 
     def ship(self) -> None:

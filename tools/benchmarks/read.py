@@ -21,5 +21,5 @@ def measure(scene: Scene) -> list[Row]:
     with contenders(scene) as among:
         rows += compare("disk", rounds(among, EVERYBODY, list(LOADS), scene.rounds(5)), LOADS, tracked=None)
     with contenders(scene, _MEMORY, memory=True) as among:
-        rows += compare("tmpfs", rounds(among, _MEMORY, list(LOADS), scene.rounds(5)), None, tracked=None)
+        rows += compare("tmpfs", rounds(among, _MEMORY, list(LOADS), scene.rounds(3)), None, tracked=None)
     return rows

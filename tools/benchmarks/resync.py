@@ -22,6 +22,7 @@ the kernel for, its own program included (rchar of /proc/PID/io); memory is its 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -33,7 +34,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .scene import ENVIRONMENT, GIB, KIB, MIB, REPOSITORY, TIB, Home, Place, Scene, fill, seconds_of, settle
+from .scene import (
+    ENVIRONMENT,
+    GIB,
+    KIB,
+    MIB,
+    REPOSITORY,
+    TIB,
+    Home,
+    Place,
+    Scene,
+    fill,
+    peak_memory,
+    seconds_of,
+    settle,
+)
 from .table import Row, at_most, in_turns, times
 
 RESYNC = REPOSITORY / "tools" / "resync"
@@ -78,15 +93,18 @@ def run(*command: str | Path, expected: int) -> Run:
     words = [str(word) for word in command]
     started = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    peak = 0
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        with contextlib.suppress(StopIteration):  # it has just ended
+            peak = max(peak, peak_memory(process.pid))  # what wait4 says is at least what we had when it was made
+        time.sleep(0.002)
     seconds = time.perf_counter() - started
     with open(f"/proc/{process.pid}/io", encoding="ascii") as file:  # it has ended, but is not yet reaped
         read = int(file.readline().split()[1])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    process.wait()
     if process.returncode != expected:
         sys.exit(f"{' '.join(words)}: ended with {process.returncode}, not {expected}")
-    return Run(seconds, read, usage.ru_maxrss * 1024)
+    return Run(seconds, read, peak)
 
 
 class Pair:

@@ -14,8 +14,10 @@ _DIRECT = ("--rw=randwrite", "--direct=1", "--ioengine=libaio")
 LOADS = {
     Load("4k random write, O_DIRECT, depth 1", (*_DIRECT, "--bs=4k", "--iodepth=1")): 1.2,
     Load("4k random write, O_DIRECT, depth 16", (*_DIRECT, "--bs=4k", "--iodepth=16")): 1.1,
-    Load("64k random write, O_DIRECT, depth 4", (*_DIRECT, "--bs=64k", "--iodepth=4"), size=256 * MIB, unit="MB/s"): 1.2,
-    Load("1M sequential write", ("--rw=write", "--bs=1M"), size=256 * MIB, unit="MB/s"): 1.0,
+    Load(
+        "64k random write, O_DIRECT, depth 4", (*_DIRECT, "--bs=64k", "--iodepth=4"), size=128 * MIB, unit="MB/s"
+    ): 1.2,
+    Load("1M sequential write", ("--rw=write", "--bs=1M"), size=128 * MIB, unit="MB/s"): 1.0,
     Load("4k random write, buffered", ("--rw=randwrite", "--bs=4k")): 0.9,
 }
 """With the target against the peers."""
@@ -29,7 +31,7 @@ def measure(scene: Scene) -> list[Row]:
         rows += compare("disk", rounds(among, EVERYBODY, list(LOADS), scene.rounds(5)), LOADS, tracked=0.8)
     with contenders(scene, _MEMORY, memory=True) as among:
         among.warm(LOADS)
-        rows += compare("tmpfs", rounds(among, _MEMORY, list(LOADS), scene.rounds(5)), None, tracked=0.6)
+        rows += compare("tmpfs", rounds(among, _MEMORY, list(LOADS), scene.rounds(3)), None, tracked=0.6)
     return rows
 
 
