@@ -84,9 +84,8 @@ def cycles(scene: Scene) -> list[Row]:
             target.unlink()
             return size / seconds / 1e6
 
-        found = in_turns(
-            scene.rounds(3), {"synced": lambda: cycle(synced=True), "dirty": lambda: cycle(synced=False)}
-        ) | in_turns(scene.rounds(2), {"qemu": backup})
+        found = in_turns(scene.rounds(3), {"synced": lambda: cycle(synced=True), "qemu": backup})
+        found |= in_turns(1, {"dirty": lambda: cycle(synced=False)})
     what = f"a cycle of {size // MIB} MiB in 4k writes"
     return [
         at_least(what, 300, found["synced"], "MB/s"),
@@ -131,15 +130,14 @@ def merging(scene: Scene) -> Row:
     size, found = scene.bytes(128 * MIB), []
     with scene.place() as place:
         home, ours = _tracked(place, scene.bytes(4 * GIB))
-        for turn in range(scene.rounds(2)):
-            for number in range(MERGED):
-                _burst(ours, size, turn * MERGED + number + 1)
-                home.do("replicate", VM)
-            settle()
-            with Store(str(home.root / "store")) as store, contextlib.closing(LocalReplica(store, VM)) as replica:
-                started = time.perf_counter()
-                replica.housekeep(RetentionPolicy(keep_all_seconds=0, hourly=0), time.time_ns())
-                found.append(MERGED * size / (time.perf_counter() - started) / 1e6)
+        for number in range(MERGED):
+            _burst(ours, size, number + 1)
+            home.do("replicate", VM)
+        settle()
+        with Store(str(home.root / "store")) as store, contextlib.closing(LocalReplica(store, VM)) as replica:
+            started = time.perf_counter()
+            replica.housekeep(RetentionPolicy(keep_all_seconds=0, hourly=0), time.time_ns())
+            found.append(MERGED * size / (time.perf_counter() - started) / 1e6)
     return at_least(f"merging {MERGED} expired cycles of {size // MIB} MiB", 100, found, "MB/s")
 
 
@@ -161,7 +159,7 @@ def interference(scene: Scene) -> Row:
             settle()
             return microseconds
 
-        found = in_turns(scene.rounds(3), {"idle": lambda: p99(ships=False), "ships": lambda: p99(ships=True)})
+        found = in_turns(scene.rounds(2), {"idle": lambda: p99(ships=False), "ships": lambda: p99(ships=True)})
     idle, shipping = found["idle"], found["ships"]
     times = f"{statistics.median(idle):.0f} us, then {statistics.median(shipping):.0f} us"
     ratios = [with_it / without for with_it, without in zip(shipping, idle, strict=True)]

@@ -19,7 +19,7 @@ _MEMORY = ("passthrough_ll", "passthrough_fh", "qemu", UNTRACKED, OURS)
 def measure(scene: Scene) -> list[Row]:
     rows = []
     with contenders(scene) as among:
-        rows += compare("disk", rounds(among, EVERYBODY, list(LOADS), scene.rounds(5)), LOADS, tracked=None)
+        rows += compare("disk", rounds(among, EVERYBODY, list(LOADS), scene.rounds(3)), LOADS, tracked=None)
     with contenders(scene, _MEMORY, memory=True) as among:
         rows += compare("tmpfs", rounds(among, _MEMORY, list(LOADS), scene.rounds(3)), None, tracked=None)
     return rows

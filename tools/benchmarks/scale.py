@@ -97,7 +97,7 @@ def _many_vms(scene: Scene) -> list[Row]:
             fill(home.folder(vm) / "disk.raw", size // least)
             _track(home, vm)
         disks = [home.mountpoint(vm) / "disk.raw" for vm in names]
-        seconds = 1 if scene.quick else 4
+        seconds = 1 if scene.quick else 2
         turns = {_vms(count): partial(_iops, disks[:count], size, seconds) for count in counts}
         found = in_turns(scene.rounds(5), turns)
     one, *more = map(_vms, counts)
