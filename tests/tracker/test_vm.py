@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import threading
 import uuid
 from collections.abc import Iterator
@@ -533,6 +534,20 @@ def test_a_disk_that_outgrows_its_region_map_gets_larger_regions(tmp_path: Path)
         vm.degrade("for the test")
     assert is_within(marked(vm, "a.raw"), 0, 4)
     assert is_within(marked(vm, "a.raw"), (2 << 30) - 100, 3)
+    vm.detach()
+
+
+def test_logs_pass_their_limit_by_little_however_the_writes_are_spread(tmp_path: Path) -> None:
+    """The budget is looked at ever more often as it runs out: by 1 MiB for each disk, and the write under way."""
+    dice = random.Random(5)
+    vm = attached(make_folder(tmp_path, a=100 * MIB, b=100 * MIB, c=MIB), hard_limit=0.2)
+    limit = int(0.2 * 201 * MIB)
+    written = 0
+    while vm.resync_reason is None:
+        name = dice.choice(["a.raw"] * 9 + ["b.raw"])
+        length = dice.choice([4096, 65536, MIB])
+        written += vm.disks[name].write(bytes(length), dice.randrange(99) * MIB)
+    assert limit < written <= limit + 3 * MIB + MIB
     vm.detach()
 
 

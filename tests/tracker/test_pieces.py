@@ -1,0 +1,164 @@
+"""Large writes go to log and image in pieces, and both are kept in small pages: what may come of that."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import struct
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from hvfuse import system
+from tests.tracker.test_vm import Death, attached, contents, injector, kill, make_folder, replayed  # noqa: F401
+
+MIB = 1 << 20
+LENGTH = 5 * system.SMALL
+PIECES = LENGTH // system.SMALL + 1
+"""Of a write that does not begin at one's boundary."""
+_TAIL = 1 << 16
+"""Of /proc/kpageflags: the page is not the first of a large one."""
+
+
+class Nth:
+    """An injector that does something at the nth call with a label."""
+
+    def __init__(self, label: str, nth: int, error: BaseException) -> None:
+        self.label, self.nth, self.error, self.seen = label, nth, error, 0
+
+    def __call__(self, label: str, _call: str, size: int) -> None:
+        assert size <= system.SMALL or label not in {"log:append", "disk:write"}
+        self.seen += label == self.label
+        if self.seen == self.nth:
+            self.seen += 1
+            raise self.error
+
+
+@pytest.mark.parametrize("nth", range(1, PIECES + 1))
+def test_a_log_that_fails_within_a_large_write_fails_no_write_and_claims_nothing(
+    tmp_path: Path,
+    nth: int,
+    injector: None,  # noqa: F811
+) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    data = os.urandom(LENGTH)
+    system.install(Nth("log:append", nth, OSError(errno.ENOSPC, "no space")))
+    assert vm.disks["a.raw"].write(data, 1000) == LENGTH
+    system.install(None)
+    assert contents(folder, "a.raw")[1000 : 1000 + LENGTH] == data
+    assert vm.resync_reason is not None
+    vm.detach()
+
+
+@pytest.mark.parametrize("nth", range(1, PIECES + 1))
+def test_an_image_that_fails_within_a_large_write_has_what_the_log_says(
+    tmp_path: Path,
+    nth: int,
+    injector: None,  # noqa: F811
+) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    system.install(Nth("disk:write", nth, OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        vm.disks["a.raw"].write(os.urandom(LENGTH), 1000)
+    system.install(None)
+    assert contents(folder, "a.raw").count(0) > MIB - LENGTH
+    vm.rotate()
+    assert replayed(folder, "a.raw", bytes(MIB)) == contents(folder, "a.raw")
+    vm.detach()
+
+
+@pytest.mark.parametrize("nth", range(1, PIECES + 1))
+@pytest.mark.parametrize("label", ["log:append", "disk:write"])
+def test_a_death_within_a_large_write_leaves_no_difference_uncovered(
+    tmp_path: Path,
+    label: str,
+    nth: int,
+    injector: None,  # noqa: F811
+) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    vm.disks["a.raw"].write(b"before", 0)
+    before = contents(folder, "a.raw")
+    system.install(Nth(label, nth, Death()))
+    with pytest.raises(Death):
+        vm.disks["a.raw"].write(os.urandom(LENGTH), 1000)
+    system.install(None)
+    kill(vm)
+    again = attached(folder, begin=False)
+    assert again.resync_reason is None
+    again.rotate()
+    copy, disk = replayed(folder, "a.raw", bytes(MIB)), contents(folder, "a.raw")
+    assert copy == disk
+    assert (disk == before) is (label == "log:append")
+    again.detach()
+
+
+def test_a_write_far_beyond_what_the_disk_was_when_it_was_attached(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=MIB)
+    vm = attached(folder)
+    for at in (77 * MIB, 2 * MIB - 3, 0):
+        vm.disks["a.raw"].write(b"beyond", at)
+    vm.rotate()
+    assert replayed(folder, "a.raw", bytes(MIB)) == contents(folder, "a.raw")
+    vm.detach()
+
+
+def test_pages_that_others_have_read_ahead_are_split_where_the_guest_writes(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=16 * MIB)
+    path = os.path.join(folder, "a.raw")
+    with open(path, "r+b", buffering=0) as file:
+        for at in range(0, 16 * MIB, MIB):
+            os.pwrite(file.fileno(), os.urandom(MIB), at)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for at in range(0, 16 * MIB, MIB):
+            os.pread(file.fileno(), MIB, at)
+    if max(pages(path)) <= system.SMALL:
+        pytest.skip("this file system keeps no large pages")
+    vm = attached(folder)
+    for at in range(0, 16 * MIB, 128 << 10):
+        vm.disks["a.raw"].write(os.urandom(4096), at)
+    assert max(pages(path)) <= system.SMALL
+    vm.detach()
+
+
+def test_large_writes_make_no_large_pages(tmp_path: Path) -> None:
+    vm = attached(make_folder(tmp_path, a=16 * MIB), hard_limit=10, soft_limit=10)
+    disk = vm.disks["a.raw"]
+    for at in range(0, 16 * MIB, MIB):
+        disk.write(os.urandom(MIB), at)
+    assert disk.log is not None
+    assert max(pages(disk.log.path)) <= system.SMALL
+    assert max(pages(os.path.join(vm.folder, "a.raw"))) <= system.SMALL
+    vm.detach()
+
+
+def pages(path: str) -> list[int]:
+    """The sizes in bytes of the pages that a file has in the page cache."""
+    with (
+        open(path, "rb") as file,
+        open("/proc/self/pagemap", "rb", buffering=0) as pagemap,
+        open("/proc/kpageflags", "rb", buffering=0) as flags,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as mapped,
+    ):
+        view = ctypes.c_char.from_buffer(mapped)
+        start, count = ctypes.addressof(view), len(mapped) // mmap.PAGESIZE
+        resident = (ctypes.c_ubyte * count)()
+        ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(mapped)), resident)
+        mapped.madvise(mmap.MADV_RANDOM)
+        there = [number for number in range(count) if resident[number] & 1]
+        for number in there:
+            mapped[number * mmap.PAGESIZE]
+        heads = []
+        for place, number in enumerate(there):
+            (entry,) = struct.unpack("Q", os.pread(pagemap.fileno(), 8, (start // mmap.PAGESIZE + number) * 8))
+            (flag,) = struct.unpack("Q", os.pread(flags.fileno(), 8, (entry & (1 << 55) - 1) * 8))
+            if not flag & _TAIL:
+                heads.append(place)
+        del view
+    return [(after - before) * mmap.PAGESIZE for before, after in pairwise([*heads, len(there)])]
