@@ -25,10 +25,10 @@ def is_hiding_name(name: str) -> bool:
 class OpenFile(Protocol):
     """An open file. Offsets and lengths are bytes; all methods raise OSError."""
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
+    def read_into(self, buffer: memoryview, offset: int, /) -> int:
         """Fill `buffer`; returns the bytes read, fewer than its length only at the end of the file."""
 
-    def write(self, data: memoryview, offset: int) -> int:
+    def write(self, data: memoryview, offset: int, /) -> int:
         """Write `data`, which is valid only during the call; returns the bytes written."""
 
     def fsync(self, datasync: bool) -> None:

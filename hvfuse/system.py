@@ -134,7 +134,7 @@ def pread(fd: int, length: int, offset: int) -> bytes:
 
 def pread_into(fd: int, buffer: memoryview, offset: int) -> int:
     """Fill `buffer` from `offset`; returns the bytes read, fewer only at the end of the file."""
-    done = os.preadv(fd, [buffer], offset)
+    done = os.preadv(fd, (buffer,), offset)
     while done < len(buffer):
         more = os.preadv(fd, [buffer[done:]], offset + done)
         if more == 0:

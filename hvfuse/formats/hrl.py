@@ -123,7 +123,8 @@ LogEntries = NDArray[np.void]
 
 def hrl_time(ns_since_1970: int) -> int:
     """The format's seconds since 2000, held within its 32 bits (which end in 2136)."""
-    return min(max(ns_since_1970 // 1_000_000_000 - EPOCH, 0), 0xFFFFFFFF)
+    seconds = ns_since_1970 // 1_000_000_000 - EPOCH
+    return seconds if 0 <= seconds <= 0xFFFFFFFF else 0 if seconds < 0 else 0xFFFFFFFF
 
 
 def unix_seconds(timestamp: int) -> int:

@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import stringzilla
 import xxhash
+from stringzilla import bytesum
+from xxhash import xxh3_64_intdigest
 
 from hvfuse import spool, system
 from hvfuse.errors import CorruptError, HvfuseError
@@ -36,7 +37,8 @@ FIRST_DATA = hrl.HEADER_SIZE + hrl.METADATA_SIZE
 MAX_LOG_SIZE = 4 << 40
 """Bytes; a log that has come this far (by holes) is rotated: file systems end at 16 TiB."""
 
-_HOLE_XXH3 = xxhash.xxh3_64_intdigest(b"")
+_HOLE_XXH3 = xxh3_64_intdigest(b"")
+_WRITE = Kind.WRITE  # looking a member up takes long enough to be seen in the time of a small write
 
 
 Payload = tuple[Kind, int, bytes | int]
@@ -147,11 +149,10 @@ class ReplicationLog:
 
     def append_write(self, data: Buffer, offset: int) -> None:
         """Log that `data` goes to `offset`. Raises OSError; the entry is then not in the log."""
-        location = self._end
-        length = len(data)
+        location, length = self._end, len(data)
         system.pwrite_small("log:append", self._fd, data, location)
-        byte_sum = ~stringzilla.bytesum(data) & 0xFFFFFFFF
-        self._append(offset, location, xxhash.xxh3_64_intdigest(data), length, byte_sum, Kind.WRITE)
+        byte_sum = ~bytesum(data) & 0xFFFFFFFF
+        self._append(offset, location, xxh3_64_intdigest(data), length, byte_sum, _WRITE)
         self.stored += length
 
     def append_hole(self, kind: Kind, offset: int, length: int) -> None:
@@ -318,7 +319,7 @@ class ReplicationLog:
         if kind is not Kind.WRITE:
             return kind, offset, length
         data = system.pread(self._fd, length, int(entry["location"]))
-        if xxhash.xxh3_64_intdigest(data) != int(entry["xxh3"]):
+        if xxh3_64_intdigest(data) != int(entry["xxh3"]):
             raise CorruptError(f"{self.path}: the payload at {int(entry['location'])} does not match its checksum")
         return kind, offset, data
 

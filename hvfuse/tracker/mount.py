@@ -35,7 +35,7 @@ class Disk(Protocol):
 
     def size(self) -> int: ...
 
-    def write(self, data: memoryview, offset: int) -> int: ...
+    def write(self, data: memoryview, offset: int, /) -> int: ...
 
     def zero(self, offset: int, length: int) -> None: ...
 
@@ -61,16 +61,15 @@ class DiskFile:
         self.inode = (status.st_dev, status.st_ino)
         self._folder = folder
         self._disk = disk
-        self._datasync_each = bool(flags & os.O_DSYNC)
         self._sync_each = flags & os.O_SYNC == os.O_SYNC
+        self.write: Callable[[memoryview, int], int] = self._write_and_sync if flags & os.O_DSYNC else disk.write
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
         return system.pread_into(self.fd, buffer, offset)
 
-    def write(self, data: memoryview, offset: int) -> int:
+    def _write_and_sync(self, data: memoryview, offset: int) -> int:
         written = self._disk.write(data, offset)
-        if self._datasync_each:
-            self._disk.sync(datasync=not self._sync_each)
+        self._disk.sync(datasync=not self._sync_each)
         return written
 
     def fsync(self, datasync: bool) -> None:

@@ -146,6 +146,7 @@ class TrackedVm:
         if found.scope is Scope.REGIONS:
             self._take_up_changes(found, disks)
         for disk, state in disks:
+            is_synced = state.record.detached_cleanly and state.record.resync_reason is None
             changes: dict[str, Any] = {"scope": max(found.scope, state.record.scope)}
             if found.reason is not None:
                 changes["disks_changed"] = found.disks_changed
@@ -155,7 +156,7 @@ class TrackedVm:
                 changes["disk_count"] = len(disks)
             state.update(detached_cleanly=False, boot_id=boot, resync_reason=found.reason, **changes)
             disk.marks_only = found.scope is Scope.REGIONS
-            if found.reason is not None:
+            if found.reason is not None and not is_synced:
                 # Where a sync has failed, the page cache may show what is not on the disk.
                 os.posix_fadvise(disk.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         if disks:

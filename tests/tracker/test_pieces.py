@@ -162,3 +162,28 @@ def pages(path: str) -> list[int]:
                 heads.append(place)
         del view
     return [(after - before) * mmap.PAGESIZE for before, after in pairwise([*heads, len(there)])]
+
+
+def test_what_is_cached_of_a_disk_is_kept_unless_a_sync_may_have_failed(tmp_path: Path, injector: None) -> None:  # noqa: F811
+    folder = make_folder(tmp_path, a=4 * MIB)
+    path = os.path.join(folder, "a.raw")
+    vm = attached(folder)
+    vm.disks["a.raw"].write(os.urandom(3 * MIB), 0)
+    vm.detach()
+    with open(path, "r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"behind its back", 0)
+        os.fsync(file.fileno())
+    vm = attached(folder, begin=False)
+    assert "written to while it was not mounted" in str(vm.resync_reason)
+    assert sum(pages(path)) >= 3 * MIB
+
+    system.install(Nth("disk:sync", 1, OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"):
+        vm.disks["a.raw"].sync(datasync=True)
+    system.install(None)
+    kill(vm)
+    with open(path, "r+b", buffering=0) as file:
+        os.fsync(file.fileno())  # what is dirty cannot be dropped
+    vm = attached(folder, begin=False)
+    assert sum(pages(path)) < MIB
+    vm.detach()
