@@ -24,6 +24,10 @@ from hvfuse.tracker.folder import Folder, PlainFile
 from hvfuse.tracker.holding import Hold, is_disk_path
 
 _CHANGES = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
+_IN_ORDER = 512 << 10
+"""Bytes read in order, after which it is believed that it goes on like that."""
+_AHEAD = 4 << 20
+"""Bytes that are read ahead at once; up to twice as many are on their way."""
 _FALLOC_SERVED = system.FALLOC_FL_KEEP_SIZE | system.FALLOC_FL_PUNCH_HOLE | system.FALLOC_FL_ZERO_RANGE
 
 
@@ -62,10 +66,29 @@ class DiskFile:
         self._folder = folder
         self._disk = disk
         self._sync_each = flags & os.O_SYNC == os.O_SYNC
+        self._expected = self._in_order = self._asked = 0
         self.write: Callable[[memoryview, int], int] = self._write_and_sync if flags & os.O_DSYNC else disk.write
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
+        end = offset + len(buffer)
+        if offset == self._expected:
+            self._read_on(offset, end)
+        elif self._in_order:
+            self._in_order = 0
+        self._expected = end
         return system.pread_into(self.fd, buffer, offset)
+
+    def _read_on(self, offset: int, end: int) -> None:
+        """Somebody reads in order: have what follows read, too, since the kernel does not do it by itself any more
+        (`system.keep_pages_small`)."""
+        self._in_order += end - offset
+        if self._in_order < _IN_ORDER:
+            return
+        if not end <= self._asked <= end + 2 * _AHEAD:
+            self._asked = end
+        if self._asked - end < _AHEAD:
+            system.read_ahead(self.fd, self._asked, _AHEAD)
+            self._asked += _AHEAD
 
     def _write_and_sync(self, data: memoryview, offset: int) -> int:
         written = self._disk.write(data, offset)

@@ -6,13 +6,16 @@ import ctypes
 import errno
 import mmap
 import os
+import random
 import struct
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from hvfuse import system
+from hvfuse.tracker.mount import VmFolder
 from tests.tracker.test_vm import Death, attached, contents, injector, kill, make_folder, replayed  # noqa: F401
 
 MIB = 1 << 20
@@ -135,6 +138,35 @@ def test_large_writes_make_no_large_pages(tmp_path: Path) -> None:
     assert disk.log is not None
     assert max(pages(disk.log.path)) <= system.SMALL
     assert max(pages(os.path.join(vm.folder, "a.raw"))) <= system.SMALL
+    vm.detach()
+
+
+def test_who_reads_in_order_has_the_disk_read_ahead_in_small_pages_and_nobody_else(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path, a=32 * MIB)
+    path = os.path.join(folder, "a.raw")
+    with open(path, "r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), os.urandom(32 * MIB), 0)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if sum(pages(path)):
+        pytest.skip("this file system keeps everything in memory")
+    vm = attached(folder)
+    root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    file = VmFolder(root, vm).open("/a.raw", os.O_RDWR)
+    buffer = memoryview(bytearray(128 << 10))
+    for at in random.Random(3).sample(range(128, 256), 16):
+        file.read_into(buffer, at << 17)
+    assert sum(pages(path)) < 3 * MIB
+    for at in range(0, 2 * MIB, len(buffer)):
+        file.read_into(buffer, at)
+    deadline = time.monotonic() + 30
+    while sum(pages(path)) < 8 * MIB:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert sum(pages(path)) < 16 * MIB
+    assert max(pages(path)) <= system.SMALL
+    file.release()
+    os.close(root)
     vm.detach()
 
 
