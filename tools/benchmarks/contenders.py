@@ -11,8 +11,9 @@ them is left as its user would start it:
     hvfuse          a tracked disk in the same mount: its first copy is made, each write is logged
 
 O_DIRECT is between the program and FUSE; whatever serves the file reads and writes the image through the page cache.
-Neither makes a write durable; the subject `fsync` does. The images are read into the page cache once, from end to end,
-through whatever serves them.
+libfuse's examples are built so that they, too, do: as they are, they hand O_DIRECT on to the image, and ext4 refuses
+what they write (EINVAL). None makes a write durable; the subject `fsync` does. The images are read into the page cache
+once, from end to end, through whatever serves them.
 
 Before it is measured, hvfuse has gone through enough cycles to write over logs that it recycles, as it does in all its
 life but the first minute. Between rounds its cycle is shipped, and everything synced. fio's data cannot be compressed.

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hvfuse import __version__
 
+from . import contenders
 from .scene import GIB, REPOSITORY, run
 from .table import COLUMNS, Row, cells
 
@@ -63,6 +64,7 @@ def render(
 ) -> str:
     """The page. `reasons`: by subject, then by pattern; `where`: what to know of the machine."""
     parts = [INTRODUCTION, f"## Where and when\n\nOn {day}, on one machine:\n\n{_table(('', ''), where.items())}"]
+    parts += ["## Who takes part in write, fsync and read", (contenders.__doc__ or "").strip()]
     for section in sections:
         parts += [
             f"## {section.subject}: {section.title}",

@@ -1,4 +1,4 @@
-"""Writes that are made durable now and then, as a database does: the contenders of `contenders`, on the disk."""
+"""Writes that are made durable now and then, as a database does: all contenders, on the disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads through the mount of what is in the page cache: the contenders of `contenders`, on the disk and in memory."""
+"""Reads through the mount of what is in the page cache: all contenders on the disk, some in memory."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Writes through the mount: every contender of `contenders` on the disk; in memory (tmpfs), where only the processor
-counts, those that serve through FUSE.
+"""Writes through the mount: all contenders on the disk; in memory (tmpfs), where only the processor counts, some of
+those that serve through FUSE.
 
-A row for each load against the best peer in C, and one for each against an untracked file in the same mount.
+A row for each load against the best peer in C, against the peer that notes what was changed, against the image itself,
+and against an untracked file in the same mount.
 """
 
 from __future__ import annotations
