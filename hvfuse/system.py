@@ -35,6 +35,7 @@ _FICLONE = 0x40049409
 _SYNC_FILE_RANGE_WRITE = 2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MS_SYNC = 4
+_CACHESTAT = 451  # the same on all machines
 SMALL = 64 << 10
 """Bytes; see `keep_pages_small`."""
 LARGE_SHIFT = 21
@@ -92,26 +93,49 @@ def pwrite_small(label: str, fd: int, data: Buffer, offset: int) -> None:
 
 def keep_pages_small(fd: int) -> None:
     """Have what is read of a guest's disk, or of a log, be kept in the page cache by single pages, for the sake of
-    small writes. To be said by all who open one: a page that was read ahead harms what is read after it.
+    small writes. To be said by all who look at a VM's disk: a page that was read ahead harms what is read after it.
 
     Since Linux 6.16 ext4 keeps what is read ahead, or written at once, in pages of up to 2 MiB, and each write of 4 KiB
     to such a page looks at all of its blocks: ten times the work. So whoever writes such a file writes at most SMALL
-    bytes at once. The kernel does not read ahead then; whoever reads in order through a mount has FUSE read ahead, and
-    who reads in order here says so (`read_ahead`).
+    bytes at once. The kernel does not read ahead then: who reads in order says so (`read_ahead`).
     """
     with contextlib.suppress(OSError):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
 
 
+def cached_rooms(fd: int, size: int) -> set[int]:
+    """The rooms of large pages, numbers of 2 MiB each, of which the page cache has anything, among the first `size`
+    bytes of a file. None where the kernel cannot tell: before Linux 6.5, which has no large pages of ext4 either."""
+    found: set[int] = set()
+    if size > 0:
+        _look_for_rooms(fd, 0, max((size - 1).bit_length(), LARGE_SHIFT), found)
+    return found
+
+
+def _look_for_rooms(fd: int, start: int, shift: int, found: set[int]) -> None:
+    """Among the `1 << shift` bytes from `start` on. Where nothing is cached, one call tells it."""
+    where, counted = (ctypes.c_uint64 * 2)(start, 1 << shift), (ctypes.c_uint64 * 5)()
+    refused = _libc().syscall(ctypes.c_long(_CACHESTAT), ctypes.c_uint(fd), where, counted, ctypes.c_uint(0))
+    if refused or not counted[0]:
+        return
+    if shift == LARGE_SHIFT:
+        found.add(start >> LARGE_SHIFT)
+        return
+    below = max(shift - 6, LARGE_SHIFT)
+    for at in range(start, start + (1 << shift), 1 << below):
+        _look_for_rooms(fd, at, below, found)
+
+
 def drop_large_page(fd: int, number: int) -> None:
-    """Have the kernel forget what it keeps of the bytes from `number << LARGE_SHIFT` on in a large page, or in many
-    small ones; what is not on the medium yet stays. See `keep_pages_small`."""
+    """Have the kernel forget what it keeps of the room of that number, in a large page or in many small ones; what is
+    not on the medium yet stays. See `keep_pages_small`."""
     with contextlib.suppress(OSError):
         os.posix_fadvise(fd, number << LARGE_SHIFT, 1 << LARGE_SHIFT, os.POSIX_FADV_DONTNEED)
 
 
 def read_ahead(fd: int, offset: int, length: int) -> None:
-    """Have a range read into the page cache, in small pages, while something else is done."""
+    """Have a range read into the page cache, in small pages, at once. Returns when the device was asked for all of it,
+    which takes its time, too: nobody else should have to wait for more than a MiB."""
     with contextlib.suppress(OSError):
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 

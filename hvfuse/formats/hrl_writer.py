@@ -93,7 +93,7 @@ class LogWriter:
 
     def _flush(self) -> None:
         if self._buffer:
-            system.pwrite("hrl:append", self._fd, self._buffer, self._buffer_at)
+            system.pwrite_small("hrl:append", self._fd, self._buffer, self._buffer_at)
             self._buffer_at += len(self._buffer)
             self._buffer.clear()
 

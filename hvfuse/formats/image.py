@@ -130,6 +130,7 @@ def probe(path: str) -> ImageInfo:
     NotFoundError, UsageError for what is neither a file nor a block device.
     """
     with _opened(path, os.O_RDONLY) as fd:
+        system.keep_pages_small(fd)  # it may be a disk in use
         return _identify(fd, path)[0]
 
 
@@ -218,7 +219,6 @@ def _opened(path: str, flags: int) -> Iterator[int]:
     """A descriptor of a regular file or block device; never waits for a FIFO's other end."""
     with named(path):
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
-        system.keep_pages_small(fd)
         try:
             mode = os.fstat(fd).st_mode
             if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):

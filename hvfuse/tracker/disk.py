@@ -90,8 +90,8 @@ class TrackedDisk(DiskLogs):
         """Whether writes mark their regions dirty instead of being logged."""
         self._vm = vm
         self._gate = vm.gate
-        self._split = bytearray((self.capacity >> system.LARGE_SHIFT) + 1)
-        """For each large page's room, whether it was written to since the disk is attached: it has small ones then."""
+        self._large = system.cached_rooms(fd, info.file_size)
+        """What others may have read into large pages before the disk was attached, and was not written to since."""
         if self.regions is not None:
             self.regions.used = min(-(-info.file_size // self.regions.size) + 1, MAX_REGIONS)
 
@@ -102,6 +102,8 @@ class TrackedDisk(DiskLogs):
         with self._gate:
             if self._vm.held is not None:
                 raise read_only()
+            if self._large:
+                self._split_pages(offset, length)
             log = self.log
             if log is not None:
                 try:
@@ -115,9 +117,6 @@ class TrackedDisk(DiskLogs):
                     is_full = log.size > MAX_LOG_SIZE
             else:
                 self._mark_unlogged(offset, length)
-            large = offset >> system.LARGE_SHIFT
-            if large >= len(self._split) or not self._split[large]:
-                self._split_page(large)
             try:
                 system.pwrite_small("disk:write", self.fd, data, offset)
             except OSError as error:
@@ -128,11 +127,12 @@ class TrackedDisk(DiskLogs):
             self._vm.rotate_for(self, None)
         return length
 
-    def _split_page(self, large: int) -> None:
-        """What others have read may be in a large page: before it is written to for the first time, let go of it."""
-        self._split.extend(bytes(max(0, large + 1 - len(self._split))))
-        self._split[large] = 1
-        system.drop_large_page(self.fd, large)
+    def _split_pages(self, offset: int, length: int) -> None:
+        """Let go of what may be in large pages where it is about to be written to for the first time."""
+        for number in range(offset >> system.LARGE_SHIFT, (offset + length - 1 >> system.LARGE_SHIFT) + 1):
+            if number in self._large:
+                self._large.discard(number)
+                system.drop_large_page(self.fd, number)
 
     def trim(self, offset: int, length: int) -> None:
         """Deallocate a range, which then reads as zeroes; what lies past the end is ignored."""

@@ -38,6 +38,8 @@ MAX_LOG_SIZE = 4 << 40
 """Bytes; a log that has come this far (by holes) is rotated: file systems end at 16 TiB."""
 
 _HOLE_XXH3 = xxh3_64_intdigest(b"")
+_AHEAD = 4 << 20
+"""Bytes of a log that are read at once where it is read in order."""
 _WRITE = Kind.WRITE  # looking a member up takes long enough to be seen in the time of a small write
 
 
@@ -72,6 +74,7 @@ class ReplicationLog:
         self._marked = 0
         self._durable = threading.Lock()
         self._sealed = False
+        self._asked = -_AHEAD
 
     @classmethod
     def prepare(cls, folder: str, disk: str, head: IndexHead, index: IndexMap) -> ReplicationLog:
@@ -318,9 +321,13 @@ class ReplicationLog:
             return None
         if kind is not Kind.WRITE:
             return kind, offset, length
-        data = system.pread(self._fd, length, int(entry["location"]))
+        location = int(entry["location"])
+        if not self._asked <= location < self._asked + _AHEAD:
+            system.read_ahead(self._fd, location, _AHEAD)
+            self._asked = location
+        data = system.pread(self._fd, length, location)
         if xxh3_64_intdigest(data) != int(entry["xxh3"]):
-            raise CorruptError(f"{self.path}: the payload at {int(entry['location'])} does not match its checksum")
+            raise CorruptError(f"{self.path}: the payload at {location} does not match its checksum")
         return kind, offset, data
 
     def close(self) -> None:

@@ -26,8 +26,8 @@ from hvfuse.tracker.holding import Hold, is_disk_path
 _CHANGES = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 _IN_ORDER = 512 << 10
 """Bytes read in order, after which it is believed that it goes on like that."""
-_AHEAD = 4 << 20
-"""Bytes that are read ahead at once; up to twice as many are on their way."""
+_STEP, _AHEAD = 1 << 20, 4 << 20
+"""Bytes that are asked for at once; how far it is read ahead."""
 _FALLOC_SERVED = system.FALLOC_FL_KEEP_SIZE | system.FALLOC_FL_PUNCH_HOLE | system.FALLOC_FL_ZERO_RANGE
 
 
@@ -84,11 +84,11 @@ class DiskFile:
         self._in_order += end - offset
         if self._in_order < _IN_ORDER:
             return
-        if not end <= self._asked <= end + 2 * _AHEAD:
+        if not end <= self._asked <= end + _AHEAD:
             self._asked = end
-        if self._asked - end < _AHEAD:
-            system.read_ahead(self.fd, self._asked, _AHEAD)
-            self._asked += _AHEAD
+        if self._asked + _STEP <= end + _AHEAD:
+            system.read_ahead(self.fd, self._asked, _STEP)
+            self._asked += _STEP
 
     def _write_and_sync(self, data: memoryview, offset: int) -> int:
         written = self._disk.write(data, offset)

@@ -146,7 +146,6 @@ class TrackedVm:
         if found.scope is Scope.REGIONS:
             self._take_up_changes(found, disks)
         for disk, state in disks:
-            is_synced = state.record.detached_cleanly and state.record.resync_reason is None
             changes: dict[str, Any] = {"scope": max(found.scope, state.record.scope)}
             if found.reason is not None:
                 changes["disks_changed"] = found.disks_changed
@@ -156,8 +155,8 @@ class TrackedVm:
                 changes["disk_count"] = len(disks)
             state.update(detached_cleanly=False, boot_id=boot, resync_reason=found.reason, **changes)
             disk.marks_only = found.scope is Scope.REGIONS
-            if found.reason is not None and not is_synced:
-                # Where a sync has failed, the page cache may show what is not on the disk.
+            if found.reason is not None:
+                # Where a sync has failed, also somebody else's, the page cache may show what is not on the disk.
                 os.posix_fadvise(disk.fd, 0, 0, os.POSIX_FADV_DONTNEED)
         if disks:
             self._generation, self._cycle = disks[0][1].record.generation, disks[0][1].record.cycle
@@ -496,9 +495,13 @@ class TrackedVm:
     def check_budget(self) -> int:
         """End logging if the logs must not grow any more. Returns how many bytes each of them may take before this is
         asked again. Caller holds the gate."""
-        reason, step = self._budget.look(self.tracked())
+        disks = self.tracked()
+        reason, step = self._budget.look(disks)
         if reason is not None:
             self.degrade(reason)
+        for disk, _ in disks:  # or an idle one's would be what it was when much was left
+            if disk.log is not None:
+                disk.log.budget_check = min(disk.log.budget_check, disk.log.stored + step)
         return step
 
     def _count_sealed(self) -> None:
