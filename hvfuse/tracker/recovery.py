@@ -347,7 +347,7 @@ def _seal(log: _Unsealed, *, sealed_ns: int, disk_count: int, is_newest: bool, l
 def _redo(fd: int, kind: Kind, offset: int, payload: bytes | int) -> None:
     """Do a logged write again; doing it twice changes nothing."""
     if isinstance(payload, bytes):
-        system.pwrite("recovery:redo", fd, payload, offset)
+        system.pwrite_small("recovery:redo", fd, payload, offset)
     else:
         assert kind is not Kind.WRITE
         system.write_zeroes("recovery:redo", fd, offset, payload)

@@ -12,8 +12,10 @@ them is left as its user would start it:
 
 O_DIRECT is between the program and FUSE; whatever serves the file reads and writes the image through the page cache.
 libfuse's examples are built so that they, too, do: as they are, they hand O_DIRECT on to the image, and ext4 refuses
-what they write (EINVAL). None makes a write durable; the subject `fsync` does. The images are read into the page cache
-once, from end to end, through whatever serves them.
+what they write (EINVAL). The bare image alone is written and read on the device itself, where O_DIRECT is asked for.
+None makes a write durable; the subject `fsync` does. The images are read into the page cache once, from end to end,
+through whatever serves them: that of hvfuse into small pages, the others into those of up to 2 MiB that the kernel
+chooses, to which small writes take longer.
 
 Before it is measured, hvfuse has gone through enough cycles to write over logs that it recycles, as it does in all its
 life but the first minute. Between rounds its cycle is shipped, and everything synced. fio's data cannot be compressed.

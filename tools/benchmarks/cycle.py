@@ -23,6 +23,7 @@ what they hold is written into the replica image, that is synced, and their fram
 **Writes while cycles ship.** fio's 99th percentile of 4 KiB random writes, O_DIRECT, depth 1, over two seconds: while
 nothing ships, and while the VM's shipper process ships this very disk's cycles, one after the other without a pause.
 Before either, fio writes 768 MiB, which are synced: the first cycle has them all, so that there is something to ship.
+(Writes can be quicker while something ships: processors that have something to do need not be woken up.)
 """
 
 from __future__ import annotations

@@ -46,9 +46,10 @@ def compare(
         ours = measured[OURS]
         peers = {name: measured[name] for name in PEERS if name in measured}
         rows.append(rates(f"{where}: {load.name}", peers, ours, load.unit, targets[load] if targets else None))
+    shown = {row.subject for row in rows}
     for load, measured in found.items():
         for name in ("qemu, bitmap", BARE):
-            if name in measured:
+            if name in measured and f"{where}: {load.name} ({name})" not in shown:
                 rows.append(rates(f"{where}: {load.name}", {name: measured[name]}, measured[OURS], load.unit))
     if tracked is not None:
         for load, measured in found.items():
