@@ -91,6 +91,7 @@ class Requests:
         waiting.register(device, select.POLLIN)
         waiting.register(self._bell, select.POLLIN)
         tries = left = 0
+        answer: Buffer
         while not self._left:
             try:
                 length = os.readv(device, (request,))
@@ -111,7 +112,6 @@ class Requests:
             left = tries
             operation, number, handle, offset, size = _REQUEST.unpack_from(request)
             if operation == _WRITE and size:
-                answer: Buffer
                 try:
                     answer = _WRITTEN.pack(_WRITTEN.size, 0, number, files[handle].write(payload[:size], offset))
                 except Exception as error:

@@ -80,8 +80,7 @@ def pwrite_small(label: str, fd: int, data: Buffer, offset: int) -> None:
     data may then be on the file."""
     length = len(data)
     if length <= SMALL:
-        if _injector is not None or os.pwrite(fd, data, offset) != length:
-            pwrite(label, fd, data, offset)
+        pwrite(label, fd, data, offset)
         return
     data = memoryview(data)
     done = 0
@@ -203,9 +202,7 @@ def sync_map(label: str, shared: mmap.mmap, start: int, end: int) -> None:
         _before(label, "msync", end - start)
     if end > start:
         address = ctypes.addressof(ctypes.c_char.from_buffer(shared))
-        if _libc().msync(ctypes.c_void_p(address + start), ctypes.c_size_t(end - start), _MS_SYNC) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+        _succeed(_libc().msync(ctypes.c_void_p(address + start), ctypes.c_size_t(end - start), _MS_SYNC))
 
 
 def at_once(first: Callable[[], None], second: Callable[[], None]) -> tuple[OSError | None, OSError | None]:
@@ -246,9 +243,7 @@ def syncfs(label: str, fd: int) -> None:
     the last time that this was asked, of whatever file (Linux 5.8). A failure is final, as with `fsync`."""
     if _injector is not None:
         _before(label, "syncfs", 0)
-    if _libc().syncfs(fd) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    _succeed(_libc().syncfs(fd))
 
 
 def begin_writing(fd: int) -> None:
@@ -309,14 +304,19 @@ def fallocate(label: str, fd: int, mode: int, offset: int, length: int) -> None:
     """fallocate(2) with any mode (`os` offers none of them). Raises OSError (EOPNOTSUPP and so on)."""
     if _injector is not None:
         _before(label, "fallocate", length)
-    if _libc().fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+    _succeed(_libc().fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))
 
 
 @functools.cache
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
+
+
+def _succeed(result: int) -> None:
+    """Raises OSError for what a function of the C library returned, unless it is 0."""
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def punch_hole(label: str, fd: int, offset: int, length: int) -> None:

@@ -211,11 +211,7 @@ class Keeper:
         failure = daemon.failure
         if failure is None and not daemon.is_ready:
             return
-        if (
-            isinstance(failure, BusyError)
-            and daemon is self.tracker
-            and system.is_locked(self._home.tracker_lock(self.vm))
-        ):
+        if isinstance(failure, BusyError) and daemon is self.tracker and self._is_served:
             return  # somebody else was quicker: that one is taken over as soon as it answers
         changes = fields(str(failure), failure.hint) if failure is not None else fields(None, None)
         if failure is None:

@@ -35,6 +35,7 @@ from hvfuse.shipper.policy import CurrentPolicy, Records
 from hvfuse.shipper.progress import CopyKind, CopyProgress, Meter
 from hvfuse.shipper.replica import Replica
 from hvfuse.shipper.retry import refusal
+from hvfuse.shipper.slots import open_disk
 from hvfuse.shipper.source import ResyncScope, Source, SourceDisk, SourceStatus
 from hvfuse.states import Event
 from hvfuse.system import Clock
@@ -340,15 +341,13 @@ def estimate(disks: Sequence[SourceDisk], folder: str, *, level: int) -> int:
     needed = 0.0
     for disk in disks:
         path = os.path.join(folder, disk.name)
+        fd = open_disk(path)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            system.keep_pages_small(fd)
-            try:
-                needed += _estimate(fd, disk.size, compressor)
-            finally:
-                os.close(fd)
+            needed += _estimate(fd, disk.size, compressor)
         except OSError as error:
             raise refusal(error, path) from error
+        finally:
+            os.close(fd)
     return int(needed)
 
 

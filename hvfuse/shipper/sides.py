@@ -7,15 +7,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hvfuse import system
 from hvfuse.errors import ResyncRequiredError, UnreachableError
 from hvfuse.extent import Extent, round_up
 from hvfuse.formats.digests import BLOCK, DigestKey, Digests
 from hvfuse.reconcile.compare import Comparison
 from hvfuse.shipper.decide import Action, decide
 from hvfuse.shipper.replica import Inspection, Replica
-from hvfuse.shipper.retry import refusal
-from hvfuse.shipper.slots import Group
+from hvfuse.shipper.slots import Group, open_disk
 from hvfuse.shipper.source import Source, SourceDisk
 from hvfuse.shipper.written import RestingDisks, Since, Tracking
 
@@ -74,11 +72,7 @@ class Sides:
         if found is None:
             disk = self.disks[disk_id]
             path = os.path.join(self._folder, disk.name)
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            except OSError as error:
-                raise refusal(error, path) from error
-            system.keep_pages_small(fd)
+            fd = open_disk(path)
             self._images.callback(os.close, fd)
             group = Group(fd, path, disk, 0, 0, round_up(disk.size, BLOCK))
             other = HeldDisk(self.inspection, disk_id)

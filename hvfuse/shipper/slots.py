@@ -91,14 +91,20 @@ class Group:
             raise refusal(error, self.path) from error
 
 
-def groups(disk: SourceDisk, folder: str, *, index: int, end: int) -> Generator[Group]:
-    """The groups of the bytes [0, end) of the disk that is number `index` of the VM's. To be closed."""
-    path = os.path.join(folder, disk.name)
+def open_disk(path: str) -> int:
+    """A descriptor to read the image of a disk in use by. Raises HvfuseError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         raise refusal(error, path) from error
     system.keep_pages_small(fd)  # the guest goes on writing to them
+    return fd
+
+
+def groups(disk: SourceDisk, folder: str, *, index: int, end: int) -> Generator[Group]:
+    """The groups of the bytes [0, end) of the disk that is number `index` of the VM's. To be closed."""
+    path = os.path.join(folder, disk.name)
+    fd = open_disk(path)
     try:
         for number, start in enumerate(range(0, end, GROUP)):
             first = index * NUMBERS_PER_DISK + number * (SLOTS + 1)

@@ -29,22 +29,20 @@ class Budget:
         self._hard_limit = hard_limit
         self._soft_limit = min(soft_limit, hard_limit)
 
-    def look(self, disks: list[Tracked]) -> tuple[str | None, int]:
-        """Why the logs must not grow any more, None while they may; and how many bytes each of them may take before
-        this is asked again. Caller holds the gate."""
+    def look(self, disks: list[Tracked]) -> int | str:
+        """How many bytes each log may take before this is asked again, or why they must not grow any more. Caller holds
+        the gate; there is a disk."""
         copying = resync.is_resyncing(disks)
         limit = self._soft_limit if copying and resync.scope(disks) is Scope.FULL else self._hard_limit
         left = int(_bytes(limit, disks)) - self.used(disks)
-        step = min(max(left // (2 * len(disks)), _LEAST_STEP), _MOST_STEP)
         if left >= 0:
-            return None, step
+            return min(max(left // (2 * len(disks)), _LEAST_STEP), _MOST_STEP)
         if not copying:
-            return f"the logs that the target has not taken have reached {limit:.0%} of the disks' size", step
-        reason = (
+            return f"the logs that the target has not taken have reached {limit:.0%} of the disks' size"
+        return (
             f"the logs reached {limit:.0%} of the disks' size before the copy was complete: what is written from "
             "now on is marked, and compared in another pass"
         )
-        return reason, step
 
     def used(self, disks: list[Tracked]) -> int:
         """Bytes that the logs hold. A log that is given up at this moment counts or not."""

@@ -66,9 +66,9 @@ class Tracking(Protocol):
     def degrade(self, reason: str, *, full: bool = False) -> None:
         """End logging, durably; `full`: the region maps cannot be relied on. Caller holds the gate."""
 
-    def check_budget(self) -> int:
-        """End logging if the logs must not grow any more. Returns how many bytes each of them may take before this is
-        asked again. Caller holds the gate."""
+    def check_budget(self) -> None:
+        """End logging if the logs must not grow any more; else say of each when this is to be asked again. Caller holds
+        the gate."""
 
     def rotate_for(self, disk: TrackedDisk, new_size: int | None) -> None:
         """Rotate all logs, resizing `disk` within the barrier. Caller does not hold the gate."""
@@ -113,7 +113,7 @@ class TrackedDisk(DiskLogs):
                     self._vm.degrade(f"the log of {self.name} could not be written: {error.strerror}")
                     self._mark_unlogged(offset, length)
                 if log.stored >= log.budget_check:
-                    log.budget_check = log.stored + self._vm.check_budget()
+                    self._vm.check_budget()
                     is_full = log.size > MAX_LOG_SIZE
             else:
                 self._mark_unlogged(offset, length)

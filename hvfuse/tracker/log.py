@@ -20,9 +20,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import xxhash
 from stringzilla import bytesum
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from hvfuse import spool, system
 from hvfuse.errors import CorruptError, HvfuseError
@@ -270,7 +269,7 @@ class ReplicationLog:
             address_space=space,
             flags=flags,
             stored_bytes=self.stored,
-            entries_digest=xxhash.xxh3_128_digest(entries.view(np.uint8).data),
+            entries_digest=xxh3_128_digest(entries.view(np.uint8).data),
         )
 
     def _header(self, *, eol: int) -> hrl.LogHeader:

@@ -492,17 +492,17 @@ class TrackedVm:
         disk.leave()
         self._left = [each for each in self._left if each.open_handles] + [disk]
 
-    def check_budget(self) -> int:
-        """End logging if the logs must not grow any more. Returns how many bytes each of them may take before this is
-        asked again. Caller holds the gate."""
+    def check_budget(self) -> None:
+        """End logging if the logs must not grow any more; else say of each when this is to be asked again. Caller holds
+        the gate."""
         disks = self.tracked()
-        reason, step = self._budget.look(disks)
-        if reason is not None:
-            self.degrade(reason)
-        for disk, _ in disks:  # or an idle one's would be what it was when much was left
+        found = self._budget.look(disks)
+        if isinstance(found, str):
+            self.degrade(found)
+            return
+        for disk, _ in disks:  # also of idle ones, or theirs would be what it was when much was left
             if disk.log is not None:
-                disk.log.budget_check = min(disk.log.budget_check, disk.log.stored + step)
-        return step
+                disk.log.budget_check = disk.log.stored + found
 
     def _count_sealed(self) -> None:
         """Look at what waits in the spool. A log that cannot be read is the shipper's to complain of."""
