@@ -9,19 +9,22 @@ import os
 import random
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from hvfuse import system
+from hvfuse.filesystem import OpenFile
 from hvfuse.tracker.mount import VmFolder
-from tests.tracker.test_vm import (  # noqa: F401
+from hvfuse.tracker.vm import TrackedVm
+from tests.tracker.test_vm import (
     GENERATION,
     Death,
     attached,
     contents,
-    injector,
     is_within,
     kill,
     make_folder,
@@ -56,7 +59,7 @@ class Nth:
 def test_a_log_that_fails_within_a_large_write_fails_no_write_and_claims_nothing(
     tmp_path: Path,
     nth: int,
-    injector: None,  # noqa: F811
+    injector: None,
 ) -> None:
     folder = make_folder(tmp_path, a=MIB)
     vm = attached(folder)
@@ -78,7 +81,7 @@ def test_a_log_that_fails_within_a_large_write_fails_no_write_and_claims_nothing
 def test_an_image_that_fails_within_a_large_write_has_what_the_log_says(
     tmp_path: Path,
     nth: int,
-    injector: None,  # noqa: F811
+    injector: None,
 ) -> None:
     folder = make_folder(tmp_path, a=MIB)
     vm = attached(folder)
@@ -99,7 +102,7 @@ def test_a_death_within_a_large_write_leaves_no_difference_uncovered(
     tmp_path: Path,
     label: str,
     nth: int,
-    injector: None,  # noqa: F811
+    injector: None,
 ) -> None:
     folder = make_folder(tmp_path, a=MIB)
     vm = attached(folder)
@@ -136,9 +139,7 @@ def test_writes_far_beyond_what_the_disk_was_when_it_was_attached(tmp_path: Path
 
 @needs_root
 def test_pages_that_others_have_read_ahead_are_split_where_the_guest_writes(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path, a=16 * MIB)
-    path = os.path.join(folder, "a.raw")
-    read_into_large_pages(path)
+    folder, path = in_large_pages(tmp_path)
     vm = attached(folder)
     for at in range(0, 16 * MIB, 128 << 10):
         vm.disks["a.raw"].write(os.urandom(4096), at)
@@ -148,9 +149,7 @@ def test_pages_that_others_have_read_ahead_are_split_where_the_guest_writes(tmp_
 
 @needs_root
 def test_a_write_across_the_boundary_of_large_pages_splits_both(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path, a=16 * MIB)
-    path = os.path.join(folder, "a.raw")
-    read_into_large_pages(path)
+    folder, path = in_large_pages(tmp_path)
     vm = attached(folder)
     for at in range(2 * MIB, 16 * MIB, 2 * MIB):
         vm.disks["a.raw"].write(os.urandom(128 << 10), at - (64 << 10))
@@ -160,79 +159,115 @@ def test_a_write_across_the_boundary_of_large_pages_splits_both(tmp_path: Path) 
 
 @needs_root
 def test_what_the_guest_itself_has_read_stays_cached_where_it_writes(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path, a=16 * MIB)
-    path = os.path.join(folder, "a.raw")
-    read_into_large_pages(path)
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    folder, path = in_large_pages(tmp_path)
+    forget(path)
     vm = attached(folder)
-    root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    opened = VmFolder(root, vm).open("/a.raw", os.O_RDWR)
-    opened.read_into(memoryview(bytearray(16 * MIB)), 0)
-    for at in range(0, 16 * MIB, 2 * MIB):
-        opened.write(memoryview(os.urandom(4096)), at)
+    with opened(folder, vm) as file:
+        file.read_into(memoryview(bytearray(16 * MIB)), 0)
+        for at in range(0, 16 * MIB, 2 * MIB):
+            file.write(memoryview(os.urandom(4096)), at)
     assert sum(pages(path)) > 11 * MIB, "all but the first and the last room: the format was looked up there"
     assert max(pages(path)) <= system.SMALL
-    opened.release()
-    os.close(root)
     vm.detach()
 
 
 @needs_root
 def test_large_writes_make_no_large_pages(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path, a=16 * MIB)
-    read_into_large_pages(os.path.join(folder, "a.raw"))
+    folder, path = in_large_pages(tmp_path)
     vm = attached(folder, hard_limit=10, soft_limit=10)
     disk = vm.disks["a.raw"]
     for at in range(0, 16 * MIB, MIB):
         disk.write(os.urandom(MIB), at)
     assert disk.log is not None
     assert max(pages(disk.log.path)) <= system.SMALL
-    assert max(pages(os.path.join(vm.folder, "a.raw"))) <= system.SMALL
+    assert max(pages(path)) <= system.SMALL
     vm.detach()
 
 
 @needs_root
 def test_who_reads_in_order_has_the_disk_read_ahead_in_small_pages_and_nobody_else(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path, a=32 * MIB)
-    path = os.path.join(folder, "a.raw")
-    with open(path, "r+b", buffering=0) as file:
-        os.pwrite(file.fileno(), os.urandom(32 * MIB), 0)
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    folder, path = written(tmp_path, 32 * MIB)
     if sum(pages(path)):
         pytest.skip("this file system keeps everything in memory")
     vm = attached(folder)
-    root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    file = VmFolder(root, vm).open("/a.raw", os.O_RDWR)
     buffer = memoryview(bytearray(128 << 10))
-    for at in random.Random(3).sample(range(128, 256), 16):
-        file.read_into(buffer, at << 17)
-    assert sum(pages(path)) < 3 * MIB
-    for at in range(0, 2 * MIB, len(buffer)):
-        file.read_into(buffer, at)
-    deadline = time.monotonic() + 30
-    while sum(pages(path)) < 6 * MIB:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert sum(pages(path)) < 12 * MIB
-    assert max(pages(path)) <= system.SMALL
-    file.release()
-    os.close(root)
+    with opened(folder, vm) as file:
+        for at in random.Random(3).sample(range(128, 256), 16):
+            file.read_into(buffer, at << 17)
+        assert sum(pages(path)) < 3 * MIB
+        for at in range(0, 2 * MIB, len(buffer)):
+            file.read_into(buffer, at)
+        deadline = time.monotonic() + 30
+        while sum(pages(path)) < 6 * MIB:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert sum(pages(path)) < 12 * MIB
+        assert max(pages(path)) <= system.SMALL
     vm.detach()
 
 
-def read_into_large_pages(path: str) -> None:
-    """Fill a file of 16 MiB, and read it as others do. Skips the test where that makes no large pages."""
+@needs_root
+def test_what_is_cached_of_a_disk_is_not_believed_where_somebodys_sync_may_have_failed(
+    tmp_path: Path,
+) -> None:
+    folder = make_folder(tmp_path, a=4 * MIB)
+    path = os.path.join(folder, "a.raw")
+    vm = attached(folder)
+    vm.disks["a.raw"].write(os.urandom(3 * MIB), 0)
+    vm.detach()
+    vm = attached(folder, begin=False)
+    assert vm.resync_reason is None
+    assert sum(pages(path)) >= 3 * MIB
+    vm.detach()
+
     with open(path, "r+b", buffering=0) as file:
-        for at in range(0, 16 * MIB, MIB):
+        os.pwrite(file.fileno(), b"behind its back", 0)
+        os.fsync(file.fileno())  # what is dirty cannot be dropped
+    vm = attached(folder, begin=False)
+    assert "written to while it was not mounted" in str(vm.resync_reason)
+    assert sum(pages(path)) < MIB
+    kill(vm)
+
+
+def written(tmp_path: Path, size: int) -> tuple[str, str]:
+    """A VM's folder, and its disk in it, full of data, none of which is in the page cache."""
+    folder = make_folder(tmp_path, a=size)
+    path = os.path.join(folder, "a.raw")
+    with open(path, "r+b", buffering=0) as file:
+        for at in range(0, size, MIB):
             os.pwrite(file.fileno(), os.urandom(MIB), at)
         os.fsync(file.fileno())
+    forget(path)
+    return folder, path
+
+
+def forget(path: str) -> None:
+    """Let the page cache let go of a file."""
+    with open(path, "rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def in_large_pages(tmp_path: Path) -> tuple[str, str]:
+    """As `written`, 16 MiB, and read as others do. Skips the test where that makes no large pages."""
+    folder, path = written(tmp_path, 16 * MIB)
+    with open(path, "rb", buffering=0) as file:
         for at in range(0, 16 * MIB, MIB):
             os.pread(file.fileno(), MIB, at)
     if max(pages(path)) <= system.SMALL:
         pytest.skip("this file system keeps no large pages")
+    return folder, path
+
+
+@contextmanager
+def opened(folder: str, vm: TrackedVm) -> Iterator[OpenFile]:
+    """The disk as the mount opens it."""
+    root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    file = VmFolder(root, vm).open("/a.raw", os.O_RDWR)
+    try:
+        yield file
+    finally:
+        file.release()
+        os.close(root)
 
 
 def pages(path: str) -> list[int]:
@@ -259,30 +294,3 @@ def pages(path: str) -> list[int]:
                 heads.append(place)
         del view
     return [(after - before) * mmap.PAGESIZE for before, after in pairwise([*heads, len(there)])]
-
-
-@needs_root
-def test_what_is_cached_of_a_disk_is_not_believed_where_somebodys_sync_may_have_failed(
-    tmp_path: Path,
-    injector: None,  # noqa: F811
-) -> None:
-    folder = make_folder(tmp_path, a=4 * MIB)
-    path = os.path.join(folder, "a.raw")
-    vm = attached(folder)
-    vm.disks["a.raw"].write(os.urandom(3 * MIB), 0)
-    vm.detach()
-    vm = attached(folder, begin=False)
-    assert vm.resync_reason is None
-    assert sum(pages(path)) >= 3 * MIB
-    vm.detach()
-
-    def changed(at: int) -> None:
-        with open(path, "r+b", buffering=0) as file:
-            os.pwrite(file.fileno(), b"behind its back", at)
-            os.fsync(file.fileno())  # what is dirty cannot be dropped
-
-    changed(0)
-    vm = attached(folder, begin=False)
-    assert "written to while it was not mounted" in str(vm.resync_reason)
-    assert sum(pages(path)) < MIB
-    kill(vm)

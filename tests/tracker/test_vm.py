@@ -6,7 +6,6 @@ import errno
 import os
 import threading
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,12 +41,6 @@ def attached(folder: str, *, begin: bool = True, **options: object) -> TrackedVm
 def kill(vm: TrackedVm) -> None:
     """What a SIGKILL leaves: descriptors closed, nothing sealed, nothing recorded."""
     vm.close()
-
-
-@pytest.fixture
-def injector() -> Iterator[None]:
-    yield
-    system.install(None)
 
 
 def replayed(folder: str, disk: str, base: bytes, *, after: int = 0) -> bytes:

@@ -23,14 +23,13 @@ life but the first minute. Between rounds its cycle is shipped, and everything s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from .peers import passthrough, qemu_export
-from .scene import MIB, Home, Place, Scene, fill, run, settle
+from .scene import MIB, Home, Place, Scene, fill, fio, settle
 
 PEERS = ("passthrough_ll", "passthrough_fh", "qemu", "qemu, bitmap")
 BARE, UNTRACKED, OURS = "bare", "untracked", "hvfuse"
@@ -77,7 +76,7 @@ class Contenders:
         mountpoint = self._home.track(_VM)
         self.files.update({OURS: mountpoint / "disk.raw", UNTRACKED: mountpoint / "plain.raw"})
         for path in self.files.values():
-            fio(path, self._size, [Load("", ("--rw=read", "--bs=1M"), size=self._size, seconds=20)], quick=False)
+            figures(path, self._size, [Load("", ("--rw=read", "--bs=1M"), size=self._size, seconds=20)], quick=False)
 
     def warm(self, loads: Iterable[Load]) -> None:
         """Have logs to recycle, such as `loads` make them."""
@@ -93,23 +92,24 @@ class Contenders:
     def measure(self, name: str, loads: Sequence[Load]) -> list[float]:
         """Of one contender, in each load's unit."""
         measured = []
-        for load, found in zip(loads, fio(self.files[name], self._size, loads, quick=self.scene.quick), strict=True):
+        for load, found in zip(
+            loads, figures(self.files[name], self._size, loads, quick=self.scene.quick), strict=True
+        ):
             kind = found["read" if load.is_read else "write"]
             measured.append(float(kind["iops"]) if load.unit == "IOPS" else float(kind["bw_bytes"]) / 1e6)
         return measured
 
 
-def fio(path: Path, size: int, loads: Sequence[Load], *, quick: bool) -> list[dict[str, dict[str, float]]]:
+def figures(path: Path, size: int, loads: Sequence[Load], *, quick: bool) -> list[dict[str, dict[str, float]]]:
     """fio's own figures of loads, one after the other, on one file that is there."""
     words = [
-        "fio", f"--filename={path}", f"--size={size}", "--allow_file_create=0", "--overwrite=1", "--fallocate=none",
-        "--thread", "--randrepeat=0", "--norandommap", "--output-format=json",
+        f"--filename={path}", f"--size={size}", "--allow_file_create=0", "--overwrite=1", "--fallocate=none",
+        "--thread", "--randrepeat=0", "--norandommap",
     ]  # fmt: skip
     for load in loads:
         words += ["--name=load", "--stonewall", f"--io_size={load.size // 32 if quick else load.size}"]
         words += [f"--runtime={round(load.seconds * 1000)}ms", *load.options]
-    said = run(*words)
-    return list(json.loads(said[said.index("{") :])["jobs"])
+    return fio(*words)
 
 
 @contextmanager

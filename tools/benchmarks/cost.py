@@ -28,7 +28,7 @@ from hvfuse.tracker.index import IndexMap
 from hvfuse.tracker.vm import TrackedVm
 
 from . import nothing
-from .contenders import OURS, UNTRACKED, Load, contenders, fio
+from .contenders import OURS, UNTRACKED, Load, contenders, figures
 from .scene import MIB, Place, Scene, unmount
 from .table import Row
 
@@ -52,7 +52,7 @@ def _through(scene: Scene, memory: bool) -> list[Row]:
             for name, micros in found.items():
                 path = empty if name == "nothing" else among.files[name]
                 size = _SIZE if name == "nothing" else path.stat().st_size
-                micros.append(1e6 / float(fio(path, size, [_WRITE], quick=scene.quick)[0]["write"]["iops"]))
+                micros.append(1e6 / float(figures(path, size, [_WRITE], quick=scene.quick)[0]["write"]["iops"]))
             among.ship()
     floor = statistics.median(found["nothing"])
     rows = []

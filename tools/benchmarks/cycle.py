@@ -29,7 +29,6 @@ Before either, fio writes 768 MiB, which are synced: the first cycle has them al
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import subprocess
 import threading
@@ -43,7 +42,7 @@ from hvfuse.target.retention import RetentionPolicy
 from hvfuse.target.store import Store
 
 from .peers import qemu_backup, qemu_export
-from .scene import ENVIRONMENT, GIB, MIB, Home, Place, Scene, peak_memory, run, settle
+from .scene import ENVIRONMENT, GIB, MIB, Home, Place, Scene, fio, peak_until_end, run, settle, sparse
 from .table import Row, at_least, at_most, in_turns, rates
 
 VM = "vm"
@@ -65,7 +64,7 @@ def cycles(scene: Scene) -> list[Row]:
     peaks: list[float] = []
     with scene.place() as place:
         home, ours = _tracked(place, disk)
-        theirs = qemu_export(place, _sparse(place.path / "peer.raw", disk), bitmap=True)
+        theirs = qemu_export(place, sparse(place.path / "peer.raw", disk), bitmap=True)
         seeds = iter(range(1, 1000))
 
         def cycle(*, synced: bool) -> float:
@@ -102,7 +101,7 @@ def barrier(scene: Scene) -> Row:
     with scene.place() as place:
         home = Home(place, config=CONFIG)
         for number in range(DISKS):
-            _sparse(home.folder(VM) / f"disk{number}.raw", 256 * MIB)
+            sparse(home.folder(VM) / f"disk{number}.raw", 256 * MIB)
         mountpoint = home.track(VM)
         socket = _socket(home, "tracker")
         load = [
@@ -170,14 +169,8 @@ def interference(scene: Scene) -> Row:
 def _tracked(place: Place, size: int) -> tuple[Home, Path]:
     """A home with a VM of one empty disk, whose first copy is made. Returns the disk in the mount, too."""
     home = Home(place, config=CONFIG)
-    _sparse(home.folder(VM) / "disk.raw", size)
+    sparse(home.folder(VM) / "disk.raw", size)
     return home, home.track(VM) / "disk.raw"
-
-
-def _sparse(path: Path, size: int) -> Path:
-    with open(path, "wb") as file:
-        file.truncate(size)
-    return path
 
 
 def _socket(home: Home, name: str) -> Path:
@@ -195,12 +188,11 @@ def _burst(path: Path, size: int, seed: int) -> None:
 
 def _latency(path: Path, seconds: float, seed: int) -> float:
     """The 99th percentile of 4 KiB random writes one after the other, in microseconds."""
-    said = run(
-        "fio", "--name=guest", f"--filename={path}", "--rw=randwrite", "--bs=4k", f"--size={path.stat().st_size}",
+    (job,) = fio(
+        "--name=guest", f"--filename={path}", "--rw=randwrite", "--bs=4k", f"--size={path.stat().st_size}",
         "--direct=1", "--ioengine=psync", "--norandommap", f"--randseed={seed}", "--time_based",
-        f"--runtime={round(seconds * 1000)}ms", "--output-format=json",
+        f"--runtime={round(seconds * 1000)}ms",
     )  # fmt: skip
-    job = json.loads(said[said.index("{") :])["jobs"][0]
     return float(job["write"]["clat_ns"]["percentile"]["99.000000"]) / 1e3
 
 
@@ -208,13 +200,9 @@ def _replicate(home: Home) -> tuple[float, int]:
     """Seconds that a cycle takes as a command, and the most memory that this had, in bytes."""
     started = time.perf_counter()
     process = subprocess.Popen(home.command("replicate", VM), stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-    peak = 0
-    while process.poll() is None:
-        with contextlib.suppress(OSError, StopIteration):  # it has just ended
-            peak = max(peak, peak_memory(process.pid))
-        time.sleep(0.01)
+    peak = peak_until_end(process, 0.01)
     seconds = time.perf_counter() - started
-    if process.returncode:
+    if process.wait():
         raise SystemExit(f"hvfuse replicate ended with {process.returncode}")
     return seconds, peak
 

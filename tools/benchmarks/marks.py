@@ -18,7 +18,7 @@ from hvfuse import system
 from hvfuse.tracker.regions import RegionMap
 from hvfuse.tracker.vm import TrackedVm
 
-from .scene import GIB, Scene
+from .scene import GIB, Scene, sparse
 from .table import Row, in_turns, rates
 
 WRITES = 20_000
@@ -46,8 +46,7 @@ def measure(scene: Scene) -> list[Row]:
 
 def written(folder: Path, writes: int, *, marking: bool) -> tuple[float, int]:
     """(writes per second, syncs of the map) of one round."""
-    with open(folder / "disk.raw", "wb") as file:
-        file.truncate(GIB)
+    sparse(folder / "disk.raw", GIB)
     vm = TrackedVm("vm", str(folder), hard_limit=1000, soft_limit=1000)
     vm.attach()
     vm.begin(uuid.uuid4().bytes)

@@ -22,7 +22,6 @@ the kernel for, its own program included (rchar of /proc/PID/io); memory is its 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import shutil
@@ -45,7 +44,7 @@ from .scene import (
     Place,
     Scene,
     fill,
-    peak_memory,
+    peak_until_end,
     seconds_of,
     settle,
 )
@@ -93,11 +92,7 @@ def run(*command: str | Path, expected: int) -> Run:
     words = [str(word) for word in command]
     started = time.perf_counter()
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-    peak = 0
-    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-        with contextlib.suppress(StopIteration):  # it has just ended
-            peak = max(peak, peak_memory(process.pid))  # what wait4 says is at least what we had when it was made
-        time.sleep(0.002)
+    peak = peak_until_end(process, 0.002)
     seconds = time.perf_counter() - started
     with open(f"/proc/{process.pid}/io", encoding="ascii") as file:  # it has ended, but is not yet reaped
         read = int(file.readline().split()[1])

@@ -23,7 +23,6 @@ places of all eight disks: 64 bytes of index for each.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ from pathlib import Path
 
 from hvfuse.control.records import Records
 
-from .scene import GIB, KIB, MIB, TIB, Home, Scene, data, fill, peak_memory, run
+from .scene import GIB, KIB, MIB, TIB, Home, Scene, data, fill, fio, peak_memory, run, sparse
 from .table import Row, at_most, in_turns, rates, times
 
 DISKS = {"10 GiB": 10 * GIB, "1 TiB": TIB, "60 TiB": 60 * TIB}
@@ -55,7 +54,7 @@ def _cycles(scene: Scene) -> list[Row]:
     disks = dict(list(DISKS.items())[:2]) if scene.quick else DISKS
     with _home(scene, list(disks)) as home:
         for vm, size in disks.items():
-            _sparse(home.folder(vm) / "disk.raw", size)
+            sparse(home.folder(vm) / "disk.raw", size)
             _track(home, vm)
         content = data(32 * MIB, compressible=True)
         turns = {vm: partial(_cycle, home, vm, scene.bytes(CHURN), content) for vm in disks}
@@ -114,19 +113,19 @@ def _vms(count: int) -> str:
 def _iops(disks: Sequence[Path], size: int, seconds: int) -> float:
     """Of all disks together, each in `size` divided by their number."""
     words = [
-        "fio", "--output-format=json", "--group_reporting", "--thread", "--ioengine=libaio", "--direct=1",
+        "--group_reporting", "--thread", "--ioengine=libaio", "--direct=1",
         "--rw=randwrite", "--bs=4k", "--norandommap", f"--iodepth={DEPTH // len(disks)}",
         f"--size={size // len(disks)}", "--time_based", f"--runtime={seconds}", "--ramp_time=500ms",
     ]  # fmt: skip
     for number, disk in enumerate(disks):
         words += [f"--name=vm{number}", f"--filename={disk}"]
-    return float(json.loads(run(*words))["jobs"][0]["write"]["iops"])
+    return float(fio(*words)[0]["write"]["iops"])
 
 
 def _memory(scene: Scene) -> Row:
     with _home(scene, ["vm"]) as home:
         for number in range(TRACKED_DISKS):
-            _sparse(home.folder("vm") / f"disk{number}.raw", TIB)
+            sparse(home.folder("vm") / f"disk{number}.raw", TIB)
         mountpoint = _track(home, "vm")
         for _ in range(2):
             _write_to_all(sorted(mountpoint.glob("*.raw")), scene.bytes(GIB))
@@ -157,8 +156,3 @@ def _track(home: Home, vm: str) -> Path:
     mountpoint = home.mount(vm)
     home.do("replicate", vm)
     return mountpoint
-
-
-def _sparse(path: Path, size: int) -> None:
-    with open(path, "wb") as file:
-        file.truncate(size)

@@ -136,6 +136,12 @@ def run(*command: str | Path, codes: tuple[int, ...] = (0,)) -> str:
     return done.stdout
 
 
+def fio(*options: str | Path) -> list[dict[str, Any]]:
+    """What fio says of its jobs, in order; ends the benchmark if it fails."""
+    said = run("fio", "--output-format=json", *options)
+    return list(json.loads(said[said.index("{") :])["jobs"])
+
+
 def seconds_of(*command: str | Path, codes: tuple[int, ...] = (0,)) -> float:
     """How long a command took."""
     started = time.perf_counter()
@@ -156,6 +162,13 @@ def fill(path: Path, size: int, *, compressible: bool = False) -> None:
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def sparse(path: Path, size: int) -> Path:
+    """A file without data."""
+    with open(path, "wb") as file:
+        file.truncate(size)
+    return path
 
 
 def data(size: int, *, compressible: bool = False) -> bytes:
@@ -200,6 +213,17 @@ def unmount(mountpoint: Path) -> None:
 def remove(path: Path) -> None:
     """Room for what comes next."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def peak_until_end(process: subprocess.Popen[bytes], every: float) -> int:
+    """Wait until a process has ended, which leaves it to be reaped, and return its `peak_memory`, looked at so often
+    (seconds). What wait4 says is at least what its parent had when it was made."""
+    peak = 0
+    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        with contextlib.suppress(StopIteration):  # it has just ended
+            peak = max(peak, peak_memory(process.pid))
+        time.sleep(every)
+    return peak
 
 
 def peak_memory(pid: int) -> int:

@@ -19,7 +19,6 @@ memory, as every point would be synced otherwise, and then moved to the disk; it
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -35,7 +34,7 @@ from hvfuse.position import Position
 from hvfuse.target.local import LocalReplica
 from hvfuse.target.store import Store
 
-from .scene import GIB, KIB, MIB, Home, Place, Scene, data, run, settle
+from .scene import GIB, KIB, MIB, Home, Place, Scene, data, fio, run, settle
 from .table import Row, at_most, in_turns, rates
 
 POINTS, SIZE = 2880, GIB
@@ -161,9 +160,9 @@ def read_rates(scene: Scene, place: Place, home: Home) -> list[Row]:
 
 def reads(scene: Scene, path: Path, *, depth: int) -> float:
     """fio's rate."""
-    said = run(
-        "fio", "--name=reads", f"--filename={path}", "--rw=randread", "--bs=4k", "--direct=1", "--ioengine=libaio",
+    (job,) = fio(
+        "--name=reads", f"--filename={path}", "--rw=randread", "--bs=4k", "--direct=1", "--ioengine=libaio",
         f"--iodepth={depth}", "--thread", "--allow_file_create=0", "--norandommap", "--randrepeat=0", "--time_based",
-        f"--runtime={500 if scene.quick else 3000}ms", "--output-format=json",
+        f"--runtime={500 if scene.quick else 3000}ms",
     )  # fmt: skip
-    return float(json.loads(said[said.index("{") :])["jobs"][0]["read"]["iops"])
+    return float(job["read"]["iops"])
